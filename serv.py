@@ -1,0 +1,1655 @@
+# SPDX-License-Identifier: MIT
+"""One file between a Python program and the SERV inference API.
+
+Usage::
+
+    import serv                             # export SERV_API_KEY=...
+
+    ask = dict(model="gpt-5.4-mini", system="Be brief.")
+    reply = serv.chat("Hello!", **ask)      # POST /v1/chat/completions
+    reply.text                              # the answer, a str
+    reply["usage"]                          # the service's own JSON: a dict
+    for piece in serv.stream("Hi!", **ask):     # pieces, as they come
+        print(piece, end="", flush=True)
+    serv.message("Hello!", max_tokens=99, **ask)        # POST /v1/messages
+
+What this file does with your key: it is read from ``api_key`` or from
+SERV_API_KEY at each call, sent in the Authorization header of requests to
+``base_url``, and kept nowhere else.  It is cut out of every error.  No
+redirect is followed, certificates are always checked, nothing is written
+to disk, and no other host is spoken to but a proxy that you have set.
+
+From top to bottom; whoever stops at a banner has understood all above it:
+constants, errors, the three calls, Reply and Stream, building requests,
+reading answers, server-sent events, putting a stream together (all pure),
+the network (the only I/O), the command line.
+
+Errors::
+
+    ServError                       the base: no usable key, ...
+        APIConnectionError          no whole answer
+            APITimeoutError         ... within the budget
+        APIResponseError            not what the format promises
+        APIStatusError              the server said no; .status .message ...
+            BadRequestError 400     AuthenticationError 401
+            BillingError 402        PermissionDeniedError 403
+            NotFoundError 404       RateLimitError 429
+            InternalServerError 5xx
+"""
+from __future__ import annotations
+
+import atexit
+import base64
+import collections
+import copy
+import http.client
+import io
+import json
+import os
+import random
+import re
+import socket
+import ssl
+import sys
+import threading
+import time
+import urllib.parse
+from email.utils import parsedate_to_datetime
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # importing typing costs more than importing this file
+    from typing import (Any, Callable, Dict, Generator, Iterable, Iterator,
+                        List, Mapping, Optional, Pattern, Sequence, Tuple,
+                        Type, TypeVar, Union)
+    JSONDict = Dict[str, Any]
+    Content = Union[str, Sequence[Mapping[str, Any]]]
+    Headers = http.client.HTTPMessage
+    Response = http.client.HTTPResponse
+    T = TypeVar("T")
+    E = TypeVar("E", bound="ServError")
+else:
+    JSONDict = dict
+
+__version__ = "0.1.0"
+__all__ = [
+    "chat", "message", "stream", "iter_events", "Reply", "Stream", "ToolCall",
+    "ServError", "APIConnectionError", "APITimeoutError", "APIResponseError",
+    "APIStatusError", "BadRequestError", "AuthenticationError",
+    "BillingError", "PermissionDeniedError", "NotFoundError",
+    "RateLimitError", "InternalServerError"]
+
+BASE_URL = "https://inference-api.openserv.ai"
+PATHS = {"chat": "/v1/chat/completions", "messages": "/v1/messages"}
+EXAMPLE_MODELS = {"chat": "gpt-5.4-mini", "messages": "claude-haiku-4.5"}
+USER_AGENT = "serv.py/%s Python/%d.%d" % (__version__, *sys.version_info[:2])
+
+TIMEOUT = 600.0         # seconds for a whole call; answers of 298 s were seen
+CONNECT_TIMEOUT = 10.0  # seconds for one address of a host
+IDLE_SECONDS = 50.0     # load balancers drop silent connections after 60 s
+MAX_IDLE = 100          # kept connections in all: a large thread pool's
+KEEPALIVE = 60          # seconds between TCP probes; NATs forget after 350
+DRAIN_SECONDS = 0.1     # for the last bytes of a stream whose end was read
+STALL_SECONDS = 0.1     # of an upload that stalls, before a look for an answer
+
+NOT_YOURS = ("content-length", "transfer-encoding", "host")
+
+READ_SIZE = 1 << 16     # bytes asked of a connection at a time
+MAX_BODY = 1 << 25      # bytes of one JSON answer, or of one event: 32 MiB
+MAX_STREAM = 1 << 28    # bytes of a whole stream: a million events
+MAX_ERROR = 1 << 18     # bytes kept of an error's body
+MAX_DEPTH = 100         # of nested JSON, so that all of it can be recursed
+MAX_SHOWN = 400         # characters of the server's words in a message
+
+
+# ---------------------------------------------------------------------------
+# Errors.  Raised about a call; misuse is ValueError or TypeError instead.
+# ---------------------------------------------------------------------------
+
+class ServError(Exception):
+    """The base of every error about a call; by itself, no usable key.
+
+    ``str()`` is one line: what happened, the URL, the request id.  ``reply``
+    is a ``Reply`` of what had arrived if a stream had begun, else ``None``.
+    """
+
+    reply: Optional[Reply] = None
+    request_id: Optional[str] = None
+
+    def __init__(self, *args: Any, **attributes: Any) -> None:
+        super().__init__(*args)
+        self.__dict__.update(attributes)
+
+
+class APIConnectionError(ServError):
+    """No whole answer: DNS, TCP, TLS, a reset, a cut body, a cut stream."""
+
+
+class APITimeoutError(APIConnectionError):
+    """The budget of the call, ``timeout`` seconds, ran out."""
+
+
+class APIResponseError(ServError):
+    """The answer is not what the format promises: not JSON, a broken event.
+
+    Also an answer in an encoding that was not asked for, and one that is
+    larger than the limits at the head of this file.
+    """
+
+
+class APIStatusError(ServError):
+    """The server said no: by its status, or by an error object in a 200.
+
+    ``status`` is the HTTP status, or the one that the error's type stands
+    for; ``type``, ``code``, ``param`` and ``message`` are the server's own;
+    ``body`` is its decoded JSON, else its text; ``retry_after`` the seconds
+    that it asks to wait, or ``None``.
+    """
+
+    status: int = 0
+    type: Optional[str] = None
+    code: Union[str, int, None] = None
+    param: Optional[str] = None
+    message: str = ""
+    body: Any = None
+    headers: Headers = http.client.HTTPMessage()
+    retry_after: Optional[float] = None
+
+
+class BadRequestError(APIStatusError):
+    """400: the request is wrong; ``message`` and ``param`` say where."""
+
+
+class AuthenticationError(APIStatusError):
+    """401: the key is wrong."""
+
+
+class BillingError(APIStatusError):
+    """402: no credits are left; nothing was billed."""
+
+
+class PermissionDeniedError(APIStatusError):
+    """403: the key may not do this."""
+
+
+class NotFoundError(APIStatusError):
+    """404: there is no such path or model."""
+
+
+class RateLimitError(APIStatusError):
+    """429: too many requests; ``retry_after`` may say how long to wait."""
+
+
+class InternalServerError(APIStatusError):
+    """5xx: the service or the model behind it failed."""
+
+
+STATUS_ERRORS: Dict[int, Type[APIStatusError]] = {
+    400: BadRequestError, 401: AuthenticationError, 402: BillingError,
+    403: PermissionDeniedError, 404: NotFoundError, 429: RateLimitError}
+# https://docs.anthropic.com/en/api/errors, and what OpenAI's servers send
+STATUS_OF_TYPE = {
+    "invalid_request_error": 400, "authentication_error": 401,
+    "billing_error": 402, "permission_error": 403, "not_found_error": 404,
+    "request_too_large": 413, "rate_limit_error": 429,
+    "insufficient_quota": 429, "api_error": 500, "server_error": 500,
+    "timeout_error": 504, "overloaded_error": 529}
+ADVICE = {401: "; check SERV_API_KEY", 402: "; add credits to the account",
+          404: "; check the model's name and SERV_BASE_URL"}
+
+
+# ---------------------------------------------------------------------------
+# The calls.
+# ---------------------------------------------------------------------------
+
+def chat(messages: Content, *, model: Optional[str] = None,
+         system: Optional[Content] = None, api_key: Optional[str] = None,
+         base_url: Optional[str] = None, timeout: Optional[float] = None,
+         max_retries: int = 2, headers: Optional[Mapping[str, str]] = None,
+         **params: Any) -> Reply:
+    """Ask once in the OpenAI format and return the whole answer.
+
+        reply = serv.chat("Hello!", model="gpt-5.4-mini", system="Be brief.")
+        print(reply.text)
+
+    :param messages: a ``str`` (one user message) or a list of message
+        dicts, sent as they are.
+    :param model: default SERV_MODEL.
+    :param system: the system prompt, put first; needed unless ``messages``
+        holds a ``system`` or ``developer`` entry.
+    :param api_key: default SERV_API_KEY.
+    :param base_url: default SERV_BASE_URL, else the service; with or
+        without ``/v1``.
+    :param timeout: seconds for the whole call: connecting, every retry and
+        wait, the last byte; default SERV_TIMEOUT, else 600.  Looking up a
+        host name is the operating system's and alone not bounded by it.
+    :param max_retries: how often a failed try is repeated: connection
+        failures, 408, 409, 429 and 5xx, or as ``x-should-retry`` says.
+    :param headers: added to the request; they replace ours of that name.
+    :param params: anything else goes into the JSON body untouched.
+    :return: a ``Reply``, the service's JSON with ``text`` and more on top.
+    :raise ValueError: the input cannot be sent (also ``TypeError``): no
+        model, no system prompt, a bad URL, what JSON cannot say.
+    :raise APIStatusError: the server said no; see its subclasses.
+    :raise APIConnectionError: no whole answer; ``APITimeoutError``: not
+        within ``timeout``.
+    :raise APIResponseError: the answer is not what the format promises.
+    :raise ServError: no key, or one that no header can carry.
+    """
+    return build_request("chat", False, **locals()).run(_Call.reply)
+
+
+def message(messages: Content, *, max_tokens: int,
+            model: Optional[str] = None, system: Optional[Content] = None,
+            api_key: Optional[str] = None, base_url: Optional[str] = None,
+            timeout: Optional[float] = None, max_retries: int = 2,
+            headers: Optional[Mapping[str, str]] = None,
+            **params: Any) -> Reply:
+    """Ask once in the Anthropic format and return the whole answer.
+
+        reply = serv.message("Hello!", model="claude-haiku-4.5",
+                             system="Be brief.", max_tokens=1024)
+
+    ``max_tokens`` bounds the answer and is required.  ``system`` (a ``str``
+    or a list of text blocks) is the only place for the system prompt.  All
+    else, and every exception, is as for ``chat()``.
+    """
+    return build_request("messages", False, **locals()).run(_Call.reply)
+
+
+def stream(messages: Content, *, endpoint: str = "chat",
+           model: Optional[str] = None, system: Optional[Content] = None,
+           api_key: Optional[str] = None, base_url: Optional[str] = None,
+           timeout: Optional[float] = None, max_retries: int = 2,
+           headers: Optional[Mapping[str, str]] = None,
+           **params: Any) -> Stream:
+    """Ask once and return the answer as a ``Stream`` of text pieces.
+
+        with serv.stream("Hello!", system="Be brief.") as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+
+    ``endpoint`` is ``"chat"`` or ``"messages"``; the latter requires
+    ``max_tokens``.  The stream is open when this returns: a refused request
+    raises here.  ``timeout`` bounds it up to its last event, and runs on
+    while the caller holds a piece.  A stream is not retried once its answer
+    has begun.  All else, and every exception, is as for ``chat()``.
+    """
+    return build_request(streaming=True, **locals()).run(_Call.stream)
+
+
+# ---------------------------------------------------------------------------
+# What the calls return.
+# ---------------------------------------------------------------------------
+
+class ToolCall(collections.namedtuple("ToolCall", "id name arguments")):
+    """A call that the model asks for.
+
+    ``arguments`` is a dict; text that is no JSON object, and what has come
+    of a call in a cut stream, stays the ``str`` that it was.
+    """
+
+    __slots__ = ()
+
+
+class Reply(JSONDict):
+    """The service's JSON answer, whole and untouched, with views on top.
+
+    The views are the same for both formats.  ``headers`` are the answer's
+    (case-insensitive), ``elapsed`` the seconds from call to last byte;
+    ``partial`` marks what has come of a stream that has not ended well.
+    """
+
+    def __init__(self, data: Any = (), headers: Optional[Headers] = None,
+                 elapsed: float = 0.0, partial: bool = False) -> None:
+        super().__init__(data)
+        self.headers: Headers = headers or http.client.HTTPMessage()
+        self.elapsed, self.partial = elapsed, partial
+
+    def __str__(self) -> str:
+        return self.text
+
+    def _choice(self) -> JSONDict:
+        if "choices" in self:
+            return (_dicts(self["choices"]) or [{}])[0]
+        return {"finish_reason": self.get("stop_reason"), "message": {
+            "role": "assistant", "content": self.get("content", "")}}
+
+    def _said(self, *names: str) -> str:
+        entry = self.message
+        said = [next(filter(None, map(entry.get, names)), "")] + [
+            part.get(names[0]) for part in _dicts(entry.get("content"))]
+        return clean_text("".join(map(find_text, said)))
+
+    @property
+    def message(self) -> JSONDict:
+        """The assistant entry to append to ``messages`` for the next turn."""
+        return _dict(self._choice().get("message")) or {
+            "role": "assistant", "content": ""}
+
+    @property
+    def text(self) -> str:
+        """The answer's text; ``""`` if there is none."""
+        return clean_text(find_text(self.message.get("content")))
+
+    @property
+    def thinking(self) -> str:
+        """The reasoning text; ``""`` if there is none."""
+        return self._said("thinking", "reasoning_content", "reasoning")
+
+    @property
+    def tool_calls(self) -> List[ToolCall]:
+        """The calls that the caller is to run."""
+        entry, found = self.message, []
+        blocks = [block for block in _dicts(entry.get("content"))
+                  if block.get("type") == "tool_use"]
+        for call in _dicts(entry.get("tool_calls")) + blocks:
+            spec = _dict(call.get("function") or call.get("custom")) or call
+            given = spec.get("arguments", spec.get("input"))
+            if given is None:
+                given = "" if self.partial else {}
+            elif isinstance(given, str) and not self.partial:
+                given = parse_kind(given, dict)
+            found.append(ToolCall(call.get("id"), spec.get("name"), given))
+        return found
+
+    @property
+    def stop_reason(self) -> Optional[str]:
+        """``finish_reason`` or ``stop_reason``, as sent."""
+        return self._choice().get("finish_reason") or None
+
+    @property
+    def refusal(self) -> Optional[str]:
+        """Why there is no real answer; ``None`` for an answer.
+
+        The refusal's text, else ``"content_filter"`` or ``"refusal"``.
+        """
+        reason = self.stop_reason
+        return self._said("refusal") or (
+            reason if reason in ("content_filter", "refusal") else None)
+
+    @property
+    def truncated(self) -> bool:
+        """True where the token limit cut the answer off."""
+        return self.stop_reason in (
+            "length", "max_tokens", "model_context_window_exceeded")
+
+    @property
+    def usage(self) -> JSONDict:
+        """The tokens counted, as sent; ``{}`` if they were not."""
+        return _dict(self.get("usage"))
+
+    @property
+    def request_id(self) -> Optional[str]:
+        """The id that the service's staff ask for."""
+        return find_request_id(self.headers)
+
+
+class Stream:
+    """An answer as it comes: an iterator of its text pieces.
+
+    One pass in all: a second loop goes on where the first stopped.  For use
+    by one thread at a time; ``with`` closes it, and so does its garbage.
+    """
+
+    def __init__(self, call: _Call, answer: _Answer, source: Any) -> None:
+        self._call, self._answer, self._source = call, answer, source
+        self._half = ""  # a surrogate that waits for its other half
+        self._error: Optional[ServError] = None
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> str:
+        """Return the next piece of text; raise as ``events()`` does."""
+        for _, piece in iter(self._read, None):
+            if self._half or not piece.isascii():
+                piece = self._half + piece
+                cut = len(piece) - ("\ud800" <= piece[-1:] <= "\udbff")
+                piece, self._half = clean_text(piece[:cut]), piece[cut:]
+            if piece:
+                return piece
+        piece, self._half = clean_text(self._half), ""
+        if not piece:
+            raise StopIteration
+        return piece
+
+    def events(self) -> Iterator[JSONDict]:
+        """Yield every decoded event instead: chunks, or Messages events.
+
+        :raise APIConnectionError: the stream was cut, or the budget ran out.
+        :raise APIStatusError: the server sent an error event.
+        :raise APIResponseError: an event is broken, or too large.
+            Each has what had arrived in its ``reply``.
+        """
+        for event, _ in iter(self._read, None):
+            yield event
+
+    @property
+    def reply(self) -> Reply:
+        """What has arrived so far, in the shape of a whole answer."""
+        whole = self._answer.whole and self._error is None
+        return Reply(self._answer.build(whole), self._call.response.headers,
+                     self._answer.elapsed or self._call.elapsed, not whole)
+
+    def close(self, *_: object) -> None:
+        """End the stream early; what had arrived stays in ``reply``."""
+        self._source.close()
+
+    __exit__ = close
+
+    def _read(self) -> Any:
+        """Return the next event and its text; None where it has ended."""
+        if self._error is not None:
+            raise self._error  # a second loop must not look like an end
+        try:
+            return next(self._source, None)
+        except ServError as error:
+            self._error = error  # so that what is there is not whole
+            error.reply = self.reply
+            raise self._call.complete(error)
+
+
+# ---------------------------------------------------------------------------
+# Building requests.  Pure but for the SERV_ variables, read at each call.
+# ---------------------------------------------------------------------------
+
+def build_request(endpoint: str, streaming: bool, messages: Any, model: Any,
+                  system: Any, api_key: Any, base_url: Any, timeout: Any,
+                  max_retries: int, headers: Any, params: JSONDict,
+                  **more: Any) -> _Call:
+    """Return a call that is ready to be sent, or raise as it does."""
+    require(endpoint in PATHS, 'endpoint: expected "chat" or "messages"')
+    require(type(max_retries) is int and max_retries >= 0,
+            "max_retries: expected a whole number from 0 up")
+    chat = endpoint == "chat"
+    body = build_body(chat, streaming, messages, find_setting("MODEL", model),
+                      system, dict(params, **more))
+    url = build_url(find_setting("BASE_URL", base_url) or BASE_URL)
+    given = build_headers(headers)
+    own = [given[name] for name in given if name.lower() == "authorization"]
+    secret = (own[0].split(" ")[-1] if own
+              else build_key(find_setting("API_KEY", api_key)))
+    accept = "text/event-stream" if streaming else "application/json"
+    ours = {"Authorization": "Bearer " + secret, "Accept": accept,
+            "Content-Type": "application/json", "User-Agent": USER_AGENT,
+            "Accept-Encoding": "identity"}
+    names = [name.lower() for name in given]
+    given.update({name: text for name, text in ours.items()
+                  if name.lower() not in names})
+    return _Call(chat, url + PATHS[endpoint], given, body, secret,
+                 build_timeout(find_setting("TIMEOUT", timeout)), max_retries)
+
+
+def require(good: Any, wrong: str, kind: Type[Exception] = ValueError) -> None:
+    """Raise an error about the caller's input unless it is good."""
+    if not good:
+        raise kind(wrong)
+
+
+def find_setting(name: str, value: Any) -> Any:
+    """Return the argument, else its environment variable; empty is unset."""
+    if value is None or value == "":
+        value = os.environ.get("SERV_" + name) or None
+    return value
+
+
+def build_body(chat: bool, streaming: bool, messages: Any, model: Any,
+               system: Any, params: JSONDict) -> bytes:
+    """Return the JSON of a request, with nothing that was not asked for."""
+    require(isinstance(model, str), "model: pass model=... or set SERV_MODEL")
+    require(chat or params.get("max_tokens") is not None,
+            "max_tokens: the Messages endpoint requires it", TypeError)
+    require(params.get("stream") in (None, streaming),
+            "stream: call stream() for a stream, and only for a stream")
+    require(isinstance(system, (str, list, tuple, type(None))),
+            "system: expected a str or a list of text blocks", TypeError)
+    entries = ([{"role": "user", "content": messages}]
+               if isinstance(messages, str) else messages)
+    require(isinstance(entries, (list, tuple)) and all(
+        isinstance(entry, dict) and not isinstance(entry, Reply)
+        for entry in entries), "messages: expected a str or a list of dicts "
+        "(append reply.message, not the reply)", TypeError)
+    prompts, body = [system], {"model": model, "messages": entries}
+    if chat:
+        first = [{"role": "system", "content": system}] if system else []
+        body["messages"] = first + list(entries)
+        prompts = [entry.get("content") for entry in body["messages"]
+                   if entry.get("role") in ("system", "developer")]
+    elif system:
+        body["system"] = system
+    require(any(text.strip() if isinstance(text, str) else text
+                for text in prompts),
+            "no system prompt, and SERV requires one: pass system=...")
+    if streaming:
+        params = dict(params, stream=True)
+    return build_json(dict(body, **params))
+
+
+def build_json(body: JSONDict) -> bytes:
+    """Return the body's JSON, or raise naming the parameter at fault."""
+    try:
+        return json.dumps(body, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as exc:
+        for name in body if len(body) > 1 else ():
+            build_json({name: body[name]})
+        kind = TypeError if isinstance(exc, TypeError) else ValueError
+        raise kind("%s: JSON cannot say it: %s" % (*body, exc)) from None
+
+
+def build_url(base_url: Any) -> str:
+    """Return a base URL without its end, ``/v1`` or a slash."""
+    require(isinstance(base_url, str), "base_url: expected a str", TypeError)
+    parts = split_url("base_url", base_url)
+    require(re.fullmatch(r"(?i)https?://[^\s/?#@\\]+(/[!-~]*)?", base_url)
+            and base_url.isprintable() and not set(base_url) & set("?#"),
+            "base_url: expected http[s]://host[:port][/path] without white "
+            "space, user, password, query or fragment")
+    path = parts.path.rstrip("/")
+    return "%s://%s%s" % (parts.scheme, parts.netloc,
+                          path[:-3] if path.endswith("/v1") else path)
+
+
+def split_url(name: str, url: str) -> Any:
+    """Return the parts of a URL with a host; it may hold a password."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        good = parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    require(good, name + ": no host, or a bad port, in the URL")
+    return parts
+
+
+def build_timeout(value: Any) -> float:
+    """Return the budget of a call in seconds."""
+    text = str(TIMEOUT if value is None else value)
+    good = re.fullmatch(r"[0-9]*\.?[0-9]+(e[+-]?[0-9]+)?", text)
+    require(good and float(text) > 0, "timeout (or SERV_TIMEOUT): expected "
+            "seconds above 0; got " + text)
+    return float(text)
+
+
+def build_key(key: Any) -> str:
+    """Return the key without white space around it; never show it."""
+    require(isinstance(key, (str, type(None))), "api_key: expected a str",
+            TypeError)
+    key = str(key or "").strip()
+    require(key, "no API key: pass api_key=... or set SERV_API_KEY", ServError)
+    require(key.isascii() and key.isprintable(), "the API key has a character "
+            "that no header can carry; is it a placeholder still?", ServError)
+    return key
+
+
+def build_headers(headers: Optional[Mapping[str, str]]) -> Dict[str, str]:
+    """Return a copy of the caller's headers; values may be keys, not shown.
+
+    Names are tokens and values hold no control characters:
+    https://www.rfc-editor.org/rfc/rfc9110#section-5.5
+    """
+    given = dict(headers or {})
+    for name, value in given.items():
+        require(isinstance(name, str) and isinstance(value, str),
+                "headers: expected str names and values", TypeError)
+        require(re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name),
+                "headers: %r is no header name" % name)
+        require(name.lower() not in NOT_YOURS,
+                "headers: %s follows from the request" % name)
+        require(re.fullmatch(r"[\t\x20-\x7e\xa0-\xff]*", value), "headers: no "
+                "header can carry a character in the value of %s" % name)
+    return given
+
+
+# ---------------------------------------------------------------------------
+# Reading answers.  Pure: JSON, text, headers and errors in, values out.
+# ---------------------------------------------------------------------------
+
+# Some servers send raw control characters in JSON strings: not strict.
+_decode = json.JSONDecoder(strict=False).decode
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text; ValueError where it is none.
+
+    Also where it is nested deeper than MAX_DEPTH: what is returned can be
+    copied, pickled and dumped without an end to the stack.
+    """
+    try:
+        value = _decode(text)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        level = [value]
+        for _ in range(MAX_DEPTH + 1):
+            level = [child for node in level if isinstance(node, (dict, list))
+                     for child in (node.values() if isinstance(node, dict)
+                                   else node)]
+        require(not level, "JSON nested too deeply")
+    return value
+
+
+def parse_kind(text: str, kind: Any = object) -> Any:
+    """Return the value that a JSON text says if of a kind, else the text."""
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, kind) else text
+
+
+def expect(value: Any, kind: Type[T]) -> T:
+    """Return a value that is of a kind, or an empty one for nothing."""
+    if value is None:
+        return kind()
+    require(isinstance(value, kind), "expected a %s; got a %s" % (
+        kind.__name__, type(value).__name__))
+    return value  # type: ignore[no-any-return]
+
+
+def _dict(value: Any) -> JSONDict:
+    """Return a dict as it is, and an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def _dicts(value: Any) -> List[JSONDict]:
+    """Return the dicts of a list; none of anything else."""
+    entries = value if isinstance(value, list) else ()
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def find_text(content: Any) -> str:
+    """Return the text of a str, or of a list of parts, blocks or deltas."""
+    if isinstance(content, str):
+        return content
+    texts = [part.get("text") for part in _dicts(content)
+             if part.get("type", "text") in ("text", "output_text")]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def clean_text(text: str) -> str:
+    """Join the halves of surrogate pairs; a half alone becomes U+FFFD."""
+    if text.isascii():
+        return text
+    data = text.encode("utf-16-le", "surrogatepass")
+    return data.decode("utf-16-le", "replace")
+
+
+def find_request_id(headers: Headers) -> Optional[str]:
+    """Return the request id of an answer, as SERV or its kin name it."""
+    names = ("x-openserv-request-id", "x-request-id", "request-id")
+    return next((str(headers[name]) for name in names if headers.get(name)),
+                None)
+
+
+def find_error(name: str, event: JSONDict) -> bool:
+    """Whether a decoded answer or event is an error, in any known shape.
+
+    An ``error`` field; ``type`` or ``object`` or the event's name "error"
+    (vLLM's is flat); a choice that ends in an error (OpenRouter); a bare
+    message where choices should be (FastAPI).
+    """
+    kind = event.get("type")
+    if event.get("error") or "error" in (name, kind, event.get("object")):
+        return True
+    if "choices" in event:
+        return any(choice.get("finish_reason") == "error"
+                   or choice.get("error")
+                   for choice in _dicts(event["choices"]))
+    return (isinstance(event.get("message", event.get("detail")), str)
+            and str(kind or "error").lower().endswith("error"))
+
+
+def parse_error(body: Any) -> JSONDict:
+    """Return ``type``, ``code``, ``param`` and ``message`` of an error.
+
+    The body is decoded JSON of any shape, or text (a proxy's HTML).
+    """
+    found = body[0] if isinstance(body, list) and body else body
+    for part in [_dict(found)] + _dicts(_dict(found).get("choices")):
+        found = part.get("error") or found
+    if not isinstance(found, dict):
+        found = {"message": found}
+    told, kind = found.get("message") or found.get("detail"), found.get("type")
+    return {"type": kind if isinstance(kind, str) else None,
+            "code": found.get("code"), "param": found.get("param"),
+            "message": told if isinstance(told, str) else json.dumps(told)}
+
+
+def parse_retry_after(headers: Headers, now: float) -> Optional[float]:
+    """Return the seconds that a server asks to wait, or None.
+
+    Seconds or an HTTP date (https://www.rfc-editor.org/rfc/rfc9110
+    #section-10.2.3) relative to ``now``, in seconds since the epoch;
+    ``retry-after-ms`` first, as OpenAI sends it.
+    """
+    for name, unit in ("retry-after-ms", 0.001), ("retry-after", 1.0):
+        value = str(headers.get(name, "")).strip()
+        if re.fullmatch(r"[0-9]{1,15}(\.[0-9]*)?", value):
+            return float(value) * unit
+    try:
+        seconds = parsedate_to_datetime(value).timestamp() - now
+    except (TypeError, ValueError, OverflowError, IndexError):
+        return None  # what it raises for what is no date, on 3.8 to 3.14
+    return seconds if seconds >= 0 else None
+
+
+def retry_wait(error: ServError, attempt: int) -> Optional[float]:
+    """Return the seconds to wait before one more try; None for no more.
+
+    ``attempt`` counts the tries that failed before this one.
+    """
+    again = isinstance(error, APIConnectionError) and not isinstance(
+        error.__cause__, ssl.SSLCertVerificationError)
+    if isinstance(error, APIStatusError):
+        again = (error.status in (408, 409, 429) or error.status >= 500) and (
+            "insufficient_quota" not in (error.type, error.code))
+        told = str(error.headers.get("x-should-retry", "")).lower()
+        again = {"true": True, "false": False}.get(told, again)
+        if again and error.retry_after is not None:
+            return error.retry_after
+    backoff = min(8.0, 0.5 * 2 ** min(attempt, 8))
+    return backoff * (1 - random.random() / 4) if again else None
+
+
+def shown(text: str) -> str:
+    """Return one line of a text, short, and safe for a terminal."""
+    head = [char if char.isprintable() else " " for char in text[:1000]]
+    line = " ".join("".join(head).split())
+    return line if len(line) <= MAX_SHOWN else line[:MAX_SHOWN] + "..."
+
+
+def redact(value: Any, secret: Pattern[str]) -> Any:
+    """Return a copy of a value in which the secret is not to be found."""
+    if isinstance(value, str):
+        return secret.sub("[api key]", value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([redact(entry, secret) for entry in value])
+    if isinstance(value, (dict, http.client.HTTPMessage)):
+        value = copy.copy(value)
+        for key in list(value) if isinstance(value, dict) else ():
+            value[redact(key, secret)] = redact(value.pop(key), secret)
+        for name in getattr(value, "__dict__", ()):  # headers hide there
+            setattr(value, name, redact(getattr(value, name), secret))
+    return value
+
+
+# ---------------------------------------------------------------------------
+# Server-sent events.  Pure: bytes in, events out.
+# ---------------------------------------------------------------------------
+
+DONE: JSONDict = {}  # what parse_event() makes of [DONE]
+EVENTS = frozenset((
+    "message", "error", "message_start", "message_delta", "message_stop",
+    "content_block_start", "content_block_delta", "content_block_stop"))
+
+
+def iter_events(chunks: Iterable[bytes]) -> Iterator[Tuple[str, str]]:
+    """Yield the ``(event, data)`` pairs of a stream of server-sent events.
+
+    ``chunks`` are its bytes, cut anywhere.  By the rules of
+    https://html.spec.whatwg.org/multipage/server-sent-events.html
+    #parsing-an-event-stream: an event ends with a blank line, one without
+    any ``data`` line is none, and what is pending at the end is discarded.
+
+    :raise ValueError: an event grows beyond MAX_BODY bytes.
+    """
+    name, data, held = "", [], 0
+    rest: List[bytes] = []  # of a line that goes on in the next chunk
+    after_cr, mark = False, b"\xef\xbb\xbf"  # one byte order mark is dropped
+    for chunk in chunks:
+        if after_cr and chunk:  # the LF of a CRLF that was cut in two
+            chunk, after_cr = chunk[chunk.startswith(b"\n"):], False
+        if not chunk:
+            continue
+        after_cr = chunk.endswith(b"\r")
+        held += len(chunk)
+        # bytes.splitlines() cuts at LF, CRLF and CR, and nowhere else
+        *lines, tail = (chunk + b".").splitlines()
+        if lines:
+            lines[0], rest = b"".join(rest + lines[:1]), []
+            if lines[0].startswith(mark):
+                lines[0] = lines[0][len(mark):]
+            mark = b""
+        rest.append(tail[:-1])
+        for line in lines:
+            field, _, value = line.partition(b":")
+            if value.startswith(b" "):
+                value = value[1:]
+            if field == b"data":
+                data.append(value)
+            elif field == b"event":
+                name = value.decode("utf-8", "replace")
+            elif not line:
+                if data:
+                    text = b"\n".join(data).decode("utf-8", "replace")
+                    yield name or "message", text
+                name, data, held = "", [], 0
+        require(held <= MAX_BODY, "more than %d bytes" % MAX_BODY)
+
+
+def parse_event(name: str, data: str) -> Optional[JSONDict]:
+    """Return an event's JSON object, DONE at the end, None for noise.
+
+    A Messages event that lacks its ``type`` gets it from the event's name.
+    :raise ValueError: the data is not what the format promises.
+    """
+    if data.strip() in ("[DONE]", ""):
+        return DONE if data.strip() else None  # or a keep-alive
+    try:
+        event = expect(parse_json(data), dict)
+    except ValueError:
+        if name not in EVENTS:  # a vendor's own
+            return None
+        if name != "error":
+            raise
+        event = {"message": data}
+    if name != "message" and "choices" not in event:
+        event.setdefault("type", name)
+    return event
+
+
+# ---------------------------------------------------------------------------
+# Putting a stream together.  Pure.  An answer is fed its events in order,
+# never changes one, and builds the whole answer's JSON on demand.  Strings
+# in a delta are pieces: they are collected, and joined when asked for, so
+# that time is linear in the length of the stream.
+# ---------------------------------------------------------------------------
+
+# What is said once of an entry, however often it is repeated.
+LABELS = frozenset(("id", "index", "type", "name", "role", "format"))
+# What grows, and of which kinds the pieces in it are that grow in turn.
+GROWS: Dict[str, Tuple[Any, ...]] = {
+    "choices": (list,), "content": (str, list), "message": (str, list),
+    "logprobs": (str, list)}
+
+
+class _List(JSONDict):
+    """A list that still grows: its entries by what they are known by."""
+
+
+def merge(held: JSONDict, new: JSONDict, grows: Tuple[Any, ...] = ()) -> None:
+    """Take over what is new of an object, field by field.
+
+    Nothing sent erases nothing, and numbers replace.  So does a string or a
+    list, unless its kind ``grows`` here, or the field always does.
+    """
+    for key, value in new.items():
+        old, kinds = held.get(key), GROWS.get(key, grows)
+        if value is None or value == "" or grows and old and key in LABELS:
+            held.setdefault(key, value)
+        elif isinstance(value, dict):
+            if type(old) is not dict:
+                held[key] = {}
+            merge(held[key], value, kinds)
+        else:
+            grown = isinstance(value, kinds)
+            held[key] = grow(old, value, kinds) if grown else value
+
+
+def grow(old: Any, piece: Any, grows: Tuple[Any, ...]) -> Any:
+    """Return a string or a list with one more piece; the two may mix."""
+    if isinstance(piece, str) and not isinstance(old, (list, _List)):
+        if not isinstance(old, io.StringIO):
+            if not old:
+                return piece
+            text, old = str(old), io.StringIO()
+            old.write(text)
+        old.write(piece)
+        return old
+    if not isinstance(old, _List):
+        old = _List(enumerate(build_parts(old), -1 << 60))
+    for number, entry in enumerate(build_parts(piece)):
+        label = find_label(old, entry, number == 0)
+        if isinstance(entry, dict):
+            merge(old.setdefault(label, {}), entry, grows)
+        else:
+            old[label] = entry
+    return old
+
+
+def build_parts(content: Any) -> List[Any]:
+    """Return a content as a list of parts, also where it is a string."""
+    if isinstance(content, (str, io.StringIO)):
+        content = build_plain(content)
+        content = content and [{"type": "text", "text": content}]
+    return content or []
+
+
+def find_label(held: _List, entry: Any, first: bool) -> Any:
+    """Return what an entry is known by: that of the one it goes on with.
+
+    Its ``index``; lacking that (Mistral) its ``id``; lacking both, that of
+    the last, if it is a call's next piece or text of the same type.
+    """
+    new, entry = (len(held),), _dict(entry)
+    label, name = entry.get("id"), _dict(entry.get("function")).get("name")
+    if isinstance(entry.get("index"), int):
+        index = find_index(entry, 0)
+        # Gemini counts every call as 0: a new id and name is a new call.
+        if label and name and held.get(index, {}).get("id", label) != label:
+            held[new] = held.pop(index)
+        return index
+    last = next(reversed(held), new)
+    kind = _dict(held.get(last)).get("type")
+    if first and not label and ("function" in entry and not name or kind in (
+            "text", "thinking") and kind == entry.get("type")):
+        return last
+    return str(label) if label else new
+
+
+def find_index(entry: JSONDict, default: int) -> int:
+    """Return the ``index`` of a choice, a call or an event, if it has one."""
+    index = entry.get("index")
+    require(not isinstance(index, int) or index >= 0, "a negative index")
+    return index if isinstance(index, int) else default
+
+
+def build_plain(held: Any) -> Any:
+    """Return a copy of what is held as plain JSON values."""
+    if isinstance(held, (str, io.StringIO)):
+        return clean_text(held if isinstance(held, str) else held.getvalue())
+    if isinstance(held, _List):
+        held = sorted(held.values(),
+                      key=lambda entry: find_index(_dict(entry), 0))
+    if isinstance(held, dict):
+        return {key: build_plain(value) for key, value in held.items()}
+    if isinstance(held, list):
+        return [build_plain(entry) for entry in held]
+    return held
+
+
+class _Answer:
+    """An answer put together from its events, in either format."""
+
+    def __init__(self, chat: bool) -> None:
+        self.chat, self.top = chat, _List()
+        self.done = False   # its last event was there
+        self.elapsed = 0.0  # seconds of the call, once it has ended
+
+    @property
+    def whole(self) -> bool:
+        """Whether what has arrived proves that nothing is missing."""
+        choices = self.top.get("choices", {}).values()
+        if self.chat and not self.done:
+            return bool(choices) and all(
+                choice.get("finish_reason") for choice in choices)
+        return bool(choices if self.chat
+                    else self.done or self.top.get("stop_reason"))
+
+    def add(self, event: JSONDict) -> str:
+        """Add an event; return what it adds to the (first choice's) text."""
+        return self._add_chunk(event) if self.chat else self._add_event(event)
+
+    def _add_chunk(self, chunk: JSONDict) -> str:
+        text, choices = "", []
+        for number, choice in enumerate(expect(chunk.get("choices"), list)):
+            delta = expect(choice, dict).get("delta")
+            if delta is None and not self.top.get("choices"):
+                delta = choice.get("message")  # a whole answer as one event
+            delta, index = expect(delta, dict), find_index(choice, number)
+            choices.append(dict(choice, message=delta, index=index))
+            choices[-1].pop("delta", None)
+            text += find_text(delta.get("content")) if index == 0 else ""
+        fields = {key: value for key, value in chunk.items()
+                  if value or key not in self.top}  # Azure: "" and 0, late
+        merge(self.top, dict(fields, choices=choices))
+        return text
+
+    def _add_event(self, event: JSONDict) -> str:
+        kind, fields = event.get("type"), {}
+        held = self.top.setdefault("content", _List())
+        if kind == "content_block_delta":
+            block = dict(expect(event.get("delta"), dict))
+            block["type"] = str(block.get("type")).replace("_delta", "")
+            block["index"] = find_index(event, next(reversed(held), 0))
+            if "citation" in block:
+                block["citations"] = [block.pop("citation")]
+            fields = {"content": [block]}
+        elif kind == "content_block_start":
+            block = expect(event.get("content_block"), dict)
+            index = find_index(event, len(held))
+            fields = {"content": [dict(block, index=index)]}
+        elif kind in ("message", "message_start", "message_delta"):
+            inner = event.get("message", event.get("delta"))
+            fields = dict(event, **expect(inner, dict))
+            fields["content"] = [
+                dict(expect(block, dict), index=index) for index, block
+                in enumerate(expect(fields.get("content"), list))]
+        self.done = self.done or kind == "message_stop"
+        merge(self.top, {key: value for key, value in fields.items()
+                         if key not in ("type", "message", "delta")})
+        return find_text(fields.get("content"))
+
+    def build(self, whole: bool) -> JSONDict:
+        """Return the answer as the call without streaming gives it.
+
+        Until it is ``whole`` a tool's input stays text, so that half an
+        input is never taken for one.
+        """
+        top: JSONDict = build_plain(dict(self.top))
+        for choice in top.setdefault("choices", []) if self.chat else ():
+            entry = dict({"content": None}, **choice["message"])
+            entry["role"] = entry.get("role") or "assistant"
+            choice.setdefault("finish_reason", None)
+            choice["message"] = entry
+            for call in _dicts(entry.get("tool_calls")):
+                call.pop("index", None)
+                call.setdefault("type", "function")
+        for block in () if self.chat else top.setdefault("content", []):
+            del block["index"]
+            text, given = block.pop("partial_json", ""), block.get("input")
+            if whole and text:
+                block["input"] = parse_kind(text, dict)
+            elif not whole and (text or "input" in block):
+                block["input"] = text or (json.dumps(given) if given else "")
+        if self.chat:
+            return dict(top, object="chat.completion")
+        return dict({"type": "message", "role": "assistant"}, **top)
+
+
+# ---------------------------------------------------------------------------
+# Network: the only I/O.  http.client speaks HTTP, over a socket on which
+# every wait ends with the call's deadline.  Whatever goes wrong comes out as
+# a ServError; a connection is kept only after an answer read to its end.
+# ---------------------------------------------------------------------------
+
+_idle: List[_Connection] = []  # oldest first
+_tls_contexts: Dict[Any, ssl.SSLContext] = {}  # by CA setting
+_lock = threading.Lock()  # of both
+
+
+class _Connection(io.RawIOBase):
+    """A connection that serves one call at a time, and then the next.
+
+    To http.client it is a socket and, through a buffer, its file.  That
+    closes both as soon as an answer has begun, which does nothing here.
+    """
+
+    def __init__(self, route: Any) -> None:
+        self.route, self.pid = route, os.getpid()
+        self.sock: Any = None
+        self.deadline = self.idle_since = 0.0
+
+    def open(self, deadline: float) -> http.client.HTTPConnection:
+        """Return the HTTP side of it, for a call that ends at deadline.
+
+        What nobody asked for (a 408, say) is no answer to the next request:
+        with that, or the end, waiting on a kept connection, it is made anew.
+        """
+        self.deadline, self.received = deadline, 0  # bytes of this answer
+        self.early, self.ended = b"", False  # see has_answer(), readinto()
+        tls, host, port, proxy, login, *authorities = self.route
+        self.kept = self.sock is not None and not self.has_answer()
+        if self.kept:
+            return self.http
+        self.discard()
+        self.http = http.client.HTTPConnection(*(proxy or (host, port)))
+        self.sock = dial(*(proxy or (host, port)), deadline)
+        self.http.sock, self.early = self, b""
+        if proxy and tls:
+            self.http.set_tunnel(host, port, login)
+            self.http._tunnel()  # type: ignore[attr-defined]
+        if tls:
+            self.http.default_port = 443  # which the Host header omits
+            self.sock = get_tls_context(*authorities).wrap_socket(
+                self.ready(), server_hostname=host)
+        return self.http
+
+    def discard(self) -> None:
+        """Close for good."""
+        if self.sock is not None:
+            self.http.close()
+            self.sock.close()
+            self.sock = None
+
+    def close(self) -> None:
+        pass
+
+    def readable(self) -> bool:
+        return True
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self, READ_SIZE)
+
+    def ready(self, at_most: float = 86400.0) -> Any:
+        """Return the real socket, its timeout set to what is left."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        if self.pid != os.getpid():  # both would read parts of one answer
+            raise OSError("the connection belongs to another process")
+        self.sock.settimeout(min(left, at_most))
+        return self.sock
+
+    def readinto(self, buffer: Any) -> int:
+        if self.early:
+            size = min(len(buffer), len(self.early))
+            buffer[:size], self.early = self.early[:size], self.early[size:]
+        else:
+            size = self.ready().recv_into(buffer)
+        self.received += size
+        self.ended = not size
+        return size
+
+    def sendall(self, data: bytes) -> None:
+        """Send all, or stop where the answer (413, say) comes first."""
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self.ready(STALL_SECONDS).send(view):]
+            except socket.timeout:
+                pass  # a stalled upload; it is ready() that ends it
+            if view and self.has_answer():
+                raise BrokenPipeError("answered before the request was sent")
+
+    def has_answer(self) -> bool:
+        """Whether bytes, the end or a fault are here; does not wait."""
+        try:
+            self.sock.settimeout(0)
+            self.early += self.sock.recv(READ_SIZE)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return False
+        except OSError:
+            pass  # and so will be the next read
+        return True
+
+    def give_back(self, response: Response) -> None:
+        """Keep the connection for the next call if it is in order."""
+        self.idle_since = time.monotonic()
+        self.deadline = min(self.deadline, self.idle_since + DRAIN_SECONDS)
+        try:
+            more = response.chunked and response.read1(READ_SIZE)
+        except (OSError, http.client.HTTPException):
+            more = b"?"  # the last bytes did not come in time
+        response.close()
+        with _lock:
+            keep = not (more or response.will_close or len(_idle) >= MAX_IDLE)
+            _idle.extend([self] if keep else ())
+        if not keep:
+            self.discard()
+
+
+def dial(host: str, port: int, deadline: float) -> socket.socket:
+    """Connect to the first address of a host that answers.
+
+    No address may take more than CONNECT_TIMEOUT, nor more than its share
+    of what is left, so that a dead one leaves time for the next.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for to_come, (*_, address) in zip(range(len(found), 0, -1), found):
+        share = (deadline - time.monotonic()) / to_come
+        seconds = max(0.001, min(CONNECT_TIMEOUT, share))
+        try:
+            sock = socket.create_connection(address[:2], seconds)
+            break
+        except OSError:
+            if to_come == 1:
+                raise
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):
+        if hasattr(socket, name):  # not on every system
+            option = getattr(socket, name)
+            sock.setsockopt(socket.IPPROTO_TCP, option, KEEPALIVE)
+    return sock
+
+
+def get_tls_context(*authorities: Optional[str]) -> ssl.SSLContext:
+    """Return the context for a CA setting, made once for each."""
+    with _lock:
+        if authorities not in _tls_contexts:
+            _tls_contexts[authorities] = ssl.create_default_context()
+        return _tls_contexts[authorities]
+
+
+def find_route(url: str) -> Any:
+    """Return what connections to a URL have in common, as it is now:
+    TLS or not, host, port, the proxy and its login header, the CA setting.
+    """
+    parts = urllib.parse.urlsplit(url)
+    tls = parts.scheme == "https"
+    return (tls, parts.hostname, parts.port or (443 if tls else 80),
+            *find_proxy(parts.scheme, parts.netloc),
+            os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+
+
+def find_proxy(scheme: str, netloc: str) -> Tuple[Any, Any]:
+    """Return the proxy's (host, port), or None, and its login header."""
+    if not any(name[-6:].lower() == "_proxy" for name in os.environ):
+        return None, ()  # spares most programs the import
+    from urllib.request import getproxies_environment, proxy_bypass_environment
+    url = getproxies_environment().get(scheme)
+    if not url or proxy_bypass_environment(netloc):
+        return None, ()
+    parts = split_url(scheme + "_proxy", url if "://" in url
+                      else "http://" + url)
+    require(parts.scheme == "http", scheme + "_proxy: only http:// is known")
+    login = urllib.parse.unquote("%s:%s" % (parts.username,
+                                            parts.password or ""))
+    basic = "Basic " + base64.b64encode(login.encode()).decode()
+    return (parts.hostname, parts.port or 80), (
+        (("Proxy-Authorization", basic),) if parts.username else ())
+
+
+def take_connection(route: Any) -> _Connection:
+    """Return a connection, a kept one if there is; drop the old ones."""
+    with _lock:
+        while _idle and time.monotonic() - _idle[0].idle_since > IDLE_SECONDS:
+            _idle.pop(0).discard()
+        found = [kept for kept in _idle if kept.route == route][-1:]
+        for connection in found:
+            _idle.remove(connection)
+    return found[0] if found else _Connection(route)
+
+
+def close_idle() -> None:
+    """Close what is kept: at exit, and in a child, whose parent keeps it."""
+    global _lock
+    _lock = threading.Lock()  # another thread may have held it at the fork
+    while _idle:
+        _idle.pop().discard()
+
+
+atexit.register(close_idle)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=close_idle)
+
+
+class _Call(collections.namedtuple(
+        "Request", "chat url headers body secret timeout max_retries")):
+    """One call: its request, its deadline, its tries, its errors."""
+
+    connection: _Connection  # of this try
+    response: Optional[Response] = None  # once it has begun
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the call began."""
+        return time.monotonic() - self.started
+
+    def is_over(self) -> bool:
+        """Whether the budget has run out."""
+        return self.elapsed >= self.timeout
+
+    def run(self, read: Callable[[_Call], T]) -> T:
+        """Return what ``read`` makes of the answer, after some tries."""
+        self.started, count = time.monotonic(), 0
+        while True:
+            try:
+                return self.attempt(read)
+            except ServError as error:
+                wait, count = retry_wait(error, count), count + 1
+                if (wait is None or count > self.max_retries
+                        or self.elapsed + wait >= self.timeout):
+                    raise self.complete(error)
+            time.sleep(wait)
+
+    def attempt(self, read: Callable[[_Call], T]) -> T:
+        """Send the request and return what ``read`` makes of its answer."""
+        connection = self.connection = take_connection(find_route(self.url))
+        while True:
+            try:
+                self.response = None
+                self.send(connection)
+                return read(self)
+            except BaseException as exc:
+                connection.discard()
+                if not isinstance(exc, (OSError, UnicodeError,
+                                        http.client.HTTPException)):
+                    raise
+                # Closed while it was idle: that is no failed try.
+                if (not connection.kept or connection.received
+                        or self.is_over()):
+                    raise self.error(APIConnectionError, "connection failed",
+                                     exc)
+
+    def send(self, connection: _Connection) -> None:
+        """Send the request; read the head of the answer."""
+        tls, _, _, proxy, login, *_ = connection.route
+        url, headers = self.url, self.headers
+        client = connection.open(self.started + self.timeout)
+        if proxy and not tls:  # a tunnel had the login before
+            headers = dict(headers, **dict(login))
+        else:
+            url = "/" + url.split("/", 3)[3]
+        sent = False
+        try:
+            client.request("POST", url, self.body, headers)
+            sent = True
+        except OSError:
+            # The server may have answered (413) and closed before the end
+            # of the upload; that answer tells more than the broken pipe.
+            if self.is_over():
+                raise
+        response = client.getresponse()
+        response.will_close = response.will_close or not sent
+        if connection.ended:  # which http.client takes for the blank line
+            raise ConnectionError("closed inside the header")
+        self.response = response
+
+    def reply(self) -> Reply:
+        """Return the whole answer."""
+        answer = self.read_answer()
+        self.connection.give_back(self.response)
+        return Reply(answer, self.response.headers, self.elapsed)
+
+    def stream(self) -> Stream:
+        """Return the answer as a stream."""
+        answer, pairs = _Answer(self.chat), iter_events(
+            self.iter_body(MAX_STREAM))
+        if (self.response.headers.get_content_type() != "text/event-stream"
+                or self.response.status != 200):
+            pairs = iter([("message", json.dumps(self.read_answer()))])
+            answer.done = True
+        source = self.iter_stream(answer, pairs)
+        next(source)  # from here on its end is the connection's
+        return Stream(self, answer, source)
+
+    def iter_stream(self, answer: _Answer, pairs: Iterator[Tuple[str, str]]
+                    ) -> Iterator[Tuple[JSONDict, str]]:
+        """Yield events and what each adds to the text, up to a proven end."""
+        try:
+            yield {}, ""
+            for name, data in pairs:
+                if self.is_over():
+                    raise self.error(APIConnectionError)
+                event = parse_event(name, data)
+                if event is DONE:
+                    answer.done = answer.done or answer.chat
+                elif event is not None:
+                    text = answer.add(event)
+                    if find_error(name, event):
+                        raise self.refused(200, event)
+                    yield event, text
+                if answer.done or event is DONE:
+                    break
+            if not answer.whole:
+                raise self.error(APIConnectionError, "the stream ended "
+                                 "before its answer did")
+            self.connection.give_back(self.response)
+        except BaseException as exc:
+            self.connection.discard()
+            if isinstance(exc, ValueError):
+                raise self.error(APIResponseError, "a broken event", exc)
+            # What proves an answer whole proves it also before a reset.
+            if type(exc) is not APIConnectionError or not answer.whole:
+                raise
+        finally:
+            answer.elapsed = self.elapsed
+
+    def read_answer(self) -> JSONDict:
+        """Read a whole JSON answer; raise the error that it is, if it is."""
+        status, data = self.response.status, bytearray()
+        good = 200 <= status < 300
+        try:
+            for chunk in self.iter_body(MAX_BODY if good else MAX_ERROR):
+                data += chunk
+        except ServError:
+            if good:  # else the status is the news, even without its body
+                raise
+        text = data.decode("utf-8", "replace").lstrip("\ufeff")
+        answer = parse_kind(text)
+        if not good or find_error("", _dict(answer)):
+            raise self.refused(status, answer)
+        proof = "choices" if self.chat else "content"
+        if not isinstance(_dict(answer).get(proof), list) or answer[proof] == (
+                [] if self.chat else None):
+            raise self.error(APIResponseError, "expected a JSON answer; got "
+                             + (text or "nothing"))
+        return _dict(answer)
+
+    def iter_body(self, limit: int) -> Iterator[bytes]:
+        """Yield the bytes of a body as they come, up to its proven end."""
+        response, total = self.response, 0
+        headers, left = response.headers, response.length
+        encoding = str(headers.get("content-encoding") or not response.chunked
+                       and headers.get("transfer-encoding") or "identity")
+        if encoding.lower() != "identity":
+            raise self.error(APIResponseError, "the answer is encoded, though "
+                             "not asked to be: " + encoding)
+        try:
+            while left != 0:
+                data = response.read1(min(left or READ_SIZE, READ_SIZE))
+                if not data:
+                    break
+                total += len(data)
+                if total > limit:
+                    raise self.error(APIResponseError, "an answer of more "
+                                     "than %d bytes" % limit)
+                left = left and left - len(data)
+                yield data
+            if left:
+                raise http.client.IncompleteRead(b"", left)
+        except (OSError, http.client.HTTPException) as exc:
+            raise self.error(APIConnectionError, "the answer was cut after %d "
+                             "bytes" % total, exc)
+
+    def refused(self, status: int, body: Any) -> ServError:
+        """Return the error for a status, or for an error object in a 200."""
+        fields, headers = parse_error(body), self.response.headers
+        kind, code = fields["type"], str(fields["code"])
+        if status < 300:
+            status = STATUS_OF_TYPE.get(kind) or int(
+                code if re.fullmatch("[45][0-9][0-9]", code) else 500)
+        what = "%d %s: %s%s" % (
+            status, kind or http.client.responses.get(status, ""),
+            fields["message"] or "no message", ADVICE.get(status, ""))
+        if 300 <= status < 400:
+            what = "%d: redirects are not followed; set base_url to %s" % (
+                status, headers.get("location"))
+        return self.error(
+            STATUS_ERRORS.get(status, InternalServerError if status >= 500
+                              else APIStatusError), what, None, body=body,
+            status=status, headers=headers,
+            retry_after=parse_retry_after(headers, time.time()), **fields)
+
+    def error(self, kind: Type[ServError], what: str = "",
+              cause: Optional[BaseException] = None,
+              **attributes: Any) -> ServError:
+        """Return an error of a kind; a lost connection may be a timeout."""
+        if kind is APIConnectionError and self.is_over():
+            kind = APITimeoutError
+            what = "no whole answer within %g s" % self.timeout
+        elif cause is not None:
+            what += ": %s" % (str(cause) or type(cause).__name__)
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            what += "; for a CA of your own, set SSL_CERT_FILE to its PEM file"
+        request_id = self.response and find_request_id(self.response.headers)
+        error = kind(what, request_id=request_id, **attributes)
+        error.__cause__ = cause
+        return error
+
+    def complete(self, error: ServError) -> ServError:
+        """Return an error without the key, its message one whole line.
+
+        The key is cut out of all that the error is chained to as well, and
+        before the message is cut short, which would leave half a key.
+        """
+        secret = re.escape(self.secret) or "(?!)"
+        if len(self.secret) < 8:  # "x" or "local" is also a word
+            secret = r"(?<!\w)%s(?!\w)" % secret
+        chain: List[Any] = [error]
+        for link in chain:  # which grows
+            link.args, link.__dict__ = redact((link.args, vars(link)),
+                                              re.compile(secret))
+            chain += [other for other in (link.__cause__, link.__context__)
+                      if other is not None and other not in chain]
+        request_id = error.request_id and ", request id " + error.request_id
+        error.args = "%s (POST %s%s)" % (
+            shown(error.args[0]), self.url, shown(request_id or "")),
+        return error
+
+
+# ---------------------------------------------------------------------------
+# Command line.  The answer goes to standard output, all else to standard
+# error; no option takes the key.
+# ---------------------------------------------------------------------------
+
+EXAMPLES = """\
+examples:
+  serv "Why is the sky blue?"
+  git diff | serv -m claude-haiku-4.5 -e messages "Review this change."
+  serv -o temperature=0 -n 200 --json "Three names for a cat." | jq .usage
+
+exit status: 0 a whole answer, 1 the call failed, 2 wrong usage, 3 blocked or
+cut off by the token limit, 130 interrupted.
+The key is read from SERV_API_KEY; SERV_BASE_URL, SERV_MODEL and SERV_TIMEOUT
+(seconds) are read too.
+"""
+
+
+def parse_args(argv: Optional[Sequence[str]]) -> Any:
+    """Return the options of the command line; SystemExit where it is wrong."""
+    import argparse
+    parser = argparse.ArgumentParser(
+        "serv", argparse.SUPPRESS, "usage: serv [options] [PROMPT ...]\n\n"
+        "Ask a model; standard input, if piped, follows the prompt.", EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("prompt", nargs="*", metavar="PROMPT", help="words of the prompt; - "
+        "asks for standard input")
+    add("-m", "--model", help="default: SERV_MODEL, else an example's")
+    add("-s", "--system", default="You are a helpful assistant.",
+        help="the system prompt (%(default)s)")
+    add("-e", "--endpoint", choices=list(PATHS), default="chat",
+        help="the format to speak (%(default)s)")
+    add("-n", "--max-tokens", type=int, metavar="N",
+        help="the longest answer (messages: 4096)")
+    add("-o", "--option", action="append", default=[], metavar="NAME=VALUE",
+        help="any parameter of the request; the value is JSON, else text")
+    add("-H", "--header", action="append", default=[],
+        metavar="'NAME: VALUE'", help="a header of the request")
+    add("--no-stream", action="store_true", help="wait for the whole answer")
+    add("--json", action="store_true", help="print the whole answer as JSON")
+    add("--dry-run", action="store_true", help="print the request as a curl "
+        "command; needs no key")
+    add("-v", "--verbose", action="store_true",
+        help="tell the request id, the time and the tokens")
+    add("--version", action="version", version="serv " + __version__)
+    return parser.parse_intermixed_args(argv)
+
+
+def build_options(args: Any) -> JSONDict:
+    """Return what the command line asks for as arguments of a call."""
+    headers = dict(header.partition(":")[::2] for header in args.header)
+    params = {}
+    for option in args.option:
+        name, equals, value = option.partition("=")
+        require(equals and name != "messages"
+                and name not in stream.__kwdefaults__,  # type: ignore
+                "-o: expected NAME=VALUE, of a parameter; got " + option)
+        params[name] = parse_kind(value)
+    limit = "max_completion_tokens" if args.endpoint == "chat" else "max_tokens"
+    if args.max_tokens or args.endpoint != "chat":
+        params.setdefault(limit, args.max_tokens or 4096)
+    return dict(
+        params, system=args.system, model=find_setting(
+            "MODEL", args.model) or EXAMPLE_MODELS[args.endpoint],
+        headers={name: text.strip() for name, text in headers.items()})
+
+
+def read_prompt(words: List[str]) -> str:
+    """Return the prompt: the words, and what standard input holds."""
+    texts = [" ".join(word for word in words if word != "-")]
+    if sys.stdin and ("-" in words or not sys.stdin.isatty()):
+        texts.append(sys.stdin.read().strip())
+    prompt = "\n\n".join(filter(None, texts))
+    require(prompt, "no prompt; see serv --help")
+    return clean_text(prompt)
+
+
+def build_curl(request: _Call) -> str:
+    """Return the curl command that sends a request; the shell has the key."""
+    from shlex import quote
+    headers = [quote("%s: %s" % header) for header in request.headers.items()]
+    parts = ["curl -sSN " + quote(request.url), *headers]
+    command = " \\\n  -H ".join(parts).replace(
+        "'Authorization: Bearer $SERV_API_KEY'",
+        '"Authorization: Bearer $SERV_API_KEY"')
+    return command + " \\\n  --data-raw " + quote(request.body.decode())
+
+
+def answer(args: Any, prompt: str, options: JSONDict) -> int:
+    """Print the answer to a prompt; return the exit status."""
+    note = "serv: waiting for " + options["model"]
+    if not sys.stderr.isatty():
+        note = ""
+
+    def write(text: str) -> str:
+        nonlocal note
+        if note:
+            sys.stderr.write("\r%s\r" % (" " * len(note)))
+            sys.stderr.flush()
+            note = ""
+        if text:
+            print(text, end="", flush=True)
+        return text
+
+    last = "\n"
+    sys.stderr.write(note)
+    sys.stderr.flush()
+    try:
+        if args.json or args.no_stream:
+            call = chat if args.endpoint == "chat" else message
+            reply = call(prompt, **options)
+            last = write(json.dumps(reply, indent=2, ensure_ascii=False)
+                         if args.json else reply.text) or last
+        else:
+            with stream(prompt, endpoint=args.endpoint, **options) as pieces:
+                for piece in pieces:
+                    last = write(piece)
+                reply = pieces.reply
+    finally:
+        write("" if last.endswith("\n") else "\n")
+    if args.verbose:
+        say("request id %s, %.1f s, %s" % (
+            reply.request_id, reply.elapsed, json.dumps(reply.usage)))
+    if reply.tool_calls and not args.json:
+        say("the answer calls tools; --json shows them")
+    if reply.refusal is not None:
+        say("blocked: " + shown(reply.refusal))
+    elif reply.truncated:
+        say("cut off by the token limit")
+    return 3 if reply.refusal is not None or reply.truncated else 0
+
+
+def say(text: object) -> None:
+    """Print one line to standard error."""
+    print("serv: %s" % text, file=sys.stderr)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line and return its exit status."""
+    for file in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(file, "reconfigure"):
+            file.reconfigure(errors="replace")
+    try:
+        args = parse_args(argv)
+        options, prompt = build_options(args), read_prompt(args.prompt)
+        if not args.dry_run:
+            return answer(args, prompt, options)
+        options.update(api_key="$SERV_API_KEY", base_url=None, timeout=None)
+        print(build_curl(build_request(
+            args.endpoint, not (args.no_stream or args.json), prompt,
+            max_retries=0, params={}, **options)))
+        return 0
+    except SystemExit as exc:
+        return int(exc.code or 0)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ServError, OSError) as exc:
+        say(exc)
+        return 1
+    except (ValueError, TypeError) as exc:
+        say(exc)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
