@@ -44,6 +44,7 @@ import collections
 import copy
 import http.client
 import io
+import itertools
 import json
 import os
 import random
@@ -58,15 +59,13 @@ from email.utils import parsedate_to_datetime
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing costs more than importing this file
-    from typing import (Any, Callable, Dict, Generator, Iterable, Iterator,
-                        List, Mapping, Optional, Pattern, Sequence, Tuple,
-                        Type, TypeVar, Union)
-    JSONDict = Dict[str, Any]
+    from typing import (Any, Callable, Iterable, Iterator, Mapping, Pattern,
+                        Sequence, TypeVar, Union)
+    JSONDict = dict[str, Any]
     Content = Union[str, Sequence[Mapping[str, Any]]]
     Headers = http.client.HTTPMessage
     Response = http.client.HTTPResponse
     T = TypeVar("T")
-    E = TypeVar("E", bound="ServError")
 else:
     JSONDict = dict
 
@@ -81,7 +80,7 @@ __all__ = [
 BASE_URL = "https://inference-api.openserv.ai"
 PATHS = {"chat": "/v1/chat/completions", "messages": "/v1/messages"}
 EXAMPLE_MODELS = {"chat": "gpt-5.4-mini", "messages": "claude-haiku-4.5"}
-USER_AGENT = "serv.py/%s Python/%d.%d" % (__version__, *sys.version_info[:2])
+USER_AGENT = f"serv.py/{__version__} Python/{sys.version.split()[0]}"
 
 TIMEOUT = 600.0         # seconds for a whole call; answers of 298 s were seen
 CONNECT_TIMEOUT = 10.0  # seconds for one address of a host
@@ -112,8 +111,8 @@ class ServError(Exception):
     is a ``Reply`` of what had arrived if a stream had begun, else ``None``.
     """
 
-    reply: Optional[Reply] = None
-    request_id: Optional[str] = None
+    reply: Reply | None = None
+    request_id: str | None = None
 
     def __init__(self, *args: Any, **attributes: Any) -> None:
         super().__init__(*args)
@@ -146,13 +145,13 @@ class APIStatusError(ServError):
     """
 
     status: int = 0
-    type: Optional[str] = None
-    code: Union[str, int, None] = None
-    param: Optional[str] = None
+    type: str | None = None
+    code: str | int | None = None
+    param: str | None = None
     message: str = ""
     body: Any = None
     headers: Headers = http.client.HTTPMessage()
-    retry_after: Optional[float] = None
+    retry_after: float | None = None
 
 
 class BadRequestError(APIStatusError):
@@ -183,7 +182,7 @@ class InternalServerError(APIStatusError):
     """5xx: the service or the model behind it failed."""
 
 
-STATUS_ERRORS: Dict[int, Type[APIStatusError]] = {
+STATUS_ERRORS: dict[int, type[APIStatusError]] = {
     400: BadRequestError, 401: AuthenticationError, 402: BillingError,
     403: PermissionDeniedError, 404: NotFoundError, 429: RateLimitError}
 # https://docs.anthropic.com/en/api/errors, and what OpenAI's servers send
@@ -201,10 +200,10 @@ ADVICE = {401: "; check SERV_API_KEY", 402: "; add credits to the account",
 # The calls.
 # ---------------------------------------------------------------------------
 
-def chat(messages: Content, *, model: Optional[str] = None,
-         system: Optional[Content] = None, api_key: Optional[str] = None,
-         base_url: Optional[str] = None, timeout: Optional[float] = None,
-         max_retries: int = 2, headers: Optional[Mapping[str, str]] = None,
+def chat(messages: Content, *, model: str | None = None,
+         system: Content | None = None, api_key: str | None = None,
+         base_url: str | None = None, timeout: float | None = None,
+         max_retries: int = 2, headers: Mapping[str, str] | None = None,
          **params: Any) -> Reply:
     """Ask once in the OpenAI format and return the whole answer.
 
@@ -239,10 +238,10 @@ def chat(messages: Content, *, model: Optional[str] = None,
 
 
 def message(messages: Content, *, max_tokens: int,
-            model: Optional[str] = None, system: Optional[Content] = None,
-            api_key: Optional[str] = None, base_url: Optional[str] = None,
-            timeout: Optional[float] = None, max_retries: int = 2,
-            headers: Optional[Mapping[str, str]] = None,
+            model: str | None = None, system: Content | None = None,
+            api_key: str | None = None, base_url: str | None = None,
+            timeout: float | None = None, max_retries: int = 2,
+            headers: Mapping[str, str] | None = None,
             **params: Any) -> Reply:
     """Ask once in the Anthropic format and return the whole answer.
 
@@ -257,10 +256,10 @@ def message(messages: Content, *, max_tokens: int,
 
 
 def stream(messages: Content, *, endpoint: str = "chat",
-           model: Optional[str] = None, system: Optional[Content] = None,
-           api_key: Optional[str] = None, base_url: Optional[str] = None,
-           timeout: Optional[float] = None, max_retries: int = 2,
-           headers: Optional[Mapping[str, str]] = None,
+           model: str | None = None, system: Content | None = None,
+           api_key: str | None = None, base_url: str | None = None,
+           timeout: float | None = None, max_retries: int = 2,
+           headers: Mapping[str, str] | None = None,
            **params: Any) -> Stream:
     """Ask once and return the answer as a ``Stream`` of text pieces.
 
@@ -299,7 +298,7 @@ class Reply(JSONDict):
     ``partial`` marks what has come of a stream that has not ended well.
     """
 
-    def __init__(self, data: Any = (), headers: Optional[Headers] = None,
+    def __init__(self, data: Any = (), headers: Headers | None = None,
                  elapsed: float = 0.0, partial: bool = False) -> None:
         super().__init__(data)
         self.headers: Headers = headers or http.client.HTTPMessage()
@@ -337,7 +336,7 @@ class Reply(JSONDict):
         return self._said("thinking", "reasoning_content", "reasoning")
 
     @property
-    def tool_calls(self) -> List[ToolCall]:
+    def tool_calls(self) -> list[ToolCall]:
         """The calls that the caller is to run."""
         entry, found = self.message, []
         blocks = [block for block in _dicts(entry.get("content"))
@@ -353,12 +352,12 @@ class Reply(JSONDict):
         return found
 
     @property
-    def stop_reason(self) -> Optional[str]:
+    def stop_reason(self) -> str | None:
         """``finish_reason`` or ``stop_reason``, as sent."""
         return self._choice().get("finish_reason") or None
 
     @property
-    def refusal(self) -> Optional[str]:
+    def refusal(self) -> str | None:
         """Why there is no real answer; ``None`` for an answer.
 
         The refusal's text, else ``"content_filter"`` or ``"refusal"``.
@@ -379,7 +378,7 @@ class Reply(JSONDict):
         return _dict(self.get("usage"))
 
     @property
-    def request_id(self) -> Optional[str]:
+    def request_id(self) -> str | None:
         """The id that the service's staff ask for."""
         return find_request_id(self.headers)
 
@@ -394,7 +393,7 @@ class Stream:
     def __init__(self, call: _Call, answer: _Answer, source: Any) -> None:
         self._call, self._answer, self._source = call, answer, source
         self._half = ""  # a surrogate that waits for its other half
-        self._error: Optional[ServError] = None
+        self._error: ServError | None = None
 
     def __enter__(self) -> Stream:
         return self
@@ -464,36 +463,34 @@ def build_request(endpoint: str, streaming: bool, messages: Any, model: Any,
     require(endpoint in PATHS, 'endpoint: expected "chat" or "messages"')
     require(type(max_retries) is int and max_retries >= 0,
             "max_retries: expected a whole number from 0 up")
-    chat = endpoint == "chat"
-    body = build_body(chat, streaming, messages, find_setting("MODEL", model),
-                      system, dict(params, **more))
+    body = build_body(endpoint == "chat", streaming, messages, find_setting(
+        "MODEL", model), system, {**params, **more})
     url = build_url(find_setting("BASE_URL", base_url) or BASE_URL)
     given = build_headers(headers)
-    own = [given[name] for name in given if name.lower() == "authorization"]
-    secret = (own[0].split(" ")[-1] if own
+    names = {name.lower(): name for name in given}
+    secret = (given[names["authorization"]].split(" ")[-1]
+              if "authorization" in names
               else build_key(find_setting("API_KEY", api_key)))
     accept = "text/event-stream" if streaming else "application/json"
     ours = {"Authorization": "Bearer " + secret, "Accept": accept,
             "Content-Type": "application/json", "User-Agent": USER_AGENT,
             "Accept-Encoding": "identity"}
-    names = [name.lower() for name in given]
-    given.update({name: text for name, text in ours.items()
-                  if name.lower() not in names})
-    return _Call(chat, url + PATHS[endpoint], given, body, secret,
-                 build_timeout(find_setting("TIMEOUT", timeout)), max_retries)
+    ours = {name: ours[name] for name in ours if name.lower() not in names}
+    seconds = build_timeout(find_setting("TIMEOUT", timeout))
+    return _Call(endpoint == "chat", url + PATHS[endpoint], {**ours, **given},
+                 body, secret, seconds, max_retries)
 
 
-def require(good: Any, wrong: str, kind: Type[Exception] = ValueError) -> None:
-    """Raise an error about the caller's input unless it is good."""
+def require(good: Any, wrong: str, kind: type[Exception] = ValueError) -> None:
+    """Raise an error unless all is good."""
     if not good:
         raise kind(wrong)
 
 
 def find_setting(name: str, value: Any) -> Any:
     """Return the argument, else its environment variable; empty is unset."""
-    if value is None or value == "":
-        value = os.environ.get("SERV_" + name) or None
-    return value
+    unset = value is None or value == ""
+    return os.environ.get("SERV_" + name) or None if unset else value
 
 
 def build_body(chat: bool, streaming: bool, messages: Any, model: Any,
@@ -506,26 +503,22 @@ def build_body(chat: bool, streaming: bool, messages: Any, model: Any,
             "stream: call stream() for a stream, and only for a stream")
     require(isinstance(system, (str, list, tuple, type(None))),
             "system: expected a str or a list of text blocks", TypeError)
-    entries = ([{"role": "user", "content": messages}]
-               if isinstance(messages, str) else messages)
-    require(isinstance(entries, (list, tuple)) and all(
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    require(isinstance(messages, (list, tuple)) and all(
         isinstance(entry, dict) and not isinstance(entry, Reply)
-        for entry in entries), "messages: expected a str or a list of dicts "
+        for entry in messages), "messages: expected a str or a list of dicts "
         "(append reply.message, not the reply)", TypeError)
-    prompts, body = [system], {"model": model, "messages": entries}
-    if chat:
-        first = [{"role": "system", "content": system}] if system else []
-        body["messages"] = first + list(entries)
-        prompts = [entry.get("content") for entry in body["messages"]
-                   if entry.get("role") in ("system", "developer")]
-    elif system:
-        body["system"] = system
+    first = [{"role": "system", "content": system}] if system else []
+    body = {"model": model, "messages": first * chat + list(messages),
+            **({} if chat or not system else {"system": system}), **params,
+            **({"stream": True} if streaming else {})}
+    prompts = [entry.get("content") for entry in first + body["messages"] * chat
+               if entry.get("role") in ("system", "developer")]
     require(any(text.strip() if isinstance(text, str) else text
                 for text in prompts),
             "no system prompt, and SERV requires one: pass system=...")
-    if streaming:
-        params = dict(params, stream=True)
-    return build_json(dict(body, **params))
+    return build_json(body)
 
 
 def build_json(body: JSONDict) -> bytes:
@@ -536,7 +529,7 @@ def build_json(body: JSONDict) -> bytes:
         for name in body if len(body) > 1 else ():
             build_json({name: body[name]})
         kind = TypeError if isinstance(exc, TypeError) else ValueError
-        raise kind("%s: JSON cannot say it: %s" % (*body, exc)) from None
+        raise kind(f"{[*body][0]}: JSON cannot say it: {exc}") from None
 
 
 def build_url(base_url: Any) -> str:
@@ -547,9 +540,8 @@ def build_url(base_url: Any) -> str:
             and base_url.isprintable() and not set(base_url) & set("?#"),
             "base_url: expected http[s]://host[:port][/path] without white "
             "space, user, password, query or fragment")
-    path = parts.path.rstrip("/")
-    return "%s://%s%s" % (parts.scheme, parts.netloc,
-                          path[:-3] if path.endswith("/v1") else path)
+    path = re.sub(r"(/v1)?/*$", "", parts.path.rstrip("/"))
+    return f"{parts.scheme}://{parts.netloc}{path}"
 
 
 def split_url(name: str, url: str) -> Any:
@@ -568,7 +560,7 @@ def build_timeout(value: Any) -> float:
     text = str(TIMEOUT if value is None else value)
     good = re.fullmatch(r"[0-9]*\.?[0-9]+(e[+-]?[0-9]+)?", text)
     require(good and float(text) > 0, "timeout (or SERV_TIMEOUT): expected "
-            "seconds above 0; got " + text)
+            f"seconds above 0; got {text}")
     return float(text)
 
 
@@ -576,14 +568,14 @@ def build_key(key: Any) -> str:
     """Return the key without white space around it; never show it."""
     require(isinstance(key, (str, type(None))), "api_key: expected a str",
             TypeError)
-    key = str(key or "").strip()
+    key = (key or "").strip()
     require(key, "no API key: pass api_key=... or set SERV_API_KEY", ServError)
     require(key.isascii() and key.isprintable(), "the API key has a character "
             "that no header can carry; is it a placeholder still?", ServError)
-    return key
+    return str(key)
 
 
-def build_headers(headers: Optional[Mapping[str, str]]) -> Dict[str, str]:
+def build_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
     """Return a copy of the caller's headers; values may be keys, not shown.
 
     Names are tokens and values hold no control characters:
@@ -593,12 +585,11 @@ def build_headers(headers: Optional[Mapping[str, str]]) -> Dict[str, str]:
     for name, value in given.items():
         require(isinstance(name, str) and isinstance(value, str),
                 "headers: expected str names and values", TypeError)
-        require(re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name),
-                "headers: %r is no header name" % name)
-        require(name.lower() not in NOT_YOURS,
-                "headers: %s follows from the request" % name)
-        require(re.fullmatch(r"[\t\x20-\x7e\xa0-\xff]*", value), "headers: no "
-                "header can carry a character in the value of %s" % name)
+        require(re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name)
+                and name.lower() not in NOT_YOURS,
+                f"headers: {name!r} is no header's name, or not yours to set")
+        require(re.fullmatch(r"[\t\x20-\x7e\xa0-\xff]*", value),
+                f"headers: no header can carry the value of {name}")
     return given
 
 
@@ -639,13 +630,14 @@ def parse_kind(text: str, kind: Any = object) -> Any:
     return value if isinstance(value, kind) else text
 
 
-def expect(value: Any, kind: Type[T]) -> T:
+def expect(value: Any, kind: type[T]) -> T:
     """Return a value that is of a kind, or an empty one for nothing."""
     if value is None:
         return kind()
-    require(isinstance(value, kind), "expected a %s; got a %s" % (
-        kind.__name__, type(value).__name__))
-    return value  # type: ignore[no-any-return]
+    require(isinstance(value, kind),
+            f"expected a {kind.__name__}; got a {type(value).__name__}")
+    found: T = value
+    return found
 
 
 def _dict(value: Any) -> JSONDict:
@@ -653,7 +645,7 @@ def _dict(value: Any) -> JSONDict:
     return value if isinstance(value, dict) else {}
 
 
-def _dicts(value: Any) -> List[JSONDict]:
+def _dicts(value: Any) -> list[JSONDict]:
     """Return the dicts of a list; none of anything else."""
     entries = value if isinstance(value, list) else ()
     return [entry for entry in entries if isinstance(entry, dict)]
@@ -676,7 +668,7 @@ def clean_text(text: str) -> str:
     return data.decode("utf-16-le", "replace")
 
 
-def find_request_id(headers: Headers) -> Optional[str]:
+def find_request_id(headers: Headers) -> str | None:
     """Return the request id of an answer, as SERV or its kin name it."""
     names = ("x-openserv-request-id", "x-request-id", "request-id")
     return next((str(headers[name]) for name in names if headers.get(name)),
@@ -691,14 +683,13 @@ def find_error(name: str, event: JSONDict) -> bool:
     message where choices should be (FastAPI).
     """
     kind = event.get("type")
-    if event.get("error") or "error" in (name, kind, event.get("object")):
-        return True
-    if "choices" in event:
-        return any(choice.get("finish_reason") == "error"
-                   or choice.get("error")
-                   for choice in _dicts(event["choices"]))
-    return (isinstance(event.get("message", event.get("detail")), str)
-            and str(kind or "error").lower().endswith("error"))
+    choices, told = event.get("choices"), event.get("message")
+    return bool(
+        event.get("error") or "error" in (name, kind, event.get("object"))
+        or any(choice.get("finish_reason") == "error" or choice.get("error")
+               for choice in _dicts(choices))
+        or "choices" not in event and isinstance(told or event.get("detail"), str)
+        and str(kind or "error").lower().endswith("error"))
 
 
 def parse_error(body: Any) -> JSONDict:
@@ -717,7 +708,7 @@ def parse_error(body: Any) -> JSONDict:
             "message": told if isinstance(told, str) else json.dumps(told)}
 
 
-def parse_retry_after(headers: Headers, now: float) -> Optional[float]:
+def parse_retry_after(headers: Headers, now: float) -> float | None:
     """Return the seconds that a server asks to wait, or None.
 
     Seconds or an HTTP date (https://www.rfc-editor.org/rfc/rfc9110
@@ -735,7 +726,7 @@ def parse_retry_after(headers: Headers, now: float) -> Optional[float]:
     return seconds if seconds >= 0 else None
 
 
-def retry_wait(error: ServError, attempt: int) -> Optional[float]:
+def retry_wait(error: ServError, attempt: int) -> float | None:
     """Return the seconds to wait before one more try; None for no more.
 
     ``attempt`` counts the tries that failed before this one.
@@ -755,8 +746,8 @@ def retry_wait(error: ServError, attempt: int) -> Optional[float]:
 
 def shown(text: str) -> str:
     """Return one line of a text, short, and safe for a terminal."""
-    head = [char if char.isprintable() else " " for char in text[:1000]]
-    line = " ".join("".join(head).split())
+    line = "".join(char if char.isprintable() else " " for char in text[:1000])
+    line = " ".join(line.split())
     return line if len(line) <= MAX_SHOWN else line[:MAX_SHOWN] + "..."
 
 
@@ -785,7 +776,7 @@ EVENTS = frozenset((
     "content_block_start", "content_block_delta", "content_block_stop"))
 
 
-def iter_events(chunks: Iterable[bytes]) -> Iterator[Tuple[str, str]]:
+def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
     """Yield the ``(event, data)`` pairs of a stream of server-sent events.
 
     ``chunks`` are its bytes, cut anywhere.  By the rules of
@@ -796,7 +787,7 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[Tuple[str, str]]:
     :raise ValueError: an event grows beyond MAX_BODY bytes.
     """
     name, data, held = "", [], 0
-    rest: List[bytes] = []  # of a line that goes on in the next chunk
+    rest: list[bytes] = []  # of a line that goes on in the next chunk
     after_cr, mark = False, b"\xef\xbb\xbf"  # one byte order mark is dropped
     for chunk in chunks:
         if after_cr and chunk:  # the LF of a CRLF that was cut in two
@@ -826,10 +817,10 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[Tuple[str, str]]:
                     text = b"\n".join(data).decode("utf-8", "replace")
                     yield name or "message", text
                 name, data, held = "", [], 0
-        require(held <= MAX_BODY, "more than %d bytes" % MAX_BODY)
+        require(held <= MAX_BODY, f"more than {MAX_BODY} bytes")
 
 
-def parse_event(name: str, data: str) -> Optional[JSONDict]:
+def parse_event(name: str, data: str) -> JSONDict | None:
     """Return an event's JSON object, DONE at the end, None for noise.
 
     A Messages event that lacks its ``type`` gets it from the event's name.
@@ -851,88 +842,77 @@ def parse_event(name: str, data: str) -> Optional[JSONDict]:
 
 
 # ---------------------------------------------------------------------------
-# Putting a stream together.  Pure.  An answer is fed its events in order,
-# never changes one, and builds the whole answer's JSON on demand.  Strings
-# in a delta are pieces: they are collected, and joined when asked for, so
-# that time is linear in the length of the stream.
+# Putting a stream together.  Pure.  An answer collects what its events say
+# and assembles it on demand, so that time is linear in the length of the
+# stream.  Pieces of pieces come to the same, so what has piled up is
+# assembled now and then, and memory is that of the answer.
 # ---------------------------------------------------------------------------
 
 # What is said once of an entry, however often it is repeated.
 LABELS = frozenset(("id", "index", "type", "name", "role", "format"))
-# What grows, and of which kinds the pieces in it are that grow in turn.
-GROWS: Dict[str, Tuple[Any, ...]] = {
+# What grows, and of which kinds the values in it are that grow in turn.
+GROWS: dict[str, tuple[Any, ...]] = {
     "choices": (list,), "content": (str, list), "message": (str, list),
     "logprobs": (str, list)}
 
 
-class _List(JSONDict):
-    """A list that still grows: its entries by what they are known by."""
+def assemble(pieces: list[JSONDict], grows: tuple[Any, ...] = ()) -> JSONDict:
+    """Return the object that these pieces make, field by field.
 
-
-def merge(held: JSONDict, new: JSONDict, grows: Tuple[Any, ...] = ()) -> None:
-    """Take over what is new of an object, field by field.
-
-    Nothing sent erases nothing, and numbers replace.  So does a string or a
-    list, unless its kind ``grows`` here, or the field always does.
+    What is empty erases nothing, and what is new replaces what was there,
+    but for values of the kinds that grow: those are put one behind another.
     """
-    for key, value in new.items():
-        old, kinds = held.get(key), GROWS.get(key, grows)
-        if value is None or value == "" or grows and old and key in LABELS:
-            held.setdefault(key, value)
-        elif isinstance(value, dict):
-            if type(old) is not dict:
-                held[key] = {}
-            merge(held[key], value, kinds)
+    whole: JSONDict = {}
+    for key in dict.fromkeys(itertools.chain.from_iterable(pieces)):
+        sent = [piece[key] for piece in pieces if key in piece]
+        values = [value for value in sent
+                  if value is not None and value != ""] or sent[:1]
+        last, kinds = values[-1], GROWS.get(key, grows)
+        if isinstance(last, dict):
+            whole[key] = assemble(_dicts(values), kinds)
+        elif grows and key in LABELS:
+            whole[key] = values[0]
+        elif not isinstance(last, kinds):
+            whole[key] = last
+        elif all(isinstance(value, str) for value in values):
+            whole[key] = "".join(values)
         else:
-            grown = isinstance(value, kinds)
-            held[key] = grow(old, value, kinds) if grown else value
+            whole[key] = assemble_list(values, kinds)
+    return whole
 
 
-def grow(old: Any, piece: Any, grows: Tuple[Any, ...]) -> Any:
-    """Return a string or a list with one more piece; the two may mix."""
-    if isinstance(piece, str) and not isinstance(old, (list, _List)):
-        if not isinstance(old, io.StringIO):
-            if not old:
-                return piece
-            text, old = str(old), io.StringIO()
-            old.write(text)
-        old.write(piece)
-        return old
-    if not isinstance(old, _List):
-        old = _List(enumerate(build_parts(old), -1 << 60))
-    for number, entry in enumerate(build_parts(piece)):
-        label = find_label(old, entry, number == 0)
-        if isinstance(entry, dict):
-            merge(old.setdefault(label, {}), entry, grows)
-        else:
-            old[label] = entry
-    return old
+def assemble_list(values: list[Any], grows: tuple[Any, ...]) -> list[Any]:
+    """Return the list that these lists make; a str is one text part."""
+    groups: dict[Any, list[Any]] = {}
+    for value in values:
+        if isinstance(value, str):
+            value = [{"type": "text", "text": value}]
+        for number, entry in enumerate(value if isinstance(value, list)
+                                       else ()):
+            label = find_label(groups, entry, number == 0)
+            groups.setdefault(label, []).append(entry)
+    entries = [assemble(group, grows) if isinstance(group[0], dict)
+               else group[0] for group in groups.values()]
+    return sorted(entries, key=lambda entry: find_index(_dict(entry), 0))
 
 
-def build_parts(content: Any) -> List[Any]:
-    """Return a content as a list of parts, also where it is a string."""
-    if isinstance(content, (str, io.StringIO)):
-        content = build_plain(content)
-        content = content and [{"type": "text", "text": content}]
-    return content or []
-
-
-def find_label(held: _List, entry: Any, first: bool) -> Any:
+def find_label(groups: dict[Any, list[Any]], entry: Any, first: bool) -> Any:
     """Return what an entry is known by: that of the one it goes on with.
 
     Its ``index``; lacking that (Mistral) its ``id``; lacking both, that of
     the last, if it is a call's next piece or text of the same type.
     """
-    new, entry = (len(held),), _dict(entry)
+    new, entry = (len(groups),), _dict(entry)
     label, name = entry.get("id"), _dict(entry.get("function")).get("name")
-    if isinstance(entry.get("index"), int):
-        index = find_index(entry, 0)
+    index = find_index(entry, -1)
+    if index >= 0:
         # Gemini counts every call as 0: a new id and name is a new call.
-        if label and name and held.get(index, {}).get("id", label) != label:
-            held[new] = held.pop(index)
+        begun = groups.get(index, [{}])[0].get("id")
+        if label and name and begun and begun != label:
+            groups[new] = groups.pop(index)
         return index
-    last = next(reversed(held), new)
-    kind = _dict(held.get(last)).get("type")
+    last = next(reversed(groups), new)
+    kind = _dict(groups.get(last, [0])[0]).get("type")
     if first and not label and ("function" in entry and not name or kind in (
             "text", "thinking") and kind == entry.get("type")):
         return last
@@ -946,81 +926,77 @@ def find_index(entry: JSONDict, default: int) -> int:
     return index if isinstance(index, int) else default
 
 
-def build_plain(held: Any) -> Any:
-    """Return a copy of what is held as plain JSON values."""
-    if isinstance(held, (str, io.StringIO)):
-        return clean_text(held if isinstance(held, str) else held.getvalue())
-    if isinstance(held, _List):
-        held = sorted(held.values(),
-                      key=lambda entry: find_index(_dict(entry), 0))
-    if isinstance(held, dict):
-        return {key: build_plain(value) for key, value in held.items()}
-    if isinstance(held, list):
-        return [build_plain(entry) for entry in held]
-    return held
-
-
 class _Answer:
     """An answer put together from its events, in either format."""
 
     def __init__(self, chat: bool) -> None:
-        self.chat, self.top = chat, _List()
-        self.done = False   # its last event was there
+        self.chat = chat
+        self.pieces: list[JSONDict] = []
+        self.recent: list[JSONDict] = []  # pieces still to be assembled
+        self.ended: dict[int, bool] = {}  # of each choice, whether it has
+        self.last = -1      # the index of the content block that came last
+        self.done = False   # the last event was there
         self.elapsed = 0.0  # seconds of the call, once it has ended
 
     @property
     def whole(self) -> bool:
         """Whether what has arrived proves that nothing is missing."""
-        choices = self.top.get("choices", {}).values()
-        if self.chat and not self.done:
-            return bool(choices) and all(
-                choice.get("finish_reason") for choice in choices)
-        return bool(choices if self.chat
-                    else self.done or self.top.get("stop_reason"))
+        return (self.done or bool(self.ended) and all(self.ended.values())
+                ) and not (self.chat and not self.ended)
 
     def add(self, event: JSONDict) -> str:
         """Add an event; return what it adds to the (first choice's) text."""
-        return self._add_chunk(event) if self.chat else self._add_event(event)
-
-    def _add_chunk(self, chunk: JSONDict) -> str:
-        text, choices = "", []
-        for number, choice in enumerate(expect(chunk.get("choices"), list)):
-            delta = expect(choice, dict).get("delta")
-            if delta is None and not self.top.get("choices"):
-                delta = choice.get("message")  # a whole answer as one event
-            delta, index = expect(delta, dict), find_index(choice, number)
-            choices.append(dict(choice, message=delta, index=index))
-            choices[-1].pop("delta", None)
-            text += find_text(delta.get("content")) if index == 0 else ""
-        fields = {key: value for key, value in chunk.items()
-                  if value or key not in self.top}  # Azure: "" and 0, late
-        merge(self.top, dict(fields, choices=choices))
+        if event is DONE:
+            self.done = self.chat or self.whole
+            return ""
+        piece, text = (self._read_chunk(event) if self.chat
+                       else self._read_event(event))
+        self.recent.append(piece)
+        if len(self.recent) == 1000:
+            self.pieces.append(assemble(self.recent))
+            self.recent = []
         return text
 
-    def _add_event(self, event: JSONDict) -> str:
-        kind, fields = event.get("type"), {}
-        held = self.top.setdefault("content", _List())
+    def _read_chunk(self, chunk: JSONDict) -> tuple[JSONDict, str]:
+        text, choices = "", []
+        for number, choice in enumerate(expect(chunk.get("choices"), list)):
+            choice = dict(expect(choice, dict))
+            delta = choice.pop("delta", None)
+            if delta is None and not self.ended:
+                delta = choice.get("message")  # a whole answer as one event
+            delta = choice["message"] = expect(delta, dict)
+            index = choice["index"] = find_index(choice, number)
+            choices.append(choice)
+            self.ended[index] = bool(choice.get("finish_reason")
+                                     or self.ended.get(index))
+            if index == 0:
+                text += find_text(delta.get("content"))
+        return dict(chunk, choices=choices), text
+
+    def _read_event(self, event: JSONDict) -> tuple[JSONDict, str]:
+        kind, piece = event.get("type"), {}
         if kind == "content_block_delta":
-            block = dict(expect(event.get("delta"), dict))
+            self.last = find_index(event, max(self.last, 0))
+            block = dict(expect(event.get("delta"), dict), index=self.last)
             block["type"] = str(block.get("type")).replace("_delta", "")
-            block["index"] = find_index(event, next(reversed(held), 0))
             if "citation" in block:
                 block["citations"] = [block.pop("citation")]
-            fields = {"content": [block]}
+            piece["content"] = [block]
         elif kind == "content_block_start":
+            self.last = find_index(event, self.last + 1)
             block = expect(event.get("content_block"), dict)
-            index = find_index(event, len(held))
-            fields = {"content": [dict(block, index=index)]}
+            piece["content"] = [dict(block, index=self.last)]
         elif kind in ("message", "message_start", "message_delta"):
-            inner = event.get("message", event.get("delta"))
-            fields = dict(event, **expect(inner, dict))
-            fields["content"] = [
+            inner = expect(event.get("message", event.get("delta")), dict)
+            piece = {key: value for key, value in dict(event, **inner).items()
+                     if key not in ("type", "message", "delta")}
+            piece["content"] = [
                 dict(expect(block, dict), index=index) for index, block
-                in enumerate(expect(fields.get("content"), list))]
+                in enumerate(expect(piece.get("content"), list))]
+            if piece.get("stop_reason"):
+                self.ended[0] = True
         self.done = self.done or kind == "message_stop"
-        merge(self.top, {key: value for key, value in fields.items()
-                         if key not in ("type", "message", "delta")})
-        return find_text(fields.get("content"))
+        return piece, find_text(piece.get("content"))
 
     def build(self, whole: bool) -> JSONDict:
         """Return the answer as the call without streaming gives it.
@@ -1028,7 +1004,8 @@ class _Answer:
         Until it is ``whole`` a tool's input stays text, so that half an
         input is never taken for one.
         """
-        top: JSONDict = build_plain(dict(self.top))
+        found = json.dumps(assemble(self.pieces + self.recent), ensure_ascii=0)
+        top: JSONDict = json.loads(clean_text(found))
         for choice in top.setdefault("choices", []) if self.chat else ():
             entry = dict({"content": None}, **choice["message"])
             entry["role"] = entry.get("role") or "assistant"
@@ -1055,8 +1032,8 @@ class _Answer:
 # a ServError; a connection is kept only after an answer read to its end.
 # ---------------------------------------------------------------------------
 
-_idle: List[_Connection] = []  # oldest first
-_tls_contexts: Dict[Any, ssl.SSLContext] = {}  # by CA setting
+_idle: list[_Connection] = []  # oldest first
+_tls_contexts: dict[Any, ssl.SSLContext] = {}  # by CA setting
 _lock = threading.Lock()  # of both
 
 
@@ -1069,10 +1046,11 @@ class _Connection(io.RawIOBase):
 
     def __init__(self, route: Any) -> None:
         self.route, self.pid = route, os.getpid()
+        self.http: Any = None
         self.sock: Any = None
-        self.deadline = self.idle_since = 0.0
+        self.idle_since = 0.0
 
-    def open(self, deadline: float) -> http.client.HTTPConnection:
+    def open(self, deadline: float) -> Any:
         """Return the HTTP side of it, for a call that ends at deadline.
 
         What nobody asked for (a 408, say) is no answer to the next request:
@@ -1082,19 +1060,19 @@ class _Connection(io.RawIOBase):
         self.early, self.ended = b"", False  # see has_answer(), readinto()
         tls, host, port, proxy, login, *authorities = self.route
         self.kept = self.sock is not None and not self.has_answer()
-        if self.kept:
-            return self.http
-        self.discard()
-        self.http = http.client.HTTPConnection(*(proxy or (host, port)))
-        self.sock = dial(*(proxy or (host, port)), deadline)
-        self.http.sock, self.early = self, b""
-        if proxy and tls:
-            self.http.set_tunnel(host, port, login)
-            self.http._tunnel()  # type: ignore[attr-defined]
-        if tls:
-            self.http.default_port = 443  # which the Host header omits
-            self.sock = get_tls_context(*authorities).wrap_socket(
-                self.ready(), server_hostname=host)
+        if not self.kept:
+            self.discard()
+            address = proxy or (host, port)
+            self.http = http.client.HTTPConnection(*address)
+            self.sock, self.early = dial(*address, deadline), b""
+            self.http.sock = self
+            if proxy and tls:
+                self.http.set_tunnel(host, port, login)
+                self.http._tunnel()
+            if tls:
+                self.http.default_port = 443  # which the Host header omits
+                self.sock = get_tls_context(*authorities).wrap_socket(
+                    self.ready(), server_hostname=host)
         return self.http
 
     def discard(self) -> None:
@@ -1155,7 +1133,7 @@ class _Connection(io.RawIOBase):
             pass  # and so will be the next read
         return True
 
-    def give_back(self, response: Response) -> None:
+    def give_back(self, response: Any) -> None:
         """Keep the connection for the next call if it is in order."""
         self.idle_since = time.monotonic()
         self.deadline = min(self.deadline, self.idle_since + DRAIN_SECONDS)
@@ -1178,11 +1156,12 @@ def dial(host: str, port: int, deadline: float) -> socket.socket:
     of what is left, so that a dead one leaves time for the next.
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for to_come, (*_, address) in zip(range(len(found), 0, -1), found):
+    for to_come, entry in zip(range(len(found), 0, -1), found):
         share = (deadline - time.monotonic()) / to_come
         seconds = max(0.001, min(CONNECT_TIMEOUT, share))
+        address: Any = entry[4][:2]
         try:
-            sock = socket.create_connection(address[:2], seconds)
+            sock = socket.create_connection(address, seconds)
             break
         except OSError:
             if to_come == 1:
@@ -1196,7 +1175,7 @@ def dial(host: str, port: int, deadline: float) -> socket.socket:
     return sock
 
 
-def get_tls_context(*authorities: Optional[str]) -> ssl.SSLContext:
+def get_tls_context(*authorities: str | None) -> ssl.SSLContext:
     """Return the context for a CA setting, made once for each."""
     with _lock:
         if authorities not in _tls_contexts:
@@ -1215,19 +1194,17 @@ def find_route(url: str) -> Any:
             os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
 
 
-def find_proxy(scheme: str, netloc: str) -> Tuple[Any, Any]:
+def find_proxy(scheme: str, netloc: str) -> tuple[Any, Any]:
     """Return the proxy's (host, port), or None, and its login header."""
     if not any(name[-6:].lower() == "_proxy" for name in os.environ):
         return None, ()  # spares most programs the import
-    from urllib.request import getproxies_environment, proxy_bypass_environment
-    url = getproxies_environment().get(scheme)
-    if not url or proxy_bypass_environment(netloc):
+    import urllib.request as request  # noqa: PLR0402
+    url = request.getproxies_environment().get(scheme)
+    if not url or request.proxy_bypass_environment(netloc):  # type: ignore
         return None, ()
-    parts = split_url(scheme + "_proxy", url if "://" in url
-                      else "http://" + url)
+    parts = split_url(scheme + "_proxy", url if "://" in url else "http://" + url)
     require(parts.scheme == "http", scheme + "_proxy: only http:// is known")
-    login = urllib.parse.unquote("%s:%s" % (parts.username,
-                                            parts.password or ""))
+    login = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
     basic = "Basic " + base64.b64encode(login.encode()).decode()
     return (parts.hostname, parts.port or 80), (
         (("Proxy-Authorization", basic),) if parts.username else ())
@@ -1261,8 +1238,9 @@ class _Call(collections.namedtuple(
         "Request", "chat url headers body secret timeout max_retries")):
     """One call: its request, its deadline, its tries, its errors."""
 
+    started = 0.0
     connection: _Connection  # of this try
-    response: Optional[Response] = None  # once it has begun
+    response: Any = None     # once it has begun
 
     @property
     def elapsed(self) -> float:
@@ -1271,7 +1249,7 @@ class _Call(collections.namedtuple(
 
     def is_over(self) -> bool:
         """Whether the budget has run out."""
-        return self.elapsed >= self.timeout
+        return bool(self.elapsed >= self.timeout)
 
     def run(self, read: Callable[[_Call], T]) -> T:
         """Return what ``read`` makes of the answer, after some tries."""
@@ -1291,8 +1269,7 @@ class _Call(collections.namedtuple(
         connection = self.connection = take_connection(find_route(self.url))
         while True:
             try:
-                self.response = None
-                self.send(connection)
+                self.response = self.send(connection)
                 return read(self)
             except BaseException as exc:
                 connection.discard()
@@ -1300,20 +1277,16 @@ class _Call(collections.namedtuple(
                                         http.client.HTTPException)):
                     raise
                 # Closed while it was idle: that is no failed try.
-                if (not connection.kept or connection.received
-                        or self.is_over()):
-                    raise self.error(APIConnectionError, "connection failed",
-                                     exc)
+                if connection.received or self.is_over() or not connection.kept:
+                    raise self.error(APIConnectionError, "no answer", exc)
 
-    def send(self, connection: _Connection) -> None:
-        """Send the request; read the head of the answer."""
+    def send(self, connection: _Connection) -> Any:
+        """Send the request; return the answer, of which the head is read."""
         tls, _, _, proxy, login, *_ = connection.route
-        url, headers = self.url, self.headers
         client = connection.open(self.started + self.timeout)
+        url, headers = "/" + self.url.split("/", 3)[3], self.headers
         if proxy and not tls:  # a tunnel had the login before
-            headers = dict(headers, **dict(login))
-        else:
-            url = "/" + url.split("/", 3)[3]
+            url, headers = self.url, {**headers, **dict(login)}
         sent = False
         try:
             client.request("POST", url, self.body, headers)
@@ -1327,7 +1300,7 @@ class _Call(collections.namedtuple(
         response.will_close = response.will_close or not sent
         if connection.ended:  # which http.client takes for the blank line
             raise ConnectionError("closed inside the header")
-        self.response = response
+        return response
 
     def reply(self) -> Reply:
         """Return the whole answer."""
@@ -1337,18 +1310,18 @@ class _Call(collections.namedtuple(
 
     def stream(self) -> Stream:
         """Return the answer as a stream."""
-        answer, pairs = _Answer(self.chat), iter_events(
-            self.iter_body(MAX_STREAM))
-        if (self.response.headers.get_content_type() != "text/event-stream"
-                or self.response.status != 200):
+        answer = _Answer(self.chat)
+        pairs = iter_events(self.iter_body(MAX_STREAM))
+        kind = self.response.headers.get_content_type()
+        if kind != "text/event-stream" or self.response.status != 200:
             pairs = iter([("message", json.dumps(self.read_answer()))])
             answer.done = True
         source = self.iter_stream(answer, pairs)
         next(source)  # from here on its end is the connection's
         return Stream(self, answer, source)
 
-    def iter_stream(self, answer: _Answer, pairs: Iterator[Tuple[str, str]]
-                    ) -> Iterator[Tuple[JSONDict, str]]:
+    def iter_stream(self, answer: _Answer, pairs: Iterator[tuple[str, str]]
+                    ) -> Iterator[tuple[JSONDict, str]]:
         """Yield events and what each adds to the text, up to a proven end."""
         try:
             yield {}, ""
@@ -1356,18 +1329,17 @@ class _Call(collections.namedtuple(
                 if self.is_over():
                     raise self.error(APIConnectionError)
                 event = parse_event(name, data)
-                if event is DONE:
-                    answer.done = answer.done or answer.chat
-                elif event is not None:
-                    text = answer.add(event)
-                    if find_error(name, event):
-                        raise self.refused(200, event)
+                if event is None:
+                    continue
+                text = answer.add(event)
+                if find_error(name, event):
+                    raise self.refused(200, event)
+                if event is not DONE:
                     yield event, text
-                if answer.done or event is DONE:
+                if answer.done:
                     break
             if not answer.whole:
-                raise self.error(APIConnectionError, "the stream ended "
-                                 "before its answer did")
+                raise self.error(APIConnectionError, "the stream ended early")
             self.connection.give_back(self.response)
         except BaseException as exc:
             self.connection.discard()
@@ -1381,8 +1353,7 @@ class _Call(collections.namedtuple(
 
     def read_answer(self) -> JSONDict:
         """Read a whole JSON answer; raise the error that it is, if it is."""
-        status, data = self.response.status, bytearray()
-        good = 200 <= status < 300
+        good, data = 200 <= self.response.status < 300, bytearray()
         try:
             for chunk in self.iter_body(MAX_BODY if good else MAX_ERROR):
                 data += chunk
@@ -1392,23 +1363,21 @@ class _Call(collections.namedtuple(
         text = data.decode("utf-8", "replace").lstrip("\ufeff")
         answer = parse_kind(text)
         if not good or find_error("", _dict(answer)):
-            raise self.refused(status, answer)
-        proof = "choices" if self.chat else "content"
-        if not isinstance(_dict(answer).get(proof), list) or answer[proof] == (
-                [] if self.chat else None):
+            raise self.refused(self.response.status, answer)
+        found = _dict(answer).get("choices" if self.chat else "content")
+        if not isinstance(found, list) or self.chat and not found:
             raise self.error(APIResponseError, "expected a JSON answer; got "
                              + (text or "nothing"))
         return _dict(answer)
 
     def iter_body(self, limit: int) -> Iterator[bytes]:
         """Yield the bytes of a body as they come, up to its proven end."""
-        response, total = self.response, 0
-        headers, left = response.headers, response.length
+        response, total, left = self.response, 0, self.response.length
+        headers = response.headers
         encoding = str(headers.get("content-encoding") or not response.chunked
                        and headers.get("transfer-encoding") or "identity")
         if encoding.lower() != "identity":
-            raise self.error(APIResponseError, "the answer is encoded, though "
-                             "not asked to be: " + encoding)
+            raise self.error(APIResponseError, f"unasked encoding: {encoding}")
         try:
             while left != 0:
                 data = response.read1(min(left or READ_SIZE, READ_SIZE))
@@ -1416,48 +1385,44 @@ class _Call(collections.namedtuple(
                     break
                 total += len(data)
                 if total > limit:
-                    raise self.error(APIResponseError, "an answer of more "
-                                     "than %d bytes" % limit)
+                    raise self.error(APIResponseError, f"over {limit} bytes")
                 left = left and left - len(data)
                 yield data
             if left:
                 raise http.client.IncompleteRead(b"", left)
         except (OSError, http.client.HTTPException) as exc:
-            raise self.error(APIConnectionError, "the answer was cut after %d "
-                             "bytes" % total, exc)
+            what = f"the answer was cut after {total} bytes"
+            raise self.error(APIConnectionError, what, exc)
 
     def refused(self, status: int, body: Any) -> ServError:
         """Return the error for a status, or for an error object in a 200."""
         fields, headers = parse_error(body), self.response.headers
         kind, code = fields["type"], str(fields["code"])
         if status < 300:
-            status = STATUS_OF_TYPE.get(kind) or int(
-                code if re.fullmatch("[45][0-9][0-9]", code) else 500)
-        what = "%d %s: %s%s" % (
-            status, kind or http.client.responses.get(status, ""),
-            fields["message"] or "no message", ADVICE.get(status, ""))
+            good = re.fullmatch("[45][0-9][0-9]", code)
+            status = STATUS_OF_TYPE.get(kind) or int(code if good else 500)
+        told = (fields["message"] or "no message") + ADVICE.get(status, "")
         if 300 <= status < 400:
-            what = "%d: redirects are not followed; set base_url to %s" % (
-                status, headers.get("location"))
+            told = f"not following to {headers.get('location')}; set base_url"
+        other = InternalServerError if status >= 500 else APIStatusError
         return self.error(
-            STATUS_ERRORS.get(status, InternalServerError if status >= 500
-                              else APIStatusError), what, None, body=body,
-            status=status, headers=headers,
-            retry_after=parse_retry_after(headers, time.time()), **fields)
+            STATUS_ERRORS.get(status, other), f"{status} "
+            f"{kind or http.client.responses.get(status, '')}: {told}",
+            retry_after=parse_retry_after(headers, time.time()), body=body,
+            status=status, headers=headers, **fields)
 
-    def error(self, kind: Type[ServError], what: str = "",
-              cause: Optional[BaseException] = None,
+    def error(self, kind: type[ServError], what: str = "",
+              cause: BaseException | None = None,
               **attributes: Any) -> ServError:
         """Return an error of a kind; a lost connection may be a timeout."""
         if kind is APIConnectionError and self.is_over():
-            kind = APITimeoutError
-            what = "no whole answer within %g s" % self.timeout
+            kind, what = APITimeoutError, f"not within {self.timeout:g} s"
         elif cause is not None:
-            what += ": %s" % (str(cause) or type(cause).__name__)
+            what += f": {str(cause) or type(cause).__name__}"
         if isinstance(cause, ssl.SSLCertVerificationError):
             what += "; for a CA of your own, set SSL_CERT_FILE to its PEM file"
-        request_id = self.response and find_request_id(self.response.headers)
-        error = kind(what, request_id=request_id, **attributes)
+        error = kind(what, request_id=self.response and find_request_id(
+            self.response.headers), **attributes)
         error.__cause__ = cause
         return error
 
@@ -1469,16 +1434,16 @@ class _Call(collections.namedtuple(
         """
         secret = re.escape(self.secret) or "(?!)"
         if len(self.secret) < 8:  # "x" or "local" is also a word
-            secret = r"(?<!\w)%s(?!\w)" % secret
-        chain: List[Any] = [error]
+            secret = rf"(?<!\w){secret}(?!\w)"
+        chain: list[Any] = [error]
         for link in chain:  # which grows
             link.args, link.__dict__ = redact((link.args, vars(link)),
                                               re.compile(secret))
             chain += [other for other in (link.__cause__, link.__context__)
                       if other is not None and other not in chain]
-        request_id = error.request_id and ", request id " + error.request_id
-        error.args = "%s (POST %s%s)" % (
-            shown(error.args[0]), self.url, shown(request_id or "")),
+        request_id = error.request_id and f", request id {error.request_id}"
+        error.args = (f"{shown(error.args[0])} (POST {self.url}"
+                      f"{shown(request_id or '')})",)
         return error
 
 
@@ -1487,44 +1452,72 @@ class _Call(collections.namedtuple(
 # error; no option takes the key.
 # ---------------------------------------------------------------------------
 
-EXAMPLES = """\
+def main(argv: Sequence[str] | None = None) -> int:
+    """usage: serv [options] [PROMPT ...]
+
+Ask a model of SERV.  Standard input, if piped, follows the prompt.
+
 examples:
   serv "Why is the sky blue?"
-  git diff | serv -m claude-haiku-4.5 -e messages "Review this change."
+  git diff | serv -e messages -m claude-haiku-4.5 "Review this change."
   serv -o temperature=0 -n 200 --json "Three names for a cat." | jq .usage
 
-exit status: 0 a whole answer, 1 the call failed, 2 wrong usage, 3 blocked or
-cut off by the token limit, 130 interrupted.
-The key is read from SERV_API_KEY; SERV_BASE_URL, SERV_MODEL and SERV_TIMEOUT
-(seconds) are read too.
+SERV_API_KEY holds the key; SERV_BASE_URL, SERV_MODEL and SERV_TIMEOUT
+(seconds) are read too.  Exit status: 0 a whole answer, 1 the call failed,
+2 wrong usage, 3 blocked or cut off by the token limit, 130 interrupted.
 """
+    for file in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
+        getattr(file, "reconfigure", dict)(errors="replace")
+    try:
+        args = parse_args(argv)
+        options, prompt = build_options(args), read_prompt(args.prompt)
+        if not args.dry_run:
+            return answer(args, prompt, options)
+        print(build_curl(build_request(
+            args.endpoint, not (args.no_stream or args.json), prompt,
+            **{**options, "api_key": "$SERV_API_KEY", "base_url": None,
+               "timeout": None, "max_retries": 0, "params": {}})))
+        return 0
+    except SystemExit as exc:  # argparse's
+        return int(exc.code or 0)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (KeyboardInterrupt, ServError, OSError, ValueError,
+            TypeError) as exc:
+        say(str(exc) or "interrupted")
+        return (130 if isinstance(exc, KeyboardInterrupt) else
+                1 if isinstance(exc, (ServError, OSError)) else 2)
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> Any:
+def say(text: str) -> None:
+    """Print one line to standard error."""
+    print("serv: " + text, file=sys.stderr)
+
+
+def parse_args(argv: Sequence[str] | None) -> Any:
     """Return the options of the command line; SystemExit where it is wrong."""
     import argparse
     parser = argparse.ArgumentParser(
-        "serv", argparse.SUPPRESS, "usage: serv [options] [PROMPT ...]\n\n"
-        "Ask a model; standard input, if piped, follows the prompt.", EXAMPLES,
+        "serv", argparse.SUPPRESS, main.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("prompt", nargs="*", metavar="PROMPT", help="words of the prompt; - "
-        "asks for standard input")
+    add, several = parser.add_argument, {"action": "append", "default": []}
+    add("prompt", nargs="*", help="the prompt; - asks for standard input")
     add("-m", "--model", help="default: SERV_MODEL, else an example's")
     add("-s", "--system", default="You are a helpful assistant.",
-        help="the system prompt (%(default)s)")
+        help="the system prompt (default: %(default)s)")
     add("-e", "--endpoint", choices=list(PATHS), default="chat",
-        help="the format to speak (%(default)s)")
+        help="the format to speak (default: %(default)s)")
     add("-n", "--max-tokens", type=int, metavar="N",
-        help="the longest answer (messages: 4096)")
-    add("-o", "--option", action="append", default=[], metavar="NAME=VALUE",
-        help="any parameter of the request; the value is JSON, else text")
-    add("-H", "--header", action="append", default=[],
-        metavar="'NAME: VALUE'", help="a header of the request")
-    add("--no-stream", action="store_true", help="wait for the whole answer")
-    add("--json", action="store_true", help="print the whole answer as JSON")
-    add("--dry-run", action="store_true", help="print the request as a curl "
-        "command; needs no key")
+        help="limit of the answer (default for messages: 4096)")
+    add("-o", "--option", metavar="NAME=VALUE", **several,
+        help="a parameter of the request; VALUE is JSON, else text")
+    add("-H", "--header", metavar="'NAME: VALUE'", **several,
+        help="a header of the request")
+    for name, text in (("--no-stream", "wait for the whole answer"),
+                       ("--json", "print the whole answer as JSON"),
+                       ("--dry-run", "print the curl command; needs no key")):
+        add(name, action="store_true", help=text)
     add("-v", "--verbose", action="store_true",
         help="tell the request id, the time and the tokens")
     add("--version", action="version", version="serv " + __version__)
@@ -1533,24 +1526,24 @@ def parse_args(argv: Optional[Sequence[str]]) -> Any:
 
 def build_options(args: Any) -> JSONDict:
     """Return what the command line asks for as arguments of a call."""
-    headers = dict(header.partition(":")[::2] for header in args.header)
-    params = {}
+    chat, headers, params = args.endpoint == "chat", {}, {}
+    for header in args.header:
+        name, _, text = header.partition(":")
+        headers[name] = text.strip()
     for option in args.option:
-        name, equals, value = option.partition("=")
-        require(equals and name != "messages"
-                and name not in stream.__kwdefaults__,  # type: ignore
-                "-o: expected NAME=VALUE, of a parameter; got " + option)
-        params[name] = parse_kind(value)
-    limit = "max_completion_tokens" if args.endpoint == "chat" else "max_tokens"
-    if args.max_tokens or args.endpoint != "chat":
-        params.setdefault(limit, args.max_tokens or 4096)
-    return dict(
-        params, system=args.system, model=find_setting(
-            "MODEL", args.model) or EXAMPLE_MODELS[args.endpoint],
-        headers={name: text.strip() for name, text in headers.items()})
+        name, equals, text = option.partition("=")
+        own = name in (*stream.__kwdefaults__, "messages")  # type: ignore
+        require(equals and not own, f"-o {option}: expected a parameter of the "
+                "request, as NAME=VALUE")
+        params[name] = parse_kind(text)
+    if args.max_tokens or not chat:
+        params.setdefault("max_completion_tokens" if chat else "max_tokens",
+                          args.max_tokens or 4096)
+    model = find_setting("MODEL", args.model) or EXAMPLE_MODELS[args.endpoint]
+    return {**params, "system": args.system, "model": model, "headers": headers}
 
 
-def read_prompt(words: List[str]) -> str:
+def read_prompt(words: list[str]) -> str:
     """Return the prompt: the words, and what standard input holds."""
     texts = [" ".join(word for word in words if word != "-")]
     if sys.stdin and ("-" in words or not sys.stdin.isatty()):
@@ -1560,52 +1553,42 @@ def read_prompt(words: List[str]) -> str:
     return clean_text(prompt)
 
 
-def build_curl(request: _Call) -> str:
-    """Return the curl command that sends a request; the shell has the key."""
+def build_curl(call: _Call) -> str:
+    """Return the curl command that sends a call; the shell has the key."""
     from shlex import quote
-    headers = [quote("%s: %s" % header) for header in request.headers.items()]
-    parts = ["curl -sSN " + quote(request.url), *headers]
-    command = " \\\n  -H ".join(parts).replace(
-        "'Authorization: Bearer $SERV_API_KEY'",
-        '"Authorization: Bearer $SERV_API_KEY"')
-    return command + " \\\n  --data-raw " + quote(request.body.decode())
+    headers = [quote(f"{name}: {text}") for name, text in call.headers.items()]
+    return " \\\n  ".join(
+        ["curl -sSN " + quote(call.url), *("-H " + text for text in headers),
+         "--data-raw " + quote(call.body.decode())]).replace(
+            "'Authorization: Bearer $SERV_API_KEY'",
+            '"Authorization: Bearer $SERV_API_KEY"')
 
 
 def answer(args: Any, prompt: str, options: JSONDict) -> int:
     """Print the answer to a prompt; return the exit status."""
-    note = "serv: waiting for " + options["model"]
-    if not sys.stderr.isatty():
-        note = ""
-
-    def write(text: str) -> str:
-        nonlocal note
-        if note:
-            sys.stderr.write("\r%s\r" % (" " * len(note)))
-            sys.stderr.flush()
-            note = ""
-        if text:
-            print(text, end="", flush=True)
-        return text
-
-    last = "\n"
-    sys.stderr.write(note)
-    sys.stderr.flush()
+    note = f"serv: waiting for {options['model']}" * sys.stderr.isatty()
+    print(note, end="", file=sys.stderr, flush=True)
+    blank, last = "\r" + " " * len(note) + "\r" if note else "", "\n"
+    reply, pieces = None, []
     try:
         if args.json or args.no_stream:
             call = chat if args.endpoint == "chat" else message
             reply = call(prompt, **options)
-            last = write(json.dumps(reply, indent=2, ensure_ascii=False)
-                         if args.json else reply.text) or last
+            text = json.dumps(reply, indent=2, ensure_ascii=False)
+            pieces = [text if args.json else reply.text]
         else:
-            with stream(prompt, endpoint=args.endpoint, **options) as pieces:
-                for piece in pieces:
-                    last = write(piece)
-                reply = pieces.reply
+            pieces = stream(prompt, endpoint=args.endpoint, **options)
+        for piece in pieces:
+            print(blank, end="", file=sys.stderr, flush=True)
+            print(piece, end="", flush=True)
+            blank, last = "", piece or last
     finally:
-        write("" if last.endswith("\n") else "\n")
+        print(blank, end="", file=sys.stderr, flush=True)
+        print(end="" if last.endswith("\n") else "\n", flush=True)
+    reply = reply or pieces.reply
     if args.verbose:
-        say("request id %s, %.1f s, %s" % (
-            reply.request_id, reply.elapsed, json.dumps(reply.usage)))
+        say(f"request id {reply.request_id}, {reply.elapsed:.1f} s, "
+            f"{json.dumps(reply.usage)}")
     if reply.tool_calls and not args.json:
         say("the answer calls tools; --json shows them")
     if reply.refusal is not None:
@@ -1613,42 +1596,6 @@ def answer(args: Any, prompt: str, options: JSONDict) -> int:
     elif reply.truncated:
         say("cut off by the token limit")
     return 3 if reply.refusal is not None or reply.truncated else 0
-
-
-def say(text: object) -> None:
-    """Print one line to standard error."""
-    print("serv: %s" % text, file=sys.stderr)
-
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command line and return its exit status."""
-    for file in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(file, "reconfigure"):
-            file.reconfigure(errors="replace")
-    try:
-        args = parse_args(argv)
-        options, prompt = build_options(args), read_prompt(args.prompt)
-        if not args.dry_run:
-            return answer(args, prompt, options)
-        options.update(api_key="$SERV_API_KEY", base_url=None, timeout=None)
-        print(build_curl(build_request(
-            args.endpoint, not (args.no_stream or args.json), prompt,
-            max_retries=0, params={}, **options)))
-        return 0
-    except SystemExit as exc:
-        return int(exc.code or 0)
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ServError, OSError) as exc:
-        say(exc)
-        return 1
-    except (ValueError, TypeError) as exc:
-        say(exc)
-        return 2
 
 
 if __name__ == "__main__":
