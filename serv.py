@@ -41,7 +41,9 @@ from __future__ import annotations
 import atexit
 import base64
 import collections
+import contextlib
 import copy
+import functools
 import http.client
 import io
 import itertools
@@ -64,10 +66,7 @@ if TYPE_CHECKING:  # importing typing costs more than importing this file
     JSONDict = dict[str, Any]
     Content = Union[str, Sequence[Mapping[str, Any]]]
     Headers = http.client.HTTPMessage
-    Response = http.client.HTTPResponse
     T = TypeVar("T")
-else:
-    JSONDict = dict
 
 __version__ = "0.1.0"
 __all__ = [
@@ -87,10 +86,7 @@ CONNECT_TIMEOUT = 10.0  # seconds for one address of a host
 IDLE_SECONDS = 50.0     # load balancers drop silent connections after 60 s
 MAX_IDLE = 100          # kept connections in all: a large thread pool's
 KEEPALIVE = 60          # seconds between TCP probes; NATs forget after 350
-DRAIN_SECONDS = 0.1     # for the last bytes of a stream whose end was read
-STALL_SECONDS = 0.1     # of an upload that stalls, before a look for an answer
-
-NOT_YOURS = ("content-length", "transfer-encoding", "host")
+WAIT_SECONDS = 0.1      # for a stream's last bytes, for a stalled upload
 
 READ_SIZE = 1 << 16     # bytes asked of a connection at a time
 MAX_BODY = 1 << 25      # bytes of one JSON answer, or of one event: 32 MiB
@@ -290,7 +286,7 @@ class ToolCall(collections.namedtuple("ToolCall", "id name arguments")):
     __slots__ = ()
 
 
-class Reply(JSONDict):
+class Reply(dict):  # type: ignore[type-arg]
     """The service's JSON answer, whole and untouched, with views on top.
 
     The views are the same for both formats.  ``headers`` are the answer's
@@ -308,10 +304,9 @@ class Reply(JSONDict):
         return self.text
 
     def _choice(self) -> JSONDict:
-        if "choices" in self:
-            return (_dicts(self["choices"]) or [{}])[0]
-        return {"finish_reason": self.get("stop_reason"), "message": {
-            "role": "assistant", "content": self.get("content", "")}}
+        own = {"message": {"role": "assistant", "content": self.get(
+            "content", "")}, "finish_reason": self.get("stop_reason")}
+        return [*_dicts(self.get("choices", [own])), {}][0]
 
     def _said(self, *names: str) -> str:
         entry = self.message
@@ -395,11 +390,10 @@ class Stream:
         self._half = ""  # a surrogate that waits for its other half
         self._error: ServError | None = None
 
-    def __enter__(self) -> Stream:
-        return self
-
     def __iter__(self) -> Stream:
         return self
+
+    __enter__ = __iter__
 
     def __next__(self) -> str:
         """Return the next piece of text; raise as ``events()`` does."""
@@ -463,22 +457,26 @@ def build_request(endpoint: str, streaming: bool, messages: Any, model: Any,
     require(endpoint in PATHS, 'endpoint: expected "chat" or "messages"')
     require(type(max_retries) is int and max_retries >= 0,
             "max_retries: expected a whole number from 0 up")
-    body = build_body(endpoint == "chat", streaming, messages, find_setting(
-        "MODEL", model), system, {**params, **more})
+    chat = endpoint == "chat"
+    body = build_body(chat, streaming, messages, find_setting("MODEL", model),
+                      system, {**params, **more})
     url = build_url(find_setting("BASE_URL", base_url) or BASE_URL)
     given = build_headers(headers)
-    names = {name.lower(): name for name in given}
-    secret = (given[names["authorization"]].split(" ")[-1]
-              if "authorization" in names
-              else build_key(find_setting("API_KEY", api_key)))
+    own = {name.lower(): text for name, text in given.items()}
+    secret = own.get("authorization", "").split(" ")[-1] or build_key(
+        find_setting("API_KEY", api_key))
     accept = "text/event-stream" if streaming else "application/json"
     ours = {"Authorization": "Bearer " + secret, "Accept": accept,
             "Content-Type": "application/json", "User-Agent": USER_AGENT,
             "Accept-Encoding": "identity"}
-    ours = {name: ours[name] for name in ours if name.lower() not in names}
-    seconds = build_timeout(find_setting("TIMEOUT", timeout))
-    return _Call(endpoint == "chat", url + PATHS[endpoint], {**ours, **given},
-                 body, secret, seconds, max_retries)
+    ours = {name: ours[name] for name in ours if name.lower() not in own}
+    timeout = find_setting("TIMEOUT", timeout)
+    text = str(TIMEOUT if timeout is None else timeout)
+    require(re.fullmatch(r"[0-9]*\.?[0-9]+(e[+-]?[0-9]+)?", text)
+            and float(text) > 0, "timeout, or SERV_TIMEOUT: expected seconds "
+            f"above 0; got {text}")
+    return _Call(chat, url + PATHS[endpoint], {**ours, **given}, body, secret,
+                 float(text), max_retries)
 
 
 def require(good: Any, wrong: str, kind: type[Exception] = ValueError) -> None:
@@ -510,10 +508,10 @@ def build_body(chat: bool, streaming: bool, messages: Any, model: Any,
         for entry in messages), "messages: expected a str or a list of dicts "
         "(append reply.message, not the reply)", TypeError)
     first = [{"role": "system", "content": system}] if system else []
-    body = {"model": model, "messages": first * chat + list(messages),
+    body = {"model": model, "messages": [*first * chat, *messages],
             **({} if chat or not system else {"system": system}), **params,
             **({"stream": True} if streaming else {})}
-    prompts = [entry.get("content") for entry in first + body["messages"] * chat
+    prompts = [entry.get("content") for entry in [*first, *chat * messages]
                if entry.get("role") in ("system", "developer")]
     require(any(text.strip() if isinstance(text, str) else text
                 for text in prompts),
@@ -546,32 +544,20 @@ def build_url(base_url: Any) -> str:
 
 def split_url(name: str, url: str) -> Any:
     """Return the parts of a URL with a host; it may hold a password."""
-    try:
+    with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
-        good = parts.hostname and parts.port != 0
-    except ValueError:
-        good = False
-    require(good, name + ": no host, or a bad port, in the URL")
-    return parts
-
-
-def build_timeout(value: Any) -> float:
-    """Return the budget of a call in seconds."""
-    text = str(TIMEOUT if value is None else value)
-    good = re.fullmatch(r"[0-9]*\.?[0-9]+(e[+-]?[0-9]+)?", text)
-    require(good and float(text) > 0, "timeout (or SERV_TIMEOUT): expected "
-            f"seconds above 0; got {text}")
-    return float(text)
+        if parts.hostname and parts.port != 0:
+            return parts
+    raise ValueError(name + ": no host, or a bad port, in the URL")
 
 
 def build_key(key: Any) -> str:
     """Return the key without white space around it; never show it."""
-    require(isinstance(key, (str, type(None))), "api_key: expected a str",
-            TypeError)
+    require(not key or isinstance(key, str), "api_key: not a str", TypeError)
     key = (key or "").strip()
     require(key, "no API key: pass api_key=... or set SERV_API_KEY", ServError)
-    require(key.isascii() and key.isprintable(), "the API key has a character "
-            "that no header can carry; is it a placeholder still?", ServError)
+    require(re.fullmatch("[ -~]+", key), "the API key has a character that no "
+            "header can carry; is it a placeholder still?", ServError)
     return str(key)
 
 
@@ -586,7 +572,8 @@ def build_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
         require(isinstance(name, str) and isinstance(value, str),
                 "headers: expected str names and values", TypeError)
         require(re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name)
-                and name.lower() not in NOT_YOURS,
+                and name.lower() not in (
+                    "content-length", "transfer-encoding", "host"),
                 f"headers: {name!r} is no header's name, or not yours to set")
         require(re.fullmatch(r"[\t\x20-\x7e\xa0-\xff]*", value),
                 f"headers: no header can carry the value of {name}")
@@ -623,11 +610,10 @@ def parse_json(text: str) -> Any:
 
 def parse_kind(text: str, kind: Any = object) -> Any:
     """Return the value that a JSON text says if of a kind, else the text."""
-    try:
+    with contextlib.suppress(ValueError):
         value = parse_json(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, kind) else text
+        return value if isinstance(value, kind) else text
+    return text
 
 
 def expect(value: Any, kind: type[T]) -> T:
@@ -688,7 +674,7 @@ def find_error(name: str, event: JSONDict) -> bool:
         event.get("error") or "error" in (name, kind, event.get("object"))
         or any(choice.get("finish_reason") == "error" or choice.get("error")
                for choice in _dicts(choices))
-        or "choices" not in event and isinstance(told or event.get("detail"), str)
+        or choices is None and isinstance(told or event.get("detail"), str)
         and str(kind or "error").lower().endswith("error"))
 
 
@@ -719,11 +705,11 @@ def parse_retry_after(headers: Headers, now: float) -> float | None:
         value = str(headers.get(name, "")).strip()
         if re.fullmatch(r"[0-9]{1,15}(\.[0-9]*)?", value):
             return float(value) * unit
-    try:
+    # what is no date raises any of these, on 3.8 to 3.14
+    with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):
         seconds = parsedate_to_datetime(value).timestamp() - now
-    except (TypeError, ValueError, OverflowError, IndexError):
-        return None  # what it raises for what is no date, on 3.8 to 3.14
-    return seconds if seconds >= 0 else None
+        return seconds if seconds >= 0 else None
+    return None
 
 
 def retry_wait(error: ServError, attempt: int) -> float | None:
@@ -930,9 +916,8 @@ class _Answer:
     """An answer put together from its events, in either format."""
 
     def __init__(self, chat: bool) -> None:
-        self.chat = chat
+        self.chat, self.count = chat, 0  # of its events
         self.pieces: list[JSONDict] = []
-        self.recent: list[JSONDict] = []  # pieces still to be assembled
         self.ended: dict[int, bool] = {}  # of each choice, whether it has
         self.last = -1      # the index of the content block that came last
         self.done = False   # the last event was there
@@ -951,10 +936,10 @@ class _Answer:
             return ""
         piece, text = (self._read_chunk(event) if self.chat
                        else self._read_event(event))
-        self.recent.append(piece)
-        if len(self.recent) == 1000:
-            self.pieces.append(assemble(self.recent))
-            self.recent = []
+        self.pieces.append(piece)
+        self.count += 1
+        if self.count % 1000 == 0:
+            self.pieces[-1000:] = [assemble(self.pieces[-1000:])]
         return text
 
     def _read_chunk(self, chunk: JSONDict) -> tuple[JSONDict, str]:
@@ -1004,26 +989,27 @@ class _Answer:
         Until it is ``whole`` a tool's input stays text, so that half an
         input is never taken for one.
         """
-        found = json.dumps(assemble(self.pieces + self.recent), ensure_ascii=0)
+        found = json.dumps(assemble(self.pieces), ensure_ascii=False)
         top: JSONDict = json.loads(clean_text(found))
-        for choice in top.setdefault("choices", []) if self.chat else ():
-            entry = dict({"content": None}, **choice["message"])
-            entry["role"] = entry.get("role") or "assistant"
-            choice.setdefault("finish_reason", None)
-            choice["message"] = entry
-            for call in _dicts(entry.get("tool_calls")):
-                call.pop("index", None)
-                call.setdefault("type", "function")
-        for block in () if self.chat else top.setdefault("content", []):
+        parts = top.setdefault("choices" if self.chat else "content", [])
+        if self.chat:
+            for choice in parts:
+                entry = {"content": None, **choice["message"]}
+                entry["role"] = entry.get("role") or "assistant"
+                choice.update(message=entry,
+                              finish_reason=choice.get("finish_reason"))
+                for call in _dicts(entry.get("tool_calls")):
+                    call.pop("index", None)
+                    call.setdefault("type", "function")
+            return {**top, "object": "chat.completion"}
+        for block in parts:
             del block["index"]
             text, given = block.pop("partial_json", ""), block.get("input")
             if whole and text:
                 block["input"] = parse_kind(text, dict)
             elif not whole and (text or "input" in block):
                 block["input"] = text or (json.dumps(given) if given else "")
-        if self.chat:
-            return dict(top, object="chat.completion")
-        return dict({"type": "message", "role": "assistant"}, **top)
+        return {"type": "message", "role": "assistant", **top}
 
 
 # ---------------------------------------------------------------------------
@@ -1032,6 +1018,7 @@ class _Answer:
 # a ServError; a connection is kept only after an answer read to its end.
 # ---------------------------------------------------------------------------
 
+NETWORK_ERRORS = OSError, UnicodeError, http.client.HTTPException
 _idle: list[_Connection] = []  # oldest first
 _tls_contexts: dict[Any, ssl.SSLContext] = {}  # by CA setting
 _lock = threading.Lock()  # of both
@@ -1045,10 +1032,9 @@ class _Connection(io.RawIOBase):
     """
 
     def __init__(self, route: Any) -> None:
-        self.route, self.pid = route, os.getpid()
+        self.route, self.pid, self.kept = route, os.getpid(), False
         self.http: Any = None
         self.sock: Any = None
-        self.idle_since = 0.0
 
     def open(self, deadline: float) -> Any:
         """Return the HTTP side of it, for a call that ends at deadline.
@@ -1057,30 +1043,31 @@ class _Connection(io.RawIOBase):
         with that, or the end, waiting on a kept connection, it is made anew.
         """
         self.deadline, self.received = deadline, 0  # bytes of this answer
-        self.early, self.ended = b"", False  # see has_answer(), readinto()
-        tls, host, port, proxy, login, *authorities = self.route
-        self.kept = self.sock is not None and not self.has_answer()
-        if not self.kept:
+        self.early, self.ended = io.BytesIO(), False
+        tls, host, port, proxy, login, authority = self.route
+        if not self.kept or self.has_answer():
             self.discard()
             address = proxy or (host, port)
             self.http = http.client.HTTPConnection(*address)
-            self.sock, self.early = dial(*address, deadline), b""
+            self.sock, self.early = dial(address, deadline), io.BytesIO()
             self.http.sock = self
             if proxy and tls:
                 self.http.set_tunnel(host, port, login)
                 self.http._tunnel()
             if tls:
                 self.http.default_port = 443  # which the Host header omits
-                self.sock = get_tls_context(*authorities).wrap_socket(
+                with _lock:  # a context costs tens of milliseconds
+                    if authority not in _tls_contexts:
+                        _tls_contexts[authority] = ssl.create_default_context()
+                self.sock = _tls_contexts[authority].wrap_socket(
                     self.ready(), server_hostname=host)
         return self.http
 
     def discard(self) -> None:
         """Close for good."""
-        if self.sock is not None:
-            self.http.close()
-            self.sock.close()
-            self.sock = None
+        self.kept = False
+        for part in filter(None, (self.http, self.sock)):
+            part.close()
 
     def close(self) -> None:
         pass
@@ -1102,31 +1089,26 @@ class _Connection(io.RawIOBase):
         return self.sock
 
     def readinto(self, buffer: Any) -> int:
-        if self.early:
-            size = min(len(buffer), len(self.early))
-            buffer[:size], self.early = self.early[:size], self.early[size:]
-        else:
-            size = self.ready().recv_into(buffer)
+        size = self.early.readinto(buffer) or self.ready().recv_into(buffer)
         self.received += size
         self.ended = not size
-        return size
+        return int(size)
 
     def sendall(self, data: bytes) -> None:
         """Send all, or stop where the answer (413, say) comes first."""
         view = memoryview(data)
         while view:
-            try:
-                view = view[self.ready(STALL_SECONDS).send(view):]
-            except socket.timeout:
-                pass  # a stalled upload; it is ready() that ends it
+            # A stalled upload times out often; it is ready() that ends it.
+            with contextlib.suppress(socket.timeout):
+                view = view[self.ready(WAIT_SECONDS).send(view):]
             if view and self.has_answer():
                 raise BrokenPipeError("answered before the request was sent")
 
     def has_answer(self) -> bool:
         """Whether bytes, the end or a fault are here; does not wait."""
+        self.sock.settimeout(0)
         try:
-            self.sock.settimeout(0)
-            self.early += self.sock.recv(READ_SIZE)
+            self.early = io.BytesIO(self.sock.recv(READ_SIZE))
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return False
         except OSError:
@@ -1136,30 +1118,32 @@ class _Connection(io.RawIOBase):
     def give_back(self, response: Any) -> None:
         """Keep the connection for the next call if it is in order."""
         self.idle_since = time.monotonic()
-        self.deadline = min(self.deadline, self.idle_since + DRAIN_SECONDS)
+        self.deadline = min(self.deadline, self.idle_since + WAIT_SECONDS)
         try:
             more = response.chunked and response.read1(READ_SIZE)
-        except (OSError, http.client.HTTPException):
-            more = b"?"  # the last bytes did not come in time
+        except NETWORK_ERRORS:
+            more = True  # its last bytes did not come in time
         response.close()
         with _lock:
-            keep = not (more or response.will_close or len(_idle) >= MAX_IDLE)
-            _idle.extend([self] if keep else ())
-        if not keep:
+            self.kept = not (more or response.will_close
+                             or len(_idle) >= MAX_IDLE)
+            _idle.extend([self] * self.kept)
+        if not self.kept:
             self.discard()
 
 
-def dial(host: str, port: int, deadline: float) -> socket.socket:
+def dial(address: Any, deadline: float) -> socket.socket:
     """Connect to the first address of a host that answers.
 
     No address may take more than CONNECT_TIMEOUT, nor more than its share
     of what is left, so that a dead one leaves time for the next.
     """
+    host, port = address
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for to_come, entry in zip(range(len(found), 0, -1), found):
         share = (deadline - time.monotonic()) / to_come
         seconds = max(0.001, min(CONNECT_TIMEOUT, share))
-        address: Any = entry[4][:2]
+        address = entry[4][:2]
         try:
             sock = socket.create_connection(address, seconds)
             break
@@ -1175,39 +1159,32 @@ def dial(host: str, port: int, deadline: float) -> socket.socket:
     return sock
 
 
-def get_tls_context(*authorities: str | None) -> ssl.SSLContext:
-    """Return the context for a CA setting, made once for each."""
-    with _lock:
-        if authorities not in _tls_contexts:
-            _tls_contexts[authorities] = ssl.create_default_context()
-        return _tls_contexts[authorities]
-
-
 def find_route(url: str) -> Any:
-    """Return what connections to a URL have in common, as it is now:
-    TLS or not, host, port, the proxy and its login header, the CA setting.
+    """Return what connections to a URL have in common, as it is now.
+
+    Whether TLS is on, host, port, the proxy's (host, port) and its login as
+    pairs of a header, and the CA setting.
     """
     parts = urllib.parse.urlsplit(url)
-    tls = parts.scheme == "https"
-    return (tls, parts.hostname, parts.port or (443 if tls else 80),
-            *find_proxy(parts.scheme, parts.netloc),
-            os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+    tls, proxy, login = parts.scheme == "https", None, ()
+    if any(name[-6:].lower() == "_proxy" for name in os.environ):
+        from urllib import request  # not loaded where there is no proxy
+        found = request.getproxies_environment().get(parts.scheme)
+        bypass = request.proxy_bypass_environment  # type: ignore
+        if found and not bypass(parts.netloc):
+            proxy, login = build_proxy(parts.scheme + "_proxy", found)
+    return (tls, parts.hostname, parts.port or (443 if tls else 80), proxy,
+            login, tuple(map(os.environ.get, ("SSL_CERT_FILE", "SSL_CERT_DIR"))))
 
 
-def find_proxy(scheme: str, netloc: str) -> tuple[Any, Any]:
-    """Return the proxy's (host, port), or None, and its login header."""
-    if not any(name[-6:].lower() == "_proxy" for name in os.environ):
-        return None, ()  # spares most programs the import
-    import urllib.request as request  # noqa: PLR0402
-    url = request.getproxies_environment().get(scheme)
-    if not url or request.proxy_bypass_environment(netloc):  # type: ignore
-        return None, ()
-    parts = split_url(scheme + "_proxy", url if "://" in url else "http://" + url)
-    require(parts.scheme == "http", scheme + "_proxy: only http:// is known")
+def build_proxy(name: str, url: str) -> tuple[Any, Any]:
+    """Return the (host, port) of a proxy, and its login as header pairs."""
+    parts = split_url(name, url if "://" in url else "http://" + url)
+    require(parts.scheme == "http", name + ": only http:// is known")
     login = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
     basic = "Basic " + base64.b64encode(login.encode()).decode()
-    return (parts.hostname, parts.port or 80), (
-        (("Proxy-Authorization", basic),) if parts.username else ())
+    pairs = (("Proxy-Authorization", basic),) if parts.username else ()
+    return (parts.hostname, parts.port or 80), pairs
 
 
 def take_connection(route: Any) -> _Connection:
@@ -1247,10 +1224,6 @@ class _Call(collections.namedtuple(
         """Seconds since the call began."""
         return time.monotonic() - self.started
 
-    def is_over(self) -> bool:
-        """Whether the budget has run out."""
-        return bool(self.elapsed >= self.timeout)
-
     def run(self, read: Callable[[_Call], T]) -> T:
         """Return what ``read`` makes of the answer, after some tries."""
         self.started, count = time.monotonic(), 0
@@ -1271,18 +1244,19 @@ class _Call(collections.namedtuple(
             try:
                 self.response = self.send(connection)
                 return read(self)
-            except BaseException as exc:
-                connection.discard()
-                if not isinstance(exc, (OSError, UnicodeError,
-                                        http.client.HTTPException)):
-                    raise
+            except NETWORK_ERRORS as exc:
                 # Closed while it was idle: that is no failed try.
-                if connection.received or self.is_over() or not connection.kept:
+                unseen = connection.kept and not connection.received
+                connection.discard()
+                if not unseen or self.elapsed >= self.timeout:
                     raise self.error(APIConnectionError, "no answer", exc)
+            except BaseException:
+                connection.discard()
+                raise
 
     def send(self, connection: _Connection) -> Any:
         """Send the request; return the answer, of which the head is read."""
-        tls, _, _, proxy, login, *_ = connection.route
+        tls, _, _, proxy, login, _ = connection.route
         client = connection.open(self.started + self.timeout)
         url, headers = "/" + self.url.split("/", 3)[3], self.headers
         if proxy and not tls:  # a tunnel had the login before
@@ -1294,7 +1268,7 @@ class _Call(collections.namedtuple(
         except OSError:
             # The server may have answered (413) and closed before the end
             # of the upload; that answer tells more than the broken pipe.
-            if self.is_over():
+            if self.elapsed >= self.timeout:
                 raise
         response = client.getresponse()
         response.will_close = response.will_close or not sent
@@ -1326,7 +1300,7 @@ class _Call(collections.namedtuple(
         try:
             yield {}, ""
             for name, data in pairs:
-                if self.is_over():
+                if self.elapsed >= self.timeout:
                     raise self.error(APIConnectionError)
                 event = parse_event(name, data)
                 if event is None:
@@ -1390,7 +1364,7 @@ class _Call(collections.namedtuple(
                 yield data
             if left:
                 raise http.client.IncompleteRead(b"", left)
-        except (OSError, http.client.HTTPException) as exc:
+        except NETWORK_ERRORS as exc:
             what = f"the answer was cut after {total} bytes"
             raise self.error(APIConnectionError, what, exc)
 
@@ -1415,7 +1389,7 @@ class _Call(collections.namedtuple(
               cause: BaseException | None = None,
               **attributes: Any) -> ServError:
         """Return an error of a kind; a lost connection may be a timeout."""
-        if kind is APIConnectionError and self.is_over():
+        if kind is APIConnectionError and self.elapsed >= self.timeout:
             kind, what = APITimeoutError, f"not within {self.timeout:g} s"
         elif cause is not None:
             what += f": {str(cause) or type(cause).__name__}"
@@ -1435,12 +1409,11 @@ class _Call(collections.namedtuple(
         secret = re.escape(self.secret) or "(?!)"
         if len(self.secret) < 8:  # "x" or "local" is also a word
             secret = rf"(?<!\w){secret}(?!\w)"
-        chain: list[Any] = [error]
-        for link in chain:  # which grows
+        link: Any = error
+        while link is not None:
             link.args, link.__dict__ = redact((link.args, vars(link)),
                                               re.compile(secret))
-            chain += [other for other in (link.__cause__, link.__context__)
-                      if other is not None and other not in chain]
+            link = link.__cause__ or link.__context__
         request_id = error.request_id and f", request id {error.request_id}"
         error.args = (f"{shown(error.args[0])} (POST {self.url}"
                       f"{shown(request_id or '')})",)
@@ -1455,9 +1428,21 @@ class _Call(collections.namedtuple(
 def main(argv: Sequence[str] | None = None) -> int:
     """usage: serv [options] [PROMPT ...]
 
-Ask a model of SERV.  Standard input, if piped, follows the prompt.
+Ask a model of SERV.  Standard input, if piped, follows the prompt; a prompt
+of - asks for it by name.
 
-examples:
+  -m, --model NAME         default: SERV_MODEL, else the reference's example
+  -s, --system TEXT        the system prompt (a plain helpful assistant)
+  -e, --endpoint FORMAT    chat (the default) or messages
+  -n, --max-tokens N       the longest answer; for messages 4096 if not given
+  -o, --option NAME=VALUE  any parameter of the request; JSON, else text
+  -H, --header 'NAME: VALUE'  any header of the request
+      --no-stream          print the answer when all of it is there
+      --json               print the whole answer as JSON
+      --dry-run            print the request as a curl command; needs no key
+  -v, --verbose            tell the request id, the time and the tokens
+      --version, --help
+
   serv "Why is the sky blue?"
   git diff | serv -e messages -m claude-haiku-4.5 "Review this change."
   serv -o temperature=0 -n 200 --json "Three names for a cat." | jq .usage
@@ -1474,9 +1459,8 @@ SERV_API_KEY holds the key; SERV_BASE_URL, SERV_MODEL and SERV_TIMEOUT
         if not args.dry_run:
             return answer(args, prompt, options)
         print(build_curl(build_request(
-            args.endpoint, not (args.no_stream or args.json), prompt,
-            **{**options, "api_key": "$SERV_API_KEY", "base_url": None,
-               "timeout": None, "max_retries": 0, "params": {}})))
+            args.endpoint, not args.no_stream, prompt, api_key="$SERV_API_KEY",
+            base_url=None, timeout=None, max_retries=0, **options)))
         return 0
     except SystemExit as exc:  # argparse's
         return int(exc.code or 0)
@@ -1499,48 +1483,41 @@ def parse_args(argv: Sequence[str] | None) -> Any:
     """Return the options of the command line; SystemExit where it is wrong."""
     import argparse
     parser = argparse.ArgumentParser(
-        "serv", argparse.SUPPRESS, main.__doc__,
+        "serv", argparse.SUPPRESS, main.__doc__, add_help=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, several = parser.add_argument, {"action": "append", "default": []}
-    add("prompt", nargs="*", help="the prompt; - asks for standard input")
-    add("-m", "--model", help="default: SERV_MODEL, else an example's")
-    add("-s", "--system", default="You are a helpful assistant.",
-        help="the system prompt (default: %(default)s)")
-    add("-e", "--endpoint", choices=list(PATHS), default="chat",
-        help="the format to speak (default: %(default)s)")
-    add("-n", "--max-tokens", type=int, metavar="N",
-        help="limit of the answer (default for messages: 4096)")
-    add("-o", "--option", metavar="NAME=VALUE", **several,
-        help="a parameter of the request; VALUE is JSON, else text")
-    add("-H", "--header", metavar="'NAME: VALUE'", **several,
-        help="a header of the request")
-    for name, text in (("--no-stream", "wait for the whole answer"),
-                       ("--json", "print the whole answer as JSON"),
-                       ("--dry-run", "print the curl command; needs no key")):
-        add(name, action="store_true", help=text)
-    add("-v", "--verbose", action="store_true",
-        help="tell the request id, the time and the tokens")
+    add = functools.partial(parser.add_argument, help=argparse.SUPPRESS)
+    add("prompt", nargs="*")
+    add("-m", "--model")
+    add("-s", "--system", default="You are a helpful assistant.")
+    add("-e", "--endpoint", choices=list(PATHS), default="chat")
+    add("-n", "--max-tokens", type=int)
+    add("-o", "--option", action="append", default=[])
+    add("-H", "--header", action="append", default=[])
+    for name in ("--no-stream", "--json", "--dry-run"):
+        add(name, action="store_true")
+    add("-v", "--verbose", action="store_true")
     add("--version", action="version", version="serv " + __version__)
-    return parser.parse_intermixed_args(argv)
+    add("-h", "--help", action="help")
+    args = parser.parse_intermixed_args(argv)
+    args.no_stream = args.no_stream or args.json
+    return args
 
 
 def build_options(args: Any) -> JSONDict:
     """Return what the command line asks for as arguments of a call."""
-    chat, headers, params = args.endpoint == "chat", {}, {}
-    for header in args.header:
-        name, _, text = header.partition(":")
-        headers[name] = text.strip()
+    chat, params = args.endpoint == "chat", {}
+    headers = dict(header.partition(":")[::2] for header in args.header)
     for option in args.option:
         name, equals, text = option.partition("=")
-        own = name in (*stream.__kwdefaults__, "messages")  # type: ignore
-        require(equals and not own, f"-o {option}: expected a parameter of the "
-                "request, as NAME=VALUE")
+        own = {*stream.__kwdefaults__, "messages"}  # type: ignore
+        require(equals and name not in own, f"-o {option}: expected NAME=VALUE")
         params[name] = parse_kind(text)
     if args.max_tokens or not chat:
         params.setdefault("max_completion_tokens" if chat else "max_tokens",
                           args.max_tokens or 4096)
-    model = find_setting("MODEL", args.model) or EXAMPLE_MODELS[args.endpoint]
-    return {**params, "system": args.system, "model": model, "headers": headers}
+    return {"system": args.system, "params": params, "model": find_setting(
+        "MODEL", args.model) or EXAMPLE_MODELS[args.endpoint],
+        "headers": {name: text.strip() for name, text in headers.items()}}
 
 
 def read_prompt(words: list[str]) -> str:
@@ -1556,36 +1533,39 @@ def read_prompt(words: list[str]) -> str:
 def build_curl(call: _Call) -> str:
     """Return the curl command that sends a call; the shell has the key."""
     from shlex import quote
-    headers = [quote(f"{name}: {text}") for name, text in call.headers.items()]
-    return " \\\n  ".join(
-        ["curl -sSN " + quote(call.url), *("-H " + text for text in headers),
-         "--data-raw " + quote(call.body.decode())]).replace(
-            "'Authorization: Bearer $SERV_API_KEY'",
-            '"Authorization: Bearer $SERV_API_KEY"')
+    headers = [f"{name}: {text}" for name, text in call.headers.items()]
+    parts = ["-H " + quote(header) for header in headers]
+    parts += [f"--data-raw {quote(call.body.decode())}"]
+    command = " \\\n  ".join([f"curl -sSN {quote(call.url)}", *parts])
+    ours = "'Authorization: Bearer $SERV_API_KEY'"
+    return command.replace(ours, ours.replace("'", '"'))
+
+
+def ask(prompt: str, args: Any, *, params: JSONDict, **options: Any) -> Any:
+    """Return the reply, if it is whole, and the texts that are to print."""
+    if not args.no_stream:
+        return None, stream(prompt, endpoint=args.endpoint, **options, **params)
+    call = chat if args.endpoint == "chat" else message
+    reply = call(prompt, **options, **params)
+    text = json.dumps(reply, indent=2, ensure_ascii=False)
+    return reply, [text if args.json else reply.text]
 
 
 def answer(args: Any, prompt: str, options: JSONDict) -> int:
     """Print the answer to a prompt; return the exit status."""
     note = f"serv: waiting for {options['model']}" * sys.stderr.isatty()
+    blank, last = f"\r{' ' * len(note)}\r" if note else "", ""
     print(note, end="", file=sys.stderr, flush=True)
-    blank, last = "\r" + " " * len(note) + "\r" if note else "", "\n"
-    reply, pieces = None, []
     try:
-        if args.json or args.no_stream:
-            call = chat if args.endpoint == "chat" else message
-            reply = call(prompt, **options)
-            text = json.dumps(reply, indent=2, ensure_ascii=False)
-            pieces = [text if args.json else reply.text]
-        else:
-            pieces = stream(prompt, endpoint=args.endpoint, **options)
+        reply, pieces = ask(prompt, args, **options)
         for piece in pieces:
             print(blank, end="", file=sys.stderr, flush=True)
             print(piece, end="", flush=True)
-            blank, last = "", piece or last
+            blank, last = "", piece
+        reply = reply or pieces.reply
     finally:
         print(blank, end="", file=sys.stderr, flush=True)
-        print(end="" if last.endswith("\n") else "\n", flush=True)
-    reply = reply or pieces.reply
+        print(end="\n" if last[-1:] not in ("", "\n") else "", flush=True)
     if args.verbose:
         say(f"request id {reply.request_id}, {reply.elapsed:.1f} s, "
             f"{json.dumps(reply.usage)}")
