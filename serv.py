@@ -92,7 +92,7 @@ READ_SIZE = 1 << 16     # bytes asked of a connection at a time
 MAX_BODY = 1 << 25      # bytes of one JSON answer, or of one event: 32 MiB
 MAX_STREAM = 1 << 28    # bytes of a whole stream: a million events
 MAX_ERROR = 1 << 18     # bytes kept of an error's body
-MAX_DEPTH = 100         # of nested JSON, so that all of it can be recursed
+MAX_DEPTH = 150         # of nested JSON, so that all of it can be recursed
 MAX_SHOWN = 400         # characters of the server's words in a message
 
 
@@ -397,17 +397,21 @@ class Stream:
 
     def __next__(self) -> str:
         """Return the next piece of text; raise as ``events()`` does."""
-        for _, piece in iter(self._read, None):
+        while True:
+            item = self._read()
+            if item is None:
+                break
+            piece = item[1]
             if self._half or not piece.isascii():
                 piece = self._half + piece
                 cut = len(piece) - ("\ud800" <= piece[-1:] <= "\udbff")
                 piece, self._half = clean_text(piece[:cut]), piece[cut:]
             if piece:
                 return piece
-        piece, self._half = clean_text(self._half), ""
-        if not piece:
+        half, self._half = clean_text(self._half), ""
+        if not half:
             raise StopIteration
-        return piece
+        return half
 
     def events(self) -> Iterator[JSONDict]:
         """Yield every decoded event instead: chunks, or Messages events.
@@ -585,7 +589,7 @@ def build_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
 # ---------------------------------------------------------------------------
 
 # Some servers send raw control characters in JSON strings: not strict.
-_decode = json.JSONDecoder(strict=False).decode
+_decode = json.JSONDecoder(strict=False).raw_decode
 
 
 def parse_json(text: str) -> Any:
@@ -594,11 +598,14 @@ def parse_json(text: str) -> Any:
     Also where it is nested deeper than MAX_DEPTH: what is returned can be
     copied, pickled and dumped without an end to the stack.
     """
+    text = text.strip()
     try:
-        value = _decode(text)
+        value, end = _decode(text)
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
-    if text.count("[") + text.count("{") > MAX_DEPTH:
+    if end < len(text):
+        raise ValueError("more than one JSON value")
+    if end > 2 * MAX_DEPTH < 2 * (text.count("[") + text.count("{")):
         level = [value]
         for _ in range(MAX_DEPTH + 1):
             level = [child for node in level if isinstance(node, (dict, list))
@@ -618,12 +625,11 @@ def parse_kind(text: str, kind: Any = object) -> Any:
 
 def expect(value: Any, kind: type[T]) -> T:
     """Return a value that is of a kind, or an empty one for nothing."""
+    if isinstance(value, kind):
+        return value
     if value is None:
         return kind()
-    require(isinstance(value, kind),
-            f"expected a {kind.__name__}; got a {type(value).__name__}")
-    found: T = value
-    return found
+    raise ValueError(f"not a {kind.__name__}: a {type(value).__name__}")
 
 
 def _dict(value: Any) -> JSONDict:
@@ -772,7 +778,8 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
 
     :raise ValueError: an event grows beyond MAX_BODY bytes.
     """
-    name, data, held = "", [], 0
+    name, held = "", 0
+    data: list[bytes] = []
     rest: list[bytes] = []  # of a line that goes on in the next chunk
     after_cr, mark = False, b"\xef\xbb\xbf"  # one byte order mark is dropped
     for chunk in chunks:
@@ -784,25 +791,26 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
         held += len(chunk)
         # bytes.splitlines() cuts at LF, CRLF and CR, and nowhere else
         *lines, tail = (chunk + b".").splitlines()
-        if lines:
+        if rest and lines:
             lines[0], rest = b"".join(rest + lines[:1]), []
-            if lines[0].startswith(mark):
-                lines[0] = lines[0][len(mark):]
+        if mark and lines:
+            lines[0] = lines[0][3 * lines[0].startswith(mark):]
             mark = b""
-        rest.append(tail[:-1])
+        if tail != b".":
+            rest.append(tail[:-1])
         for line in lines:
-            field, _, value = line.partition(b":")
-            if value.startswith(b" "):
-                value = value[1:]
-            if field == b"data":
-                data.append(value)
-            elif field == b"event":
-                name = value.decode("utf-8", "replace")
-            elif not line:
+            if not line:
                 if data:
                     text = b"\n".join(data).decode("utf-8", "replace")
                     yield name or "message", text
                 name, data, held = "", [], 0
+                continue
+            field, _, value = line.partition(b":")
+            value = value[value.startswith(b" "):]
+            if field == b"data":
+                data.append(value)
+            elif field == b"event":
+                name = value.decode("utf-8", "replace")
         require(held <= MAX_BODY, f"more than {MAX_BODY} bytes")
 
 
@@ -812,13 +820,15 @@ def parse_event(name: str, data: str) -> JSONDict | None:
     A Messages event that lacks its ``type`` gets it from the event's name.
     :raise ValueError: the data is not what the format promises.
     """
-    if data.strip() in ("[DONE]", ""):
-        return DONE if data.strip() else None  # or a keep-alive
     try:
-        event = expect(parse_json(data), dict)
+        event = parse_json(data)
+        if not isinstance(event, dict):
+            raise ValueError(f"not an object: a {type(event).__name__}")
     except ValueError:
-        if name not in EVENTS:  # a vendor's own
-            return None
+        if data.strip() == "[DONE]":
+            return DONE
+        if not data.strip() or name not in EVENTS:
+            return None  # a keep-alive, or a vendor's own
         if name != "error":
             raise
         event = {"message": data}
@@ -889,12 +899,12 @@ def find_label(groups: dict[Any, list[Any]], entry: Any, first: bool) -> Any:
     the last, if it is a call's next piece or text of the same type.
     """
     new, entry = (len(groups),), _dict(entry)
-    label, name = entry.get("id"), _dict(entry.get("function")).get("name")
-    index = find_index(entry, -1)
+    index, label = find_index(entry, -1), entry.get("id")
+    name = "function" in entry and _dict(entry["function"]).get("name")
     if index >= 0:
         # Gemini counts every call as 0: a new id and name is a new call.
-        begun = groups.get(index, [{}])[0].get("id")
-        if label and name and begun and begun != label:
+        if label and name and groups.get(index, [entry])[0].get(
+                "id", label) != label:
             groups[new] = groups.pop(index)
         return index
     last = next(reversed(groups), new)
@@ -908,8 +918,10 @@ def find_label(groups: dict[Any, list[Any]], entry: Any, first: bool) -> Any:
 def find_index(entry: JSONDict, default: int) -> int:
     """Return the ``index`` of a choice, a call or an event, if it has one."""
     index = entry.get("index")
-    require(not isinstance(index, int) or index >= 0, "a negative index")
-    return index if isinstance(index, int) else default
+    if not isinstance(index, int):
+        return default
+    require(index >= 0, "a negative index")
+    return index
 
 
 class _Answer:
@@ -919,6 +931,9 @@ class _Answer:
         self.chat, self.count = chat, 0  # of its events
         self.pieces: list[JSONDict] = []
         self.ended: dict[int, bool] = {}  # of each choice, whether it has
+        # What was said last, of each choice and (as -1) beside them: most
+        # chunks say it again, which is not worth keeping, unless it grows.
+        self.said: dict[int, JSONDict] = {}
         self.last = -1      # the index of the content block that came last
         self.done = False   # the last event was there
         self.elapsed = 0.0  # seconds of the call, once it has ended
@@ -943,20 +958,27 @@ class _Answer:
         return text
 
     def _read_chunk(self, chunk: JSONDict) -> tuple[JSONDict, str]:
-        text, choices = "", []
-        for number, choice in enumerate(expect(chunk.get("choices"), list)):
-            choice = dict(expect(choice, dict))
-            delta = choice.pop("delta", None)
+        text, choices, top = "", [], dict(chunk)
+        for number, choice in enumerate(expect(top.pop("choices", None), list)):
+            entry = dict(expect(choice, dict))
+            delta = entry.pop("delta", None)
             if delta is None and not self.ended:
-                delta = choice.get("message")  # a whole answer as one event
-            delta = choice["message"] = expect(delta, dict)
-            index = choice["index"] = find_index(choice, number)
-            choices.append(choice)
-            self.ended[index] = bool(choice.get("finish_reason")
-                                     or self.ended.get(index))
+                delta = entry.get("message")  # a whole answer as one event
+            delta, index = expect(delta, dict), find_index(entry, number)
+            if entry != self.said.get(index):
+                grows = any(isinstance(entry[key], (dict, list)) for key in entry)
+                self.said[index] = {} if grows else entry
+                if entry.get("finish_reason") or index not in self.ended:
+                    self.ended[index] = bool(entry.get("finish_reason"))
+                choices.append({**entry, "index": index, "message": delta})
+            else:
+                choices.append({"index": index, "message": delta})
             if index == 0:
                 text += find_text(delta.get("content"))
-        return dict(chunk, choices=choices), text
+        if top == self.said.get(-1):
+            return {"choices": choices}, text
+        self.said[-1] = top
+        return {**top, "choices": choices}, text
 
     def _read_event(self, event: JSONDict) -> tuple[JSONDict, str]:
         kind, piece = event.get("type"), {}
@@ -1167,12 +1189,13 @@ def find_route(url: str) -> Any:
     """
     parts = urllib.parse.urlsplit(url)
     tls, proxy, login = parts.scheme == "https", None, ()
-    if any(name[-6:].lower() == "_proxy" for name in os.environ):
+    name = parts.scheme + "_proxy"
+    if os.environ.get(name) or os.environ.get(name.upper()):
         from urllib import request  # not loaded where there is no proxy
         found = request.getproxies_environment().get(parts.scheme)
         bypass = request.proxy_bypass_environment  # type: ignore
         if found and not bypass(parts.netloc):
-            proxy, login = build_proxy(parts.scheme + "_proxy", found)
+            proxy, login = build_proxy(name, found)
     return (tls, parts.hostname, parts.port or (443 if tls else 80), proxy,
             login, tuple(map(os.environ.get, ("SSL_CERT_FILE", "SSL_CERT_DIR"))))
 
@@ -1297,16 +1320,19 @@ class _Call(collections.namedtuple(
     def iter_stream(self, answer: _Answer, pairs: Iterator[tuple[str, str]]
                     ) -> Iterator[tuple[JSONDict, str]]:
         """Yield events and what each adds to the text, up to a proven end."""
+        deadline = self.started + self.timeout
         try:
             yield {}, ""
             for name, data in pairs:
-                if self.elapsed >= self.timeout:
+                if time.monotonic() >= deadline:
                     raise self.error(APIConnectionError)
                 event = parse_event(name, data)
                 if event is None:
                     continue
                 text = answer.add(event)
-                if find_error(name, event):
+                # All errors but a bare message have the word in them.
+                if ("error" in data or "choices" not in event) and (
+                        find_error(name, event)):
                     raise self.refused(200, event)
                 if event is not DONE:
                     yield event, text
@@ -1354,7 +1380,8 @@ class _Call(collections.namedtuple(
             raise self.error(APIResponseError, f"unasked encoding: {encoding}")
         try:
             while left != 0:
-                data = response.read1(min(left or READ_SIZE, READ_SIZE))
+                data = response.read1(READ_SIZE if left is None
+                                      else min(left, READ_SIZE))
                 if not data:
                     break
                 total += len(data)
