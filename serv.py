@@ -887,9 +887,11 @@ def assemble_list(values: list[Any], grows: tuple[Any, ...]) -> list[Any]:
                                        else ()):
             label = find_label(groups, entry, number == 0)
             groups.setdefault(label, []).append(entry)
-    entries = [assemble(group, grows) if isinstance(group[0], dict)
-               else group[0] for group in groups.values()]
-    return sorted(entries, key=lambda entry: find_index(_dict(entry), 0))
+    # A label that is an index says where its entry belongs.
+    ranked = sorted(groups, key=lambda label: label if isinstance(label, int)
+                    else 0)
+    return [assemble(groups[label], grows) if isinstance(groups[label][0], dict)
+            else groups[label][0] for label in ranked]
 
 
 def find_label(groups: dict[Any, list[Any]], entry: Any, first: bool) -> Any:
@@ -899,9 +901,9 @@ def find_label(groups: dict[Any, list[Any]], entry: Any, first: bool) -> Any:
     the last, if it is a call's next piece or text of the same type.
     """
     new, entry = (len(groups),), _dict(entry)
-    index, label = find_index(entry, -1), entry.get("id")
-    name = "function" in entry and _dict(entry["function"]).get("name")
-    if index >= 0:
+    index, label = entry.get("index"), entry.get("id")
+    name = _dict(entry.get("function")).get("name")
+    if isinstance(index, int):
         # Gemini counts every call as 0: a new id and name is a new call.
         if label and name and groups.get(index, [entry])[0].get(
                 "id", label) != label:
@@ -1072,9 +1074,10 @@ class _Connection(io.RawIOBase):
             address = proxy or (host, port)
             self.http = http.client.HTTPConnection(*address)
             self.sock, self.early = dial(address, deadline), io.BytesIO()
+            if proxy and tls:
+                self.http.set_tunnel(host, port, dict(login))
             self.http.sock = self
             if proxy and tls:
-                self.http.set_tunnel(host, port, login)
                 self.http._tunnel()
             if tls:
                 self.http.default_port = 443  # which the Host header omits
@@ -1120,9 +1123,9 @@ class _Connection(io.RawIOBase):
         """Send all, or stop where the answer (413, say) comes first."""
         view = memoryview(data)
         while view:
-            # A stalled upload times out often; it is ready() that ends it.
+            sock = self.ready(WAIT_SECONDS)  # which ends a stalled upload
             with contextlib.suppress(socket.timeout):
-                view = view[self.ready(WAIT_SECONDS).send(view):]
+                view = view[sock.send(view):]
             if view and self.has_answer():
                 raise BrokenPipeError("answered before the request was sent")
 
@@ -1141,17 +1144,17 @@ class _Connection(io.RawIOBase):
         """Keep the connection for the next call if it is in order."""
         self.idle_since = time.monotonic()
         self.deadline = min(self.deadline, self.idle_since + WAIT_SECONDS)
-        try:
-            more = response.chunked and response.read1(READ_SIZE)
-        except NETWORK_ERRORS:
-            more = True  # its last bytes did not come in time
+        old, self.kept = [self], False
+        with contextlib.suppress(*NETWORK_ERRORS):  # its last bytes are late
+            self.kept = not (response.will_close or response.length or
+                             response.chunked and response.read1(READ_SIZE))
         response.close()
-        with _lock:
-            self.kept = not (more or response.will_close
-                             or len(_idle) >= MAX_IDLE)
-            _idle.extend([self] * self.kept)
-        if not self.kept:
-            self.discard()
+        if self.kept:
+            with _lock:
+                _idle.append(self)
+                old, _idle[:] = _idle[:-MAX_IDLE], _idle[-MAX_IDLE:]
+        for connection in old:
+            connection.discard()
 
 
 def dial(address: Any, deadline: float) -> socket.socket:
@@ -1264,6 +1267,7 @@ class _Call(collections.namedtuple(
         """Send the request and return what ``read`` makes of its answer."""
         connection = self.connection = take_connection(find_route(self.url))
         while True:
+            self.response = None
             try:
                 self.response = self.send(connection)
                 return read(self)
@@ -1273,6 +1277,9 @@ class _Call(collections.namedtuple(
                 connection.discard()
                 if not unseen or self.elapsed >= self.timeout:
                     raise self.error(APIConnectionError, "no answer", exc)
+            except ServError:
+                connection.give_back(self.response)
+                raise
             except BaseException:
                 connection.discard()
                 raise
@@ -1533,18 +1540,22 @@ def parse_args(argv: Sequence[str] | None) -> Any:
 def build_options(args: Any) -> JSONDict:
     """Return what the command line asks for as arguments of a call."""
     chat, params = args.endpoint == "chat", {}
-    headers = dict(header.partition(":")[::2] for header in args.header)
+    headers = {}
+    for header in args.header:
+        name, colon, text = header.partition(":")
+        require(colon, f"-H {name}: expected NAME: VALUE")
+        headers[name] = text.strip()
     for option in args.option:
         name, equals, text = option.partition("=")
-        own = {*stream.__kwdefaults__, "messages"}  # type: ignore
-        require(equals and name not in own, f"-o {option}: expected NAME=VALUE")
+        own = {"", *stream.__kwdefaults__, "messages"}  # type: ignore
+        require(equals and name not in own, f"-o {name}: expected NAME=VALUE")
         params[name] = parse_kind(text)
     if args.max_tokens or not chat:
         params.setdefault("max_completion_tokens" if chat else "max_tokens",
                           args.max_tokens or 4096)
     return {"system": args.system, "params": params, "model": find_setting(
         "MODEL", args.model) or EXAMPLE_MODELS[args.endpoint],
-        "headers": {name: text.strip() for name, text in headers.items()}}
+        "headers": headers}
 
 
 def read_prompt(words: list[str]) -> str:
@@ -1560,8 +1571,9 @@ def read_prompt(words: list[str]) -> str:
 def build_curl(call: _Call) -> str:
     """Return the curl command that sends a call; the shell has the key."""
     from shlex import quote
-    headers = [f"{name}: {text}" for name, text in call.headers.items()]
-    parts = ["-H " + quote(header) for header in headers]
+    # curl takes "Name;" for an empty header
+    parts = ["-H " + quote(f"{name}: {text}" if text else name + ";")
+             for name, text in call.headers.items()]
     parts += [f"--data-raw {quote(call.body.decode())}"]
     command = " \\\n  ".join([f"curl -sSN {quote(call.url)}", *parts])
     ours = "'Authorization: Bearer $SERV_API_KEY'"
