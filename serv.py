@@ -603,15 +603,14 @@ def parse_json(text: str) -> Any:
         value, end = _decode(text)
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
-    if end < len(text):
-        raise ValueError("more than one JSON value")
-    if end > 2 * MAX_DEPTH < 2 * (text.count("[") + text.count("{")):
-        level = [value]
-        for _ in range(MAX_DEPTH + 1):
-            level = [child for node in level if isinstance(node, (dict, list))
-                     for child in (node.values() if isinstance(node, dict)
-                                   else node)]
-        require(not level, "JSON nested too deeply")
+    level, least = [value], 2 * MAX_DEPTH  # characters of what is too deep
+    nested = end > least < 2 * (text.count("[") + text.count("{"))
+    for _ in range(MAX_DEPTH + 1) if nested else ():
+        level = [child for node in level if isinstance(node, (dict, list))
+                 for child in (node.values() if isinstance(node, dict)
+                               else node)]
+    if end < len(text) or nested and level:
+        raise ValueError("JSON nested too deeply, or more than one value")
     return value
 
 
@@ -654,17 +653,14 @@ def find_text(content: Any) -> str:
 
 def clean_text(text: str) -> str:
     """Join the halves of surrogate pairs; a half alone becomes U+FFFD."""
-    if text.isascii():
-        return text
-    data = text.encode("utf-16-le", "surrogatepass")
-    return data.decode("utf-16-le", "replace")
+    return text if text.isascii() else text.encode(
+        "utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def find_request_id(headers: Headers) -> str | None:
     """Return the request id of an answer, as SERV or its kin name it."""
     names = ("x-openserv-request-id", "x-request-id", "request-id")
-    return next((str(headers[name]) for name in names if headers.get(name)),
-                None)
+    return next(filter(None, map(headers.get, names)), None)
 
 
 def find_error(name: str, event: JSONDict) -> bool:
@@ -674,14 +670,13 @@ def find_error(name: str, event: JSONDict) -> bool:
     (vLLM's is flat); a choice that ends in an error (OpenRouter); a bare
     message where choices should be (FastAPI).
     """
-    kind = event.get("type")
-    choices, told = event.get("choices"), event.get("message")
+    kind, choices = event.get("type"), event.get("choices")
+    bare = choices is None and event.get("message", event.get("detail"))
     return bool(
         event.get("error") or "error" in (name, kind, event.get("object"))
-        or any(choice.get("finish_reason") == "error" or choice.get("error")
-               for choice in _dicts(choices))
-        or choices is None and isinstance(told or event.get("detail"), str)
-        and str(kind or "error").lower().endswith("error"))
+        or any("error" in (choice.get("finish_reason"), choice.get("error")
+                           and "error") for choice in _dicts(choices))
+        or isinstance(bare, str) and f"{kind or 'error'}"[-5:].lower() == "error")
 
 
 def parse_error(body: Any) -> JSONDict:
@@ -726,21 +721,20 @@ def retry_wait(error: ServError, attempt: int) -> float | None:
     again = isinstance(error, APIConnectionError) and not isinstance(
         error.__cause__, ssl.SSLCertVerificationError)
     if isinstance(error, APIStatusError):
-        again = (error.status in (408, 409, 429) or error.status >= 500) and (
-            "insufficient_quota" not in (error.type, error.code))
-        told = str(error.headers.get("x-should-retry", "")).lower()
+        again = ((error.status in (408, 409, 429) or error.status >= 500)
+                 and "insufficient_quota" not in (error.type, error.code))
+        told = str(error.headers.get("x-should-retry")).lower()
         again = {"true": True, "false": False}.get(told, again)
-        if again and error.retry_after is not None:
-            return error.retry_after
-    backoff = min(8.0, 0.5 * 2 ** min(attempt, 8))
-    return backoff * (1 - random.random() / 4) if again else None
+    wait = min(8.0, 0.5 * 2 ** min(attempt, 8)) * (1 - random.random() / 4)
+    asked = getattr(error, "retry_after", None)
+    return None if not again else wait if asked is None else asked
 
 
 def shown(text: str) -> str:
     """Return one line of a text, short, and safe for a terminal."""
     line = "".join(char if char.isprintable() else " " for char in text[:1000])
     line = " ".join(line.split())
-    return line if len(line) <= MAX_SHOWN else line[:MAX_SHOWN] + "..."
+    return line[:MAX_SHOWN] + "..." * (len(line) > MAX_SHOWN)
 
 
 def redact(value: Any, secret: Pattern[str]) -> Any:
@@ -763,9 +757,8 @@ def redact(value: Any, secret: Pattern[str]) -> Any:
 # ---------------------------------------------------------------------------
 
 DONE: JSONDict = {}  # what parse_event() makes of [DONE]
-EVENTS = frozenset((
-    "message", "error", "message_start", "message_delta", "message_stop",
-    "content_block_start", "content_block_delta", "content_block_stop"))
+EVENTS = ("message", "error", "message_start", "message_delta", "message_stop",
+          "content_block_start", "content_block_delta", "content_block_stop")
 
 
 def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
@@ -778,26 +771,23 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
 
     :raise ValueError: an event grows beyond MAX_BODY bytes.
     """
-    name, held = "", 0
+    name, held, rest, after_cr = "", 0, b"", False
     data: list[bytes] = []
-    rest: list[bytes] = []  # of a line that goes on in the next chunk
-    after_cr, mark = False, b"\xef\xbb\xbf"  # one byte order mark is dropped
+    pieces: list[bytes] = []  # of a line that goes on in the next chunk
+    mark = b"\xef\xbb\xbf"    # one byte order mark is dropped
     for chunk in chunks:
         if after_cr and chunk:  # the LF of a CRLF that was cut in two
             chunk, after_cr = chunk[chunk.startswith(b"\n"):], False
-        if not chunk:
-            continue
-        after_cr = chunk.endswith(b"\r")
-        held += len(chunk)
         # bytes.splitlines() cuts at LF, CRLF and CR, and nowhere else
-        *lines, tail = (chunk + b".").splitlines()
-        if rest and lines:
-            lines[0], rest = b"".join(rest + lines[:1]), []
-        if mark and lines:
-            lines[0] = lines[0][3 * lines[0].startswith(mark):]
-            mark = b""
-        if tail != b".":
-            rest.append(tail[:-1])
+        *lines, rest = (chunk + b".").splitlines()
+        after_cr = chunk.endswith(b"\r") or after_cr and not chunk
+        held += len(chunk)
+        if lines and pieces:
+            lines[0], pieces = b"".join([*pieces, lines[0]]), []
+        if lines and mark:
+            lines[0], mark = lines[0][3 * lines[0].startswith(mark):], b""
+        if rest != b".":
+            pieces.append(rest[:-1])
         for line in lines:
             if not line:
                 if data:
@@ -811,7 +801,8 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
                 data.append(value)
             elif field == b"event":
                 name = value.decode("utf-8", "replace")
-        require(held <= MAX_BODY, f"more than {MAX_BODY} bytes")
+        if held > MAX_BODY:
+            raise ValueError(f"more than {MAX_BODY} bytes")
 
 
 def parse_event(name: str, data: str) -> JSONDict | None:
@@ -822,13 +813,11 @@ def parse_event(name: str, data: str) -> JSONDict | None:
     """
     try:
         event = parse_json(data)
-        if not isinstance(event, dict):
-            raise ValueError(f"not an object: a {type(event).__name__}")
+        event = expect("null" if event is None else event, dict)
     except ValueError:
-        if data.strip() == "[DONE]":
-            return DONE
-        if not data.strip() or name not in EVENTS:
-            return None  # a keep-alive, or a vendor's own
+        if data.strip() in ("[DONE]", "") or name not in EVENTS:
+            # else a keep-alive, or a vendor's own
+            return DONE if data.strip() == "[DONE]" else None
         if name != "error":
             raise
         event = {"message": data}
@@ -883,15 +872,13 @@ def assemble_list(values: list[Any], grows: tuple[Any, ...]) -> list[Any]:
     for value in values:
         if isinstance(value, str):
             value = [{"type": "text", "text": value}]
-        for number, entry in enumerate(value if isinstance(value, list)
-                                       else ()):
+        for number, entry in enumerate(expect(value, list)):
             label = find_label(groups, entry, number == 0)
             groups.setdefault(label, []).append(entry)
     # A label that is an index says where its entry belongs.
-    ranked = sorted(groups, key=lambda label: label if isinstance(label, int)
-                    else 0)
-    return [assemble(groups[label], grows) if isinstance(groups[label][0], dict)
-            else groups[label][0] for label in ranked]
+    ranked = sorted(groups, key=lambda label: (label, 0)[type(label) != int])
+    return [assemble(_dicts(group), grows) if _dict(group[0]) else group[0]
+            for group in map(groups.__getitem__, ranked)]
 
 
 def find_label(groups: dict[Any, list[Any]], entry: Any, first: bool) -> Any:
@@ -905,25 +892,23 @@ def find_label(groups: dict[Any, list[Any]], entry: Any, first: bool) -> Any:
     name = _dict(entry.get("function")).get("name")
     if isinstance(index, int):
         # Gemini counts every call as 0: a new id and name is a new call.
-        if label and name and groups.get(index, [entry])[0].get(
-                "id", label) != label:
+        if label and name and label != groups.get(index, [{}])[0].get(
+                "id", label):
             groups[new] = groups.pop(index)
         return index
     last = next(reversed(groups), new)
     kind = _dict(groups.get(last, [0])[0]).get("type")
-    if first and not label and ("function" in entry and not name or kind in (
-            "text", "thinking") and kind == entry.get("type")):
-        return last
-    return str(label) if label else new
+    goes_on = "function" in entry and not name or (
+        kind in ("text", "thinking") and kind == entry.get("type"))
+    return str(label) if label else last if first and goes_on else new
 
 
 def find_index(entry: JSONDict, default: int) -> int:
     """Return the ``index`` of a choice, a call or an event, if it has one."""
     index = entry.get("index")
-    if not isinstance(index, int):
-        return default
-    require(index >= 0, "a negative index")
-    return index
+    if isinstance(index, int) and index < 0:
+        raise ValueError("a negative index")
+    return index if isinstance(index, int) else default
 
 
 class _Answer:
