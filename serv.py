@@ -78,7 +78,7 @@ __all__ = [
 
 BASE_URL = "https://inference-api.openserv.ai"
 PATHS = {"chat": "/v1/chat/completions", "messages": "/v1/messages"}
-EXAMPLE_MODELS = {"chat": "gpt-5.4-mini", "messages": "claude-haiku-4.5"}
+EXAMPLES = {"chat": "gpt-5.4-mini", "messages": "claude-haiku-4.5"}
 USER_AGENT = f"serv.py/{__version__} Python/{sys.version.split()[0]}"
 
 TIMEOUT = 600.0         # seconds for a whole call; answers of 298 s were seen
@@ -397,21 +397,18 @@ class Stream:
 
     def __next__(self) -> str:
         """Return the next piece of text; raise as ``events()`` does."""
-        while True:
-            item = self._read()
-            if item is None:
-                break
-            piece = item[1]
+        while (item := self._read()) is not None:
+            piece: str = item[1]
             if self._half or not piece.isascii():
                 piece = self._half + piece
                 cut = len(piece) - ("\ud800" <= piece[-1:] <= "\udbff")
                 piece, self._half = clean_text(piece[:cut]), piece[cut:]
             if piece:
                 return piece
-        half, self._half = clean_text(self._half), ""
-        if not half:
-            raise StopIteration
-        return half
+        half, self._half = self._half, ""
+        if half:
+            return clean_text(half)
+        raise StopIteration
 
     def events(self) -> Iterator[JSONDict]:
         """Yield every decoded event instead: chunks, or Messages events.
@@ -421,8 +418,8 @@ class Stream:
         :raise APIResponseError: an event is broken, or too large.
             Each has what had arrived in its ``reply``.
         """
-        for event, _ in iter(self._read, None):
-            yield event
+        while (item := self._read()) is not None:
+            yield item[0]
 
     @property
     def reply(self) -> Reply:
@@ -676,7 +673,7 @@ def find_error(name: str, event: JSONDict) -> bool:
         event.get("error") or "error" in (name, kind, event.get("object"))
         or any("error" in (choice.get("finish_reason"), choice.get("error")
                            and "error") for choice in _dicts(choices))
-        or isinstance(bare, str) and f"{kind or 'error'}"[-5:].lower() == "error")
+        or isinstance(bare, str) and str(kind or "error").lower()[-5:] == "error")
 
 
 def parse_error(body: Any) -> JSONDict:
@@ -861,6 +858,8 @@ def assemble(pieces: list[JSONDict], grows: tuple[Any, ...] = ()) -> JSONDict:
             whole[key] = last
         elif all(isinstance(value, str) for value in values):
             whole[key] = "".join(values)
+        elif key == "citations":  # which are whole, whatever their index
+            whole[key] = list(itertools.chain.from_iterable(values))
         else:
             whole[key] = assemble_list(values, kinds)
     return whole
@@ -946,15 +945,17 @@ class _Answer:
 
     def _read_chunk(self, chunk: JSONDict) -> tuple[JSONDict, str]:
         text, choices, top = "", [], dict(chunk)
-        for number, choice in enumerate(expect(top.pop("choices", None), list)):
+        listed = expect(top.pop("choices", None), list)
+        for number, choice in enumerate(listed):
             entry = dict(expect(choice, dict))
             delta = entry.pop("delta", None)
             if delta is None and not self.ended:
                 delta = entry.get("message")  # a whole answer as one event
             delta, index = expect(delta, dict), find_index(entry, number)
             if entry != self.said.get(index):
-                grows = any(isinstance(entry[key], (dict, list)) for key in entry)
-                self.said[index] = {} if grows else entry
+                flat = not any(map((dict, list).__contains__, map(
+                    type, entry.values())))
+                self.said[index] = entry if flat else {}
                 if entry.get("finish_reason") or index not in self.ended:
                     self.ended[index] = bool(entry.get("finish_reason"))
                 choices.append({**entry, "index": index, "message": delta})
@@ -1004,9 +1005,9 @@ class _Answer:
         if self.chat:
             for choice in parts:
                 entry = {"content": None, **choice["message"]}
+                choice["message"] = entry
                 entry["role"] = entry.get("role") or "assistant"
-                choice.update(message=entry,
-                              finish_reason=choice.get("finish_reason"))
+                choice.setdefault("finish_reason", None)
                 for call in _dicts(entry.get("tool_calls")):
                     call.pop("index", None)
                     call.setdefault("type", "function")
@@ -1029,8 +1030,7 @@ class _Answer:
 
 NETWORK_ERRORS = OSError, UnicodeError, http.client.HTTPException
 _idle: list[_Connection] = []  # oldest first
-_tls_contexts: dict[Any, ssl.SSLContext] = {}  # by CA setting
-_lock = threading.Lock()  # of both
+_lock = threading.Lock()
 
 
 class _Connection(io.RawIOBase):
@@ -1053,10 +1053,10 @@ class _Connection(io.RawIOBase):
         """
         self.deadline, self.received = deadline, 0  # bytes of this answer
         self.early, self.ended = io.BytesIO(), False
-        tls, host, port, proxy, login, authority = self.route
+        tls, host, port, proxy, login, *authority = self.route
         if not self.kept or self.has_answer():
             self.discard()
-            address = proxy or (host, port)
+            address: Any = proxy or (host, port)
             self.http = http.client.HTTPConnection(*address)
             self.sock, self.early = dial(address, deadline), io.BytesIO()
             if proxy and tls:
@@ -1066,11 +1066,10 @@ class _Connection(io.RawIOBase):
                 self.http._tunnel()
             if tls:
                 self.http.default_port = 443  # which the Host header omits
-                with _lock:  # a context costs tens of milliseconds
-                    if authority not in _tls_contexts:
-                        _tls_contexts[authority] = ssl.create_default_context()
-                self.sock = _tls_contexts[authority].wrap_socket(
-                    self.ready(), server_hostname=host)
+                with _lock:
+                    context = get_tls_context(*authority)
+                self.sock = context.wrap_socket(self.ready(),
+                                                server_hostname=host)
         return self.http
 
     def discard(self) -> None:
@@ -1100,8 +1099,7 @@ class _Connection(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         size = self.early.readinto(buffer) or self.ready().recv_into(buffer)
-        self.received += size
-        self.ended = not size
+        self.received, self.ended = self.received + size, not size
         return int(size)
 
     def sendall(self, data: bytes) -> None:
@@ -1119,25 +1117,24 @@ class _Connection(io.RawIOBase):
         self.sock.settimeout(0)
         try:
             self.early = io.BytesIO(self.sock.recv(READ_SIZE))
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return False
-        except OSError:
-            pass  # and so will be the next read
+        except OSError as exc:  # a fault will meet the next read as well
+            return not isinstance(exc, (BlockingIOError, ssl.SSLWantReadError,
+                                        ssl.SSLWantWriteError))
         return True
 
     def give_back(self, response: Any) -> None:
         """Keep the connection for the next call if it is in order."""
         self.idle_since = time.monotonic()
         self.deadline = min(self.deadline, self.idle_since + WAIT_SECONDS)
-        old, self.kept = [self], False
+        self.kept = False
         with contextlib.suppress(*NETWORK_ERRORS):  # its last bytes are late
             self.kept = not (response.will_close or response.length or
                              response.chunked and response.read1(READ_SIZE))
         response.close()
-        if self.kept:
-            with _lock:
-                _idle.append(self)
-                old, _idle[:] = _idle[:-MAX_IDLE], _idle[-MAX_IDLE:]
+        with _lock:
+            _idle.extend([self] * self.kept)
+            old = _idle[:-MAX_IDLE] + [self] * (not self.kept)
+            del _idle[:-MAX_IDLE]
         for connection in old:
             connection.discard()
 
@@ -1150,15 +1147,15 @@ def dial(address: Any, deadline: float) -> socket.socket:
     """
     host, port = address
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for to_come, entry in zip(range(len(found), 0, -1), found):
-        share = (deadline - time.monotonic()) / to_come
-        seconds = max(0.001, min(CONNECT_TIMEOUT, share))
-        address = entry[4][:2]
+    while found:
+        share = (deadline - time.monotonic()) / len(found)
+        seconds, entry = min(CONNECT_TIMEOUT, share), found.pop(0)
         try:
-            sock = socket.create_connection(address, seconds)
+            sock = socket.create_connection(
+                entry[4][:2], max(0.001, seconds))  # type: ignore[arg-type]
             break
         except OSError:
-            if to_come == 1:
+            if not found:
                 raise
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -1167,6 +1164,12 @@ def dial(address: Any, deadline: float) -> socket.socket:
             option = getattr(socket, name)
             sock.setsockopt(socket.IPPROTO_TCP, option, KEEPALIVE)
     return sock
+
+
+@functools.lru_cache(maxsize=None)
+def get_tls_context(*authority: str | None) -> ssl.SSLContext:
+    """Return the context for a CA setting; it costs tens of milliseconds."""
+    return ssl.create_default_context()
 
 
 def find_route(url: str) -> Any:
@@ -1180,12 +1183,12 @@ def find_route(url: str) -> Any:
     name = parts.scheme + "_proxy"
     if os.environ.get(name) or os.environ.get(name.upper()):
         from urllib import request  # not loaded where there is no proxy
-        found = request.getproxies_environment().get(parts.scheme)
-        bypass = request.proxy_bypass_environment  # type: ignore
-        if found and not bypass(parts.netloc):
+        found = request.getproxies().get(parts.scheme)
+        if found and not request.proxy_bypass(parts.netloc):
             proxy, login = build_proxy(name, found)
     return (tls, parts.hostname, parts.port or (443 if tls else 80), proxy,
-            login, tuple(map(os.environ.get, ("SSL_CERT_FILE", "SSL_CERT_DIR"))))
+            login, os.environ.get("SSL_CERT_FILE"),
+            os.environ.get("SSL_CERT_DIR"))
 
 
 def build_proxy(name: str, url: str) -> tuple[Any, Any]:
@@ -1271,7 +1274,7 @@ class _Call(collections.namedtuple(
 
     def send(self, connection: _Connection) -> Any:
         """Send the request; return the answer, of which the head is read."""
-        tls, _, _, proxy, login, _ = connection.route
+        tls, _, _, proxy, login, *_ = connection.route
         client = connection.open(self.started + self.timeout)
         url, headers = "/" + self.url.split("/", 3)[3], self.headers
         if proxy and not tls:  # a tunnel had the login before
@@ -1318,8 +1321,7 @@ class _Call(collections.namedtuple(
             for name, data in pairs:
                 if time.monotonic() >= deadline:
                     raise self.error(APIConnectionError)
-                event = parse_event(name, data)
-                if event is None:
+                if (event := parse_event(name, data)) is None:
                     continue
                 text = answer.add(event)
                 # All errors but a bare message have the word in them.
@@ -1371,11 +1373,8 @@ class _Call(collections.namedtuple(
         if encoding.lower() != "identity":
             raise self.error(APIResponseError, f"unasked encoding: {encoding}")
         try:
-            while left != 0:
-                data = response.read1(READ_SIZE if left is None
-                                      else min(left, READ_SIZE))
-                if not data:
-                    break
+            while left != 0 and (data := response.read1(
+                    READ_SIZE if left is None else min(left, READ_SIZE))):
                 total += len(data)
                 if total > limit:
                     raise self.error(APIResponseError, f"over {limit} bytes")
@@ -1433,9 +1432,9 @@ class _Call(collections.namedtuple(
             link.args, link.__dict__ = redact((link.args, vars(link)),
                                               re.compile(secret))
             link = link.__cause__ or link.__context__
-        request_id = error.request_id and f", request id {error.request_id}"
-        error.args = (f"{shown(error.args[0])} (POST {self.url}"
-                      f"{shown(request_id or '')})",)
+        request_id = shown(f", request id {error.request_id}")
+        error.args = f"{shown(error.args[0])} (POST {self.url}" + (
+            request_id if error.request_id else "") + ")",
         return error
 
 
@@ -1474,12 +1473,12 @@ SERV_API_KEY holds the key; SERV_BASE_URL, SERV_MODEL and SERV_TIMEOUT
         getattr(file, "reconfigure", dict)(errors="replace")
     try:
         args = parse_args(argv)
-        options, prompt = build_options(args), read_prompt(args.prompt)
+        call = build_request(args.endpoint, not args.no_stream, read_prompt(
+            args.prompt), base_url=None, timeout=None, max_retries=2,
+            api_key="$SERV_API_KEY" * args.dry_run, **build_options(args))
         if not args.dry_run:
-            return answer(args, prompt, options)
-        print(build_curl(build_request(
-            args.endpoint, not args.no_stream, prompt, api_key="$SERV_API_KEY",
-            base_url=None, timeout=None, max_retries=0, **options)))
+            return answer(args, call)
+        print(build_curl(call))
         return 0
     except SystemExit as exc:  # argparse's
         return int(exc.code or 0)
@@ -1524,30 +1523,33 @@ def parse_args(argv: Sequence[str] | None) -> Any:
 
 def build_options(args: Any) -> JSONDict:
     """Return what the command line asks for as arguments of a call."""
-    chat, params = args.endpoint == "chat", {}
-    headers = {}
-    for header in args.header:
-        name, colon, text = header.partition(":")
-        require(colon, f"-H {name}: expected NAME: VALUE")
-        headers[name] = text.strip()
-    for option in args.option:
-        name, equals, text = option.partition("=")
-        own = {"", *stream.__kwdefaults__, "messages"}  # type: ignore
-        require(equals and name not in own, f"-o {name}: expected NAME=VALUE")
-        params[name] = parse_kind(text)
-    if args.max_tokens or not chat:
-        params.setdefault("max_completion_tokens" if chat else "max_tokens",
-                          args.max_tokens or 4096)
-    return {"system": args.system, "params": params, "model": find_setting(
-        "MODEL", args.model) or EXAMPLE_MODELS[args.endpoint],
-        "headers": headers}
+    chat = args.endpoint == "chat"
+    headers = dict(iter_pairs(args.header, ":"))
+    params = {name: parse_kind(text)
+              for name, text in iter_pairs(args.option, "=")}
+    limit = "max_completion_tokens" if chat else "max_tokens"
+    if args.max_tokens is not None:
+        params[limit] = args.max_tokens
+    elif not chat:
+        params.setdefault(limit, 4096)
+    args.model = find_setting("MODEL", args.model) or EXAMPLES[args.endpoint]
+    return {"model": args.model, "system": args.system, "params": params,
+            "headers": {name: headers[name].strip() for name in headers}}
+
+
+def iter_pairs(options: list[str], sign: str) -> Iterator[tuple[str, str]]:
+    """Yield the two sides of each NAME=VALUE or NAME: VALUE."""
+    for name, found, text in (option.partition(sign) for option in options):
+        require(found and name and name != "api_key",
+                f"option {name!r}: expected a name, {sign!r} and a value")
+        yield name, text
 
 
 def read_prompt(words: list[str]) -> str:
     """Return the prompt: the words, and what standard input holds."""
     texts = [" ".join(word for word in words if word != "-")]
     if sys.stdin and ("-" in words or not sys.stdin.isatty()):
-        texts.append(sys.stdin.read().strip())
+        texts.append(sys.stdin.read().rstrip())
     prompt = "\n\n".join(filter(None, texts))
     require(prompt, "no prompt; see serv --help")
     return clean_text(prompt)
@@ -1560,36 +1562,28 @@ def build_curl(call: _Call) -> str:
     parts = ["-H " + quote(f"{name}: {text}" if text else name + ";")
              for name, text in call.headers.items()]
     parts += [f"--data-raw {quote(call.body.decode())}"]
-    command = " \\\n  ".join([f"curl -sSN {quote(call.url)}", *parts])
+    command = " \\\n  ".join([f"curl -gsSN --path-as-is {quote(call.url)}", *parts])
     ours = "'Authorization: Bearer $SERV_API_KEY'"
     return command.replace(ours, ours.replace("'", '"'))
 
 
-def ask(prompt: str, args: Any, *, params: JSONDict, **options: Any) -> Any:
-    """Return the reply, if it is whole, and the texts that are to print."""
-    if not args.no_stream:
-        return None, stream(prompt, endpoint=args.endpoint, **options, **params)
-    call = chat if args.endpoint == "chat" else message
-    reply = call(prompt, **options, **params)
-    text = json.dumps(reply, indent=2, ensure_ascii=False)
-    return reply, [text if args.json else reply.text]
-
-
-def answer(args: Any, prompt: str, options: JSONDict) -> int:
-    """Print the answer to a prompt; return the exit status."""
-    note = f"serv: waiting for {options['model']}" * sys.stderr.isatty()
-    blank, last = f"\r{' ' * len(note)}\r" if note else "", ""
+def answer(args: Any, call: _Call) -> int:
+    """Print the answer to a call; return the exit status."""
+    note = f"serv: waiting for {args.model}" * sys.stderr.isatty()
+    blank, last = f"\r{' ' * len(note)}\r" * bool(note), ""
     print(note, end="", file=sys.stderr, flush=True)
     try:
-        reply, pieces = ask(prompt, args, **options)
-        for piece in pieces:
+        found: Any = call.run(_Call.reply if args.no_stream else _Call.stream)
+        whole = (json.dumps(found, indent=2, ensure_ascii=False) if args.json
+                 else str(found))
+        for piece in [whole] if args.no_stream else found:
             print(blank, end="", file=sys.stderr, flush=True)
             print(piece, end="", flush=True)
             blank, last = "", piece
-        reply = reply or pieces.reply
     finally:
         print(blank, end="", file=sys.stderr, flush=True)
         print(end="\n" if last[-1:] not in ("", "\n") else "", flush=True)
+    reply = found if args.no_stream else found.reply
     if args.verbose:
         say(f"request id {reply.request_id}, {reply.elapsed:.1f} s, "
             f"{json.dumps(reply.usage)}")
