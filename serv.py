@@ -93,6 +93,7 @@ MAX_BODY = 1 << 25      # bytes of one JSON answer, or of one event: 32 MiB
 MAX_STREAM = 1 << 28    # bytes of a whole stream: a million events
 MAX_ERROR = 1 << 18     # bytes kept of an error's body
 MAX_DEPTH = 150         # of nested JSON, so that all of it can be recursed
+MAX_CHOICES = 1000      # of one answer; an empty one takes a kilobyte
 MAX_SHOWN = 400         # characters of the server's words in a message
 
 
@@ -531,6 +532,7 @@ def build_json(body: JSONDict) -> bytes:
         raise kind(f"{[*body][0]}: JSON cannot say it: {exc}") from None
 
 
+@functools.lru_cache(maxsize=32)
 def build_url(base_url: Any) -> str:
     """Return a base URL without its end, ``/v1`` or a slash."""
     require(isinstance(base_url, str), "base_url: expected a str", TypeError)
@@ -586,7 +588,7 @@ def build_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
 # ---------------------------------------------------------------------------
 
 # Some servers send raw control characters in JSON strings: not strict.
-_decode = json.JSONDecoder(strict=False).raw_decode
+_scan = json.JSONDecoder(strict=False).scan_once  # type: ignore
 
 
 def parse_json(text: str) -> Any:
@@ -597,9 +599,9 @@ def parse_json(text: str) -> Any:
     """
     text = text.strip()
     try:
-        value, end = _decode(text)
-    except RecursionError:
-        raise ValueError("JSON nested too deeply") from None
+        value, end = _scan(text, 0)
+    except (StopIteration, RecursionError):
+        raise ValueError("no JSON, or nested too deeply") from None
     level, least = [value], 2 * MAX_DEPTH  # characters of what is too deep
     nested = end > least < 2 * (text.count("[") + text.count("{"))
     for _ in range(MAX_DEPTH + 1) if nested else ():
@@ -613,10 +615,11 @@ def parse_json(text: str) -> Any:
 
 def parse_kind(text: str, kind: Any = object) -> Any:
     """Return the value that a JSON text says if of a kind, else the text."""
-    with contextlib.suppress(ValueError):
+    try:
         value = parse_json(text)
-        return value if isinstance(value, kind) else text
-    return text
+    except ValueError:
+        return text
+    return value if isinstance(value, kind) else text
 
 
 def expect(value: Any, kind: type[T]) -> T:
@@ -643,9 +646,10 @@ def find_text(content: Any) -> str:
     """Return the text of a str, or of a list of parts, blocks or deltas."""
     if isinstance(content, str):
         return content
-    texts = [part.get("text") for part in _dicts(content)
-             if part.get("type", "text") in ("text", "output_text")]
-    return "".join(text for text in texts if isinstance(text, str))
+    return "".join([
+        part["text"] for part in _dicts(content)
+        if part.get("type", "text") in ("text", "output_text")
+        and isinstance(part.get("text"), str)])
 
 
 def clean_text(text: str) -> str:
@@ -776,7 +780,8 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
         if after_cr and chunk:  # the LF of a CRLF that was cut in two
             chunk, after_cr = chunk[chunk.startswith(b"\n"):], False
         # bytes.splitlines() cuts at LF, CRLF and CR, and nowhere else
-        *lines, rest = (chunk + b".").splitlines()
+        lines = (chunk + b".").splitlines()
+        rest = lines.pop()
         after_cr = chunk.endswith(b"\r") or after_cr and not chunk
         held += len(chunk)
         if lines and pieces:
@@ -793,7 +798,8 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
                 name, data, held = "", [], 0
                 continue
             field, _, value = line.partition(b":")
-            value = value[value.startswith(b" "):]
+            if value.startswith(b" "):
+                value = value[1:]
             if field == b"data":
                 data.append(value)
             elif field == b"event":
@@ -875,7 +881,8 @@ def assemble_list(values: list[Any], grows: tuple[Any, ...]) -> list[Any]:
             label = find_label(groups, entry, number == 0)
             groups.setdefault(label, []).append(entry)
     # A label that is an index says where its entry belongs.
-    ranked = sorted(groups, key=lambda label: (label, 0)[type(label) != int])
+    ranked = sorted(groups, key=lambda label: (
+        label if isinstance(label, int) else 0))
     return [assemble(_dicts(group), grows) if _dict(group[0]) else group[0]
             for group in map(groups.__getitem__, ranked)]
 
@@ -905,8 +912,7 @@ def find_label(groups: dict[Any, list[Any]], entry: Any, first: bool) -> Any:
 def find_index(entry: JSONDict, default: int) -> int:
     """Return the ``index`` of a choice, a call or an event, if it has one."""
     index = entry.get("index")
-    if isinstance(index, int) and index < 0:
-        raise ValueError("a negative index")
+    require(not isinstance(index, int) or index >= 0, "a negative index")
     return index if isinstance(index, int) else default
 
 
@@ -945,7 +951,7 @@ class _Answer:
 
     def _read_chunk(self, chunk: JSONDict) -> tuple[JSONDict, str]:
         text, choices, top = "", [], dict(chunk)
-        listed = expect(top.pop("choices", None), list)
+        listed = expect(top.pop("choices", None), list)[:MAX_CHOICES + 1]
         for number, choice in enumerate(listed):
             entry = dict(expect(choice, dict))
             delta = entry.pop("delta", None)
@@ -963,6 +969,7 @@ class _Answer:
                 choices.append({"index": index, "message": delta})
             if index == 0:
                 text += find_text(delta.get("content"))
+        require(len(self.ended) <= MAX_CHOICES, "too many choices")
         if top == self.said.get(-1):
             return {"choices": choices}, text
         self.said[-1] = top
@@ -1053,6 +1060,7 @@ class _Connection(io.RawIOBase):
         """
         self.deadline, self.received = deadline, 0  # bytes of this answer
         self.early, self.ended = io.BytesIO(), False
+        self.head: Any = b""
         tls, host, port, proxy, login, *authority = self.route
         if not self.kept or self.has_answer():
             self.discard()
@@ -1070,6 +1078,7 @@ class _Connection(io.RawIOBase):
                     context = get_tls_context(*authority)
                 self.sock = context.wrap_socket(self.ready(),
                                                 server_hostname=host)
+        self.head = None  # to be sent with the body, in one packet
         return self.http
 
     def discard(self) -> None:
@@ -1084,16 +1093,15 @@ class _Connection(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def makefile(self, mode: str) -> io.BufferedReader:
+    def makefile(self, mode: str) -> Any:
         return io.BufferedReader(self, READ_SIZE)
 
     def ready(self, at_most: float = 86400.0) -> Any:
         """Return the real socket, its timeout set to what is left."""
         left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise socket.timeout("timed out")
-        if self.pid != os.getpid():  # both would read parts of one answer
-            raise OSError("the connection belongs to another process")
+        require(left > 0, "timed out", socket.timeout)
+        # Parent and child would both read parts of one answer.
+        require(self.pid == os.getpid(), "another process's", OSError)
         self.sock.settimeout(min(left, at_most))
         return self.sock
 
@@ -1104,13 +1112,16 @@ class _Connection(io.RawIOBase):
 
     def sendall(self, data: bytes) -> None:
         """Send all, or stop where the answer (413, say) comes first."""
+        if self.head is None:
+            self.head, data = data, b""
+        else:
+            self.head, data = b"", self.head + data
         view = memoryview(data)
         while view:
             sock = self.ready(WAIT_SECONDS)  # which ends a stalled upload
             with contextlib.suppress(socket.timeout):
                 view = view[sock.send(view):]
-            if view and self.has_answer():
-                raise BrokenPipeError("answered before the request was sent")
+            require(not view or not self.has_answer(), "cut short", OSError)
 
     def has_answer(self) -> bool:
         """Whether bytes, the end or a fault are here; does not wait."""
@@ -1187,8 +1198,8 @@ def find_route(url: str) -> Any:
         if found and not request.proxy_bypass(parts.netloc):
             proxy, login = build_proxy(name, found)
     return (tls, parts.hostname, parts.port or (443 if tls else 80), proxy,
-            login, os.environ.get("SSL_CERT_FILE"),
-            os.environ.get("SSL_CERT_DIR"))
+            login, *(os.environ.get(name) for name in (
+                "SSL_CERT_FILE", "SSL_CERT_DIR")[:2 * tls]))
 
 
 def build_proxy(name: str, url: str) -> tuple[Any, Any]:
@@ -1290,8 +1301,8 @@ class _Call(collections.namedtuple(
                 raise
         response = client.getresponse()
         response.will_close = response.will_close or not sent
-        if connection.ended:  # which http.client takes for the blank line
-            raise ConnectionError("closed inside the header")
+        # The end of the connection is a blank line to http.client.
+        require(not connection.ended, "closed inside the header", OSError)
         return response
 
     def reply(self) -> Reply:
@@ -1325,9 +1336,10 @@ class _Call(collections.namedtuple(
                     continue
                 text = answer.add(event)
                 # All errors but a bare message have the word in them.
-                if ("error" in data or "choices" not in event) and (
-                        find_error(name, event)):
-                    raise self.refused(200, event)
+                bare = "choices" not in event and "type" not in event
+                if "error" in data or name == "error" or bare:
+                    if find_error(name, event):
+                        raise self.refused(200, event)
                 if event is not DONE:
                     yield event, text
                 if answer.done:
@@ -1562,7 +1574,8 @@ def build_curl(call: _Call) -> str:
     parts = ["-H " + quote(f"{name}: {text}" if text else name + ";")
              for name, text in call.headers.items()]
     parts += [f"--data-raw {quote(call.body.decode())}"]
-    command = " \\\n  ".join([f"curl -gsSN --path-as-is {quote(call.url)}", *parts])
+    parts.insert(0, f"curl -gsSN --path-as-is {quote(call.url)}")
+    command = " \\\n  ".join(parts)
     ours = "'Authorization: Bearer $SERV_API_KEY'"
     return command.replace(ours, ours.replace("'", '"'))
 

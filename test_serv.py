@@ -1848,7 +1848,7 @@ def test_a_closed_pipe_ends_it_quietly(pausing):
 
 
 @pytest.mark.parametrize("way", [
-    ("--no-stream",), ("--dry-run",), ("--help",)])
+    ("--no-stream",), ("--dry-run",)])
 def test_a_pipe_that_was_closed_before(way):
     reader, writer = os.pipe()
     os.close(reader)
