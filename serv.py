@@ -464,14 +464,12 @@ def build_request(endpoint: str, streaming: bool, messages: Any, model: Any,
                       system, {**params, **more})
     url = build_url(find_setting("BASE_URL", base_url) or BASE_URL)
     given = build_headers(headers)
-    own = {name.lower(): text for name, text in given.items()}
-    secret = own.get("authorization", "").split(" ")[-1] or build_key(
+    secret = given.get("Authorization", "").split(" ")[-1] or build_key(
         find_setting("API_KEY", api_key))
-    accept = "text/event-stream" if streaming else "application/json"
-    ours = {"Authorization": "Bearer " + secret, "Accept": accept,
+    kind = "text/event-stream" if streaming else "application/json"
+    ours = {"Authorization": "Bearer " + secret, "Accept": kind,
             "Content-Type": "application/json", "User-Agent": USER_AGENT,
             "Accept-Encoding": "identity"}
-    ours = {name: ours[name] for name in ours if name.lower() not in own}
     timeout = find_setting("TIMEOUT", timeout)
     text = str(TIMEOUT if timeout is None else timeout)
     require(re.fullmatch(r"[0-9]*\.?[0-9]+(e[+-]?[0-9]+)?", text)
@@ -565,18 +563,18 @@ def build_key(key: Any) -> str:
 
 
 def build_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
-    """Return a copy of the caller's headers; values may be keys, not shown.
+    """Return the caller's headers, Names-Like-This; no value is ever shown.
 
     Names are tokens and values hold no control characters:
     https://www.rfc-editor.org/rfc/rfc9110#section-5.5
     """
-    given = dict(headers or {})
-    for name, value in given.items():
+    given = {}
+    for name, value in (headers or {}).items():
         require(isinstance(name, str) and isinstance(value, str),
                 "headers: expected str names and values", TypeError)
-        require(re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name)
-                and name.lower() not in (
-                    "content-length", "transfer-encoding", "host"),
+        given[name.title()] = value
+        require(re.fullmatch(r"(?!(Content-Length|Transfer-Encoding|Host)$)"
+                             r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name.title()),
                 f"headers: {name!r} is no header's name, or not yours to set")
         require(re.fullmatch(r"[\t\x20-\x7e\xa0-\xff]*", value),
                 f"headers: no header can carry the value of {name}")
@@ -951,25 +949,25 @@ class _Answer:
 
     def _read_chunk(self, chunk: JSONDict) -> tuple[JSONDict, str]:
         text, choices, top = "", [], dict(chunk)
-        listed = expect(top.pop("choices", None), list)[:MAX_CHOICES + 1]
+        listed = expect(top.pop("choices", None), list)
+        require(len(listed) + len(self.ended) <= MAX_CHOICES, "many choices")
         for number, choice in enumerate(listed):
             entry = dict(expect(choice, dict))
             delta = entry.pop("delta", None)
             if delta is None and not self.ended:
                 delta = entry.get("message")  # a whole answer as one event
             delta, index = expect(delta, dict), find_index(entry, number)
-            if entry != self.said.get(index):
+            new = entry != self.said.get(index)
+            choices.append({**(entry if new else {}), "index": index,
+                            "message": delta})
+            if new:
                 flat = not any(map((dict, list).__contains__, map(
                     type, entry.values())))
                 self.said[index] = entry if flat else {}
                 if entry.get("finish_reason") or index not in self.ended:
                     self.ended[index] = bool(entry.get("finish_reason"))
-                choices.append({**entry, "index": index, "message": delta})
-            else:
-                choices.append({"index": index, "message": delta})
             if index == 0:
                 text += find_text(delta.get("content"))
-        require(len(self.ended) <= MAX_CHOICES, "too many choices")
         if top == self.said.get(-1):
             return {"choices": choices}, text
         self.said[-1] = top
@@ -1158,16 +1156,8 @@ def dial(address: Any, deadline: float) -> socket.socket:
     """
     host, port = address
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    while found:
-        share = (deadline - time.monotonic()) / len(found)
-        seconds, entry = min(CONNECT_TIMEOUT, share), found.pop(0)
-        try:
-            sock = socket.create_connection(
-                entry[4][:2], max(0.001, seconds))  # type: ignore[arg-type]
-            break
-        except OSError:
-            if not found:
-                raise
+    share = max(0.001, (deadline - time.monotonic()) / len(found))
+    sock = socket.create_connection(address, min(CONNECT_TIMEOUT, share))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):
@@ -1208,8 +1198,8 @@ def build_proxy(name: str, url: str) -> tuple[Any, Any]:
     require(parts.scheme == "http", name + ": only http:// is known")
     login = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
     basic = "Basic " + base64.b64encode(login.encode()).decode()
-    pairs = (("Proxy-Authorization", basic),) if parts.username else ()
-    return (parts.hostname, parts.port or 80), pairs
+    return (parts.hostname, parts.port or 80), (
+        ("Proxy-Authorization", basic),) * bool(parts.username)
 
 
 def take_connection(route: Any) -> _Connection:
@@ -1291,14 +1281,12 @@ class _Call(collections.namedtuple(
         if proxy and not tls:  # a tunnel had the login before
             url, headers = self.url, {**headers, **dict(login)}
         sent = False
-        try:
+        with contextlib.suppress(OSError):
             client.request("POST", url, self.body, headers)
             sent = True
-        except OSError:
-            # The server may have answered (413) and closed before the end
-            # of the upload; that answer tells more than the broken pipe.
-            if self.elapsed >= self.timeout:
-                raise
+        # The server may have answered (413) and closed before the end of the
+        # upload; that answer tells more than the broken pipe.
+        require(sent or self.elapsed < self.timeout, "timed out", OSError)
         response = client.getresponse()
         response.will_close = response.will_close or not sent
         # The end of the connection is a blank line to http.client.
@@ -1444,9 +1432,8 @@ class _Call(collections.namedtuple(
             link.args, link.__dict__ = redact((link.args, vars(link)),
                                               re.compile(secret))
             link = link.__cause__ or link.__context__
-        request_id = shown(f", request id {error.request_id}")
-        error.args = f"{shown(error.args[0])} (POST {self.url}" + (
-            request_id if error.request_id else "") + ")",
+        name = shown(f", request id {error.request_id}" * bool(error.request_id))
+        error.args = f"{shown(error.args[0])} (POST {self.url}{name})",
         return error
 
 
