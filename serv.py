@@ -599,15 +599,17 @@ def parse_json(text: str) -> Any:
     try:
         value, end = _scan(text, 0)
     except (StopIteration, RecursionError):
-        raise ValueError("no JSON, or nested too deeply") from None
-    level, least = [value], 2 * MAX_DEPTH  # characters of what is too deep
-    nested = end > least < 2 * (text.count("[") + text.count("{"))
-    for _ in range(MAX_DEPTH + 1) if nested else ():
-        level = [child for node in level if isinstance(node, (dict, list))
-                 for child in (node.values() if isinstance(node, dict)
-                               else node)]
-    if end < len(text) or nested and level:
-        raise ValueError("JSON nested too deeply, or more than one value")
+        raise ValueError("not JSON, or nested too deeply") from None
+    if end < len(text):
+        raise ValueError("more than one JSON value")
+    # What is short, or has few brackets, cannot be deep: no need to look.
+    if end > 2 * MAX_DEPTH < 2 * (text.count("[") + text.count("{")):
+        level = [value]
+        for _ in range(MAX_DEPTH + 1):
+            level = [child for node in level if isinstance(node, (dict, list))
+                     for child in (node.values() if isinstance(node, dict)
+                                   else node)]
+        require(not level, "JSON nested too deeply")
     return value
 
 
@@ -673,9 +675,10 @@ def find_error(name: str, event: JSONDict) -> bool:
     bare = choices is None and event.get("message", event.get("detail"))
     return bool(
         event.get("error") or "error" in (name, kind, event.get("object"))
-        or any("error" in (choice.get("finish_reason"), choice.get("error")
-                           and "error") for choice in _dicts(choices))
-        or isinstance(bare, str) and str(kind or "error").lower()[-5:] == "error")
+        or any(choice.get("finish_reason") == "error" or choice.get("error")
+               for choice in _dicts(choices))
+        or isinstance(bare, str)
+        and str(kind or "error").lower().endswith("error"))
 
 
 def parse_error(body: Any) -> JSONDict:
@@ -816,9 +819,10 @@ def parse_event(name: str, data: str) -> JSONDict | None:
         event = parse_json(data)
         event = expect("null" if event is None else event, dict)
     except ValueError:
-        if data.strip() in ("[DONE]", "") or name not in EVENTS:
-            # else a keep-alive, or a vendor's own
-            return DONE if data.strip() == "[DONE]" else None
+        if data.strip() == "[DONE]":
+            return DONE
+        if not data.strip() or name not in EVENTS:
+            return None  # a keep-alive, or a vendor's own event
         if name != "error":
             raise
         event = {"message": data}
@@ -961,9 +965,9 @@ class _Answer:
             choices.append({**(entry if new else {}), "index": index,
                             "message": delta})
             if new:
-                flat = not any(map((dict, list).__contains__, map(
-                    type, entry.values())))
-                self.said[index] = entry if flat else {}
+                grows = any(isinstance(value, (dict, list))
+                            for value in entry.values())
+                self.said[index] = {} if grows else entry
                 if entry.get("finish_reason") or index not in self.ended:
                     self.ended[index] = bool(entry.get("finish_reason"))
             if index == 0:
@@ -1156,8 +1160,16 @@ def dial(address: Any, deadline: float) -> socket.socket:
     """
     host, port = address
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    share = max(0.001, (deadline - time.monotonic()) / len(found))
-    sock = socket.create_connection(address, min(CONNECT_TIMEOUT, share))
+    while found:
+        share = max(0.001, (deadline - time.monotonic()) / len(found))
+        address = found.pop(0)[4][:2]  # numeric: nothing is looked up again
+        try:
+            sock = socket.create_connection(
+                address, min(CONNECT_TIMEOUT, share))
+            break
+        except OSError:
+            if not found:
+                raise
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):
@@ -1432,8 +1444,10 @@ class _Call(collections.namedtuple(
             link.args, link.__dict__ = redact((link.args, vars(link)),
                                               re.compile(secret))
             link = link.__cause__ or link.__context__
-        name = shown(f", request id {error.request_id}" * bool(error.request_id))
-        error.args = f"{shown(error.args[0])} (POST {self.url}{name})",
+        where = f"POST {self.url}"
+        if error.request_id:
+            where += f", request id {shown(error.request_id)}"
+        error.args = (f"{shown(error.args[0])} ({where})",)
         return error
 
 
