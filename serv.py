@@ -646,10 +646,14 @@ def find_text(content: Any) -> str:
     """Return the text of a str, or of a list of parts, blocks or deltas."""
     if isinstance(content, str):
         return content
-    return "".join([
-        part["text"] for part in _dicts(content)
-        if part.get("type", "text") in ("text", "output_text")
-        and isinstance(part.get("text"), str)])
+    return "".join(map(find_part_text, _dicts(content)))
+
+
+def find_part_text(part: JSONDict) -> str:
+    """Return the text of a part, a block or a delta, if it is one of text."""
+    text = part.get("text")
+    return text if isinstance(text, str) and part.get(
+        "type", "text") in ("text", "output_text") else ""
 
 
 def clean_text(text: str) -> str:
@@ -758,6 +762,8 @@ def redact(value: Any, secret: Pattern[str]) -> Any:
 # Server-sent events.  Pure: bytes in, events out.
 # ---------------------------------------------------------------------------
 
+ONE_EVENT = re.compile(
+    rb"(?:event: ?(.*)\n)?data: ?(.*)\n\n")
 DONE: JSONDict = {}  # what parse_event() makes of [DONE]
 EVENTS = ("message", "error", "message_start", "message_delta", "message_stop",
           "content_block_start", "content_block_delta", "content_block_stop")
@@ -778,6 +784,13 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
     pieces: list[bytes] = []  # of a line that goes on in the next chunk
     mark = b"\xef\xbb\xbf"    # one byte order mark is dropped
     for chunk in chunks:
+        # Nearly always a chunk is one event, which C can read as a whole.
+        if not (mark or name or data or pieces or b"\r" in chunk):
+            if event := ONE_EVENT.fullmatch(chunk):
+                after_cr, held = False, 0
+                yield (event[1] or b"message").decode("utf-8", "replace"), (
+                    event[2].decode("utf-8", "replace"))
+                continue
         if after_cr and chunk:  # the LF of a CRLF that was cut in two
             chunk, after_cr = chunk[chunk.startswith(b"\n"):], False
         # bytes.splitlines() cuts at LF, CRLF and CR, and nowhere else
@@ -922,11 +935,13 @@ class _Answer:
     """An answer put together from its events, in either format."""
 
     def __init__(self, chat: bool) -> None:
-        self.chat, self.count = chat, 0  # of its events
+        self.chat, self.count = chat, 0  # of its pieces
         self.pieces: list[JSONDict] = []
+        self.texts: list[str] = []  # that came since, with nothing beside them
+        self.place = 0      # of those, the index of their content block
         self.ended: dict[int, bool] = {}  # of each choice, whether it has
-        # What was said last, of each choice and (as -1) beside them: most
-        # chunks say it again, which is not worth keeping, unless it grows.
+        # What was said last, of each choice and (as -1) beside them: nearly
+        # all chunks say it again, and add nothing but text.
         self.said: dict[int, JSONDict] = {}
         self.last = -1      # the index of the content block that came last
         self.done = False   # the last event was there
@@ -945,14 +960,28 @@ class _Answer:
             return ""
         piece, text = (self._read_chunk(event) if self.chat
                        else self._read_event(event))
+        if not piece:
+            self.texts.append(text)
+            return text
+        self.flush()
         self.pieces.append(piece)
         self.count += 1
         if self.count % 1000 == 0:
             self.pieces[-1000:] = [assemble(self.pieces[-1000:])]
         return text
 
+    def flush(self) -> None:
+        """Make one piece of the texts that have come."""
+        text, self.texts = "".join(self.texts), []
+        if text and self.chat:
+            choice = {"index": 0, "message": {"content": text}}
+            self.pieces.append({"choices": [choice]})
+        elif text:
+            block = {"index": self.place, "type": "text", "text": text}
+            self.pieces.append({"content": [block]})
+
     def _read_chunk(self, chunk: JSONDict) -> tuple[JSONDict, str]:
-        text, choices, top = "", [], dict(chunk)
+        text, choices, top, plain = "", [], dict(chunk), False
         listed = expect(top.pop("choices", None), list)
         require(len(listed) + len(self.ended) <= MAX_CHOICES, "many choices")
         for number, choice in enumerate(listed):
@@ -961,32 +990,36 @@ class _Answer:
             if delta is None and not self.ended:
                 delta = entry.get("message")  # a whole answer as one event
             delta, index = expect(delta, dict), find_index(entry, number)
-            new = entry != self.said.get(index)
-            choices.append({**(entry if new else {}), "index": index,
-                            "message": delta})
-            if new:
+            choices.append({**entry, "index": index, "message": delta})
+            if index == 0:
+                text += find_text(delta.get("content"))
+            plain = delta == {"content": text} and len(listed) == 1
+            if entry != self.said.get(index):
+                plain = False
                 grows = any(isinstance(value, (dict, list))
                             for value in entry.values())
                 self.said[index] = {} if grows else entry
                 if entry.get("finish_reason") or index not in self.ended:
                     self.ended[index] = bool(entry.get("finish_reason"))
-            if index == 0:
-                text += find_text(delta.get("content"))
-        if top == self.said.get(-1):
-            return {"choices": choices}, text
+        if plain and text and top == self.said.get(-1):
+            return {}, text
         self.said[-1] = top
         return {**top, "choices": choices}, text
 
     def _read_event(self, event: JSONDict) -> tuple[JSONDict, str]:
         kind, piece = event.get("type"), {}
         if kind == "content_block_delta":
-            self.last = find_index(event, max(self.last, 0))
+            last, self.last = self.last, find_index(event, max(self.last, 0))
             block = dict(expect(event.get("delta"), dict), index=self.last)
+            if block.get("type") == "text_delta" and last == self.last and (
+                    isinstance(block.get("text"), str) and len(block) == 3):
+                self.place = last
+                return {}, block["text"]
             block["type"] = str(block.get("type")).replace("_delta", "")
             if "citation" in block:
                 block["citations"] = [block.pop("citation")]
-            piece["content"] = [block]
-        elif kind == "content_block_start":
+            return {"content": [block]}, find_part_text(block)
+        if kind == "content_block_start":
             self.last = find_index(event, self.last + 1)
             block = expect(event.get("content_block"), dict)
             piece["content"] = [dict(block, index=self.last)]
@@ -1008,6 +1041,7 @@ class _Answer:
         Until it is ``whole`` a tool's input stays text, so that half an
         input is never taken for one.
         """
+        self.flush()
         found = json.dumps(assemble(self.pieces), ensure_ascii=False)
         top: JSONDict = json.loads(clean_text(found))
         parts = top.setdefault("choices" if self.chat else "content", [])
