@@ -329,6 +329,7 @@ class Reply(dict):  # type: ignore[type-arg]
     @property
     def thinking(self) -> str:
         """The reasoning text; ``""`` if there is none."""
+        # In parts or blocks, or beside the content: vendors have two names.
         return self._said("thinking", "reasoning_content", "reasoning")
 
     @property
@@ -338,6 +339,7 @@ class Reply(dict):  # type: ignore[type-arg]
         blocks = [block for block in _dicts(entry.get("content"))
                   if block.get("type") == "tool_use"]
         for call in _dicts(entry.get("tool_calls")) + blocks:
+            # "function" or "custom" in chat; a Messages block is its own.
             spec = _dict(call.get("function") or call.get("custom")) or call
             given = spec.get("arguments", spec.get("input"))
             if given is None:
@@ -449,6 +451,8 @@ class Stream:
 
 # ---------------------------------------------------------------------------
 # Building requests.  Pure but for the SERV_ variables, read at each call.
+# Everything is checked before anything is sent.  No message here shows a
+# value that may be a secret: a key, a header's value, a URL with a password.
 # ---------------------------------------------------------------------------
 
 def build_request(endpoint: str, streaming: bool, messages: Any, model: Any,
@@ -464,6 +468,7 @@ def build_request(endpoint: str, streaming: bool, messages: Any, model: Any,
                       system, {**params, **more})
     url = build_url(find_setting("BASE_URL", base_url) or BASE_URL)
     given = build_headers(headers)
+    # The caller's own Authorization is as secret as the key.
     secret = given.get("Authorization", "").split(" ")[-1] or build_key(
         find_setting("API_KEY", api_key))
     kind = "text/event-stream" if streaming else "application/json"
@@ -583,6 +588,8 @@ def build_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
 
 # ---------------------------------------------------------------------------
 # Reading answers.  Pure: JSON, text, headers and errors in, values out.
+# Tolerant of what is there: a field of another kind than expected counts as
+# absent, so that no answer, however odd, ends in a TypeError or a KeyError.
 # ---------------------------------------------------------------------------
 
 # Some servers send raw control characters in JSON strings: not strict.
@@ -759,7 +766,8 @@ def redact(value: Any, secret: Pattern[str]) -> Any:
 
 
 # ---------------------------------------------------------------------------
-# Server-sent events.  Pure: bytes in, events out.
+# Server-sent events.  Pure: bytes in, events out.  What is pending is kept
+# in pieces and joined once, so that time is linear however it is cut.
 # ---------------------------------------------------------------------------
 
 ONE_EVENT = re.compile(
@@ -812,14 +820,12 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
                 name, data, held = "", [], 0
                 continue
             field, _, value = line.partition(b":")
-            if value.startswith(b" "):
-                value = value[1:]
+            value = value[value.startswith(b" "):]
             if field == b"data":
                 data.append(value)
             elif field == b"event":
                 name = value.decode("utf-8", "replace")
-        if held > MAX_BODY:
-            raise ValueError(f"more than {MAX_BODY} bytes")
+        require(held <= MAX_BODY, "an event of more than MAX_BODY bytes")
 
 
 def parse_event(name: str, data: str) -> JSONDict | None:
@@ -866,6 +872,8 @@ def assemble(pieces: list[JSONDict], grows: tuple[Any, ...] = ()) -> JSONDict:
     but for values of the kinds that grow: those are put one behind another.
     """
     whole: JSONDict = {}
+    # Field by field over all pieces, not piece by piece: strings are joined
+    # once, and the loops inside are C's.
     for key in dict.fromkeys(itertools.chain.from_iterable(pieces)):
         sent = [piece[key] for piece in pieces if key in piece]
         values = [value for value in sent
@@ -1069,6 +1077,10 @@ class _Answer:
 # Network: the only I/O.  http.client speaks HTTP, over a socket on which
 # every wait ends with the call's deadline.  Whatever goes wrong comes out as
 # a ServError; a connection is kept only after an answer read to its end.
+#
+# From the bottom up: a connection with its deadline; where connections go
+# (address, proxy, CA); the kept ones; and a call, which makes its tries, each
+# of them send, then read a whole answer or begin a stream.
 # ---------------------------------------------------------------------------
 
 NETWORK_ERRORS = OSError, UnicodeError, http.client.HTTPException
@@ -1085,8 +1097,8 @@ class _Connection(io.RawIOBase):
 
     def __init__(self, route: Any) -> None:
         self.route, self.pid, self.kept = route, os.getpid(), False
-        self.http: Any = None
-        self.sock: Any = None
+        self.http: Any = None  # speaks HTTP over this object, and this one
+        self.sock: Any = None  # over the real socket, or TLS
 
     def open(self, deadline: float) -> Any:
         """Return the HTTP side of it, for a call that ends at deadline.
@@ -1173,8 +1185,10 @@ class _Connection(io.RawIOBase):
         """Keep the connection for the next call if it is in order."""
         self.idle_since = time.monotonic()
         self.deadline = min(self.deadline, self.idle_since + WAIT_SECONDS)
+        # A stream ends with [DONE], but its body with one empty chunk more,
+        # which may be late, or never come: then the connection is dropped.
         self.kept = False
-        with contextlib.suppress(*NETWORK_ERRORS):  # its last bytes are late
+        with contextlib.suppress(*NETWORK_ERRORS):
             self.kept = not (response.will_close or response.length or
                              response.chunked and response.read1(READ_SIZE))
         response.close()
@@ -1250,6 +1264,7 @@ def build_proxy(name: str, url: str) -> tuple[Any, Any]:
 
 def take_connection(route: Any) -> _Connection:
     """Return a connection, a kept one if there is; drop the old ones."""
+    # The newest is the likeliest to be alive; the oldest are at the front.
     with _lock:
         while _idle and time.monotonic() - _idle[0].idle_since > IDLE_SECONDS:
             _idle.pop(0).discard()
@@ -1287,6 +1302,7 @@ class _Call(collections.namedtuple(
 
     def run(self, read: Callable[[_Call], T]) -> T:
         """Return what ``read`` makes of the answer, after some tries."""
+        # The wait must fit into the budget, or there is no use in waiting.
         self.started, count = time.monotonic(), 0
         while True:
             try:
@@ -1307,7 +1323,8 @@ class _Call(collections.namedtuple(
                 self.response = self.send(connection)
                 return read(self)
             except NETWORK_ERRORS as exc:
-                # Closed while it was idle: that is no failed try.
+                # A kept connection that ends before a byte of the answer was
+                # closed while it was idle: no failed try, but made anew.
                 unseen = connection.kept and not connection.received
                 connection.discard()
                 if not unseen or self.elapsed >= self.timeout:
@@ -1348,6 +1365,8 @@ class _Call(collections.namedtuple(
     def stream(self) -> Stream:
         """Return the answer as a stream."""
         answer = _Answer(self.chat)
+        # A server that does not stream may still have answered, in JSON: that
+        # is a stream of one event.  Anything else read_answer() refuses.
         pairs = iter_events(self.iter_body(MAX_STREAM))
         kind = self.response.headers.get_content_type()
         if kind != "text/event-stream" or self.response.status != 200:
@@ -1412,6 +1431,8 @@ class _Call(collections.namedtuple(
 
     def iter_body(self, limit: int) -> Iterator[bytes]:
         """Yield the bytes of a body as they come, up to its proven end."""
+        # http.client ends a body that was cut by its length in silence, so
+        # what is left of it is counted here.
         response, total, left = self.response, 0, self.response.length
         headers = response.headers
         encoding = str(headers.get("content-encoding") or not response.chunked
