@@ -539,11 +539,11 @@ def build_json(body: JSONDict) -> bytes:
 def build_url(base_url: Any) -> str:
     """Return a base URL without its end, ``/v1`` or a slash."""
     require(isinstance(base_url, str), "base_url: expected a str", TypeError)
-    parts = split_url("base_url", base_url)
     require(re.fullmatch(r"(?i)https?://[^\s/?#@\\]+(/[!-~]*)?", base_url)
             and base_url.isprintable() and not set(base_url) & set("?#"),
-            "base_url: expected http[s]://host[:port][/path] without white "
-            "space, user, password, query or fragment")
+            "base_url, or SERV_BASE_URL: expected http[s]://host[:port][/path],"
+            " no white space, user, password, query or fragment")
+    parts = split_url("base_url, or SERV_BASE_URL", base_url)
     path = re.sub(r"(/v1)?/*$", "", parts.path.rstrip("/"))
     return f"{parts.scheme}://{parts.netloc}{path}"
 
@@ -561,7 +561,7 @@ def build_key(key: Any) -> str:
     """Return the key without white space around it; never show it."""
     require(not key or isinstance(key, str), "api_key: not a str", TypeError)
     key = (key or "").strip()
-    require(key, "no API key: pass api_key=... or set SERV_API_KEY", ServError)
+    require(key, "no API key: set SERV_API_KEY or pass api_key=...", ServError)
     require(re.fullmatch("[ -~]+", key), "the API key has a character that no "
             "header can carry; is it a placeholder still?", ServError)
     return str(key)
@@ -1475,7 +1475,8 @@ class _Call(collections.namedtuple(
               **attributes: Any) -> ServError:
         """Return an error of a kind; a lost connection may be a timeout."""
         if kind is APIConnectionError and self.elapsed >= self.timeout:
-            kind, what = APITimeoutError, f"not within {self.timeout:g} s"
+            kind = APITimeoutError
+            what = f"not within {self.timeout:g} s: {what or 'still coming'}"
         elif cause is not None:
             what += f": {str(cause) or type(cause).__name__}"
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -1512,12 +1513,13 @@ class _Call(collections.namedtuple(
 # ---------------------------------------------------------------------------
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """usage: serv [options] [PROMPT ...]
+    """usage: serv [options] [PROMPT ...]    also: python3 serv.py [options] ...
 
 Ask a model of SERV.  Standard input, if piped, follows the prompt; a prompt
 of - asks for it by name.
 
-  -m, --model NAME         default: SERV_MODEL, else the reference's example
+  -m, --model NAME         default: SERV_MODEL, else gpt-5.4-mini, or for
+                           messages claude-haiku-4.5
   -s, --system TEXT        the system prompt (a plain helpful assistant)
   -e, --endpoint FORMAT    chat (the default) or messages
   -n, --max-tokens N       the longest answer; for messages 4096 if not given
@@ -1534,8 +1536,9 @@ of - asks for it by name.
   serv -o temperature=0 -n 200 --json "Three names for a cat." | jq .usage
 
 SERV_API_KEY holds the key; SERV_BASE_URL, SERV_MODEL and SERV_TIMEOUT
-(seconds) are read too.  Exit status: 0 a whole answer, 1 the call failed,
-2 wrong usage, 3 blocked or cut off by the token limit, 130 interrupted.
+(seconds) are read too.  Exit status: 0 a whole answer, 1 the call failed or
+nobody reads, 2 wrong usage, 3 blocked or cut off by the token limit, 130
+interrupted.
 """
     for file in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
         getattr(file, "reconfigure", dict)(errors="replace")
@@ -1600,6 +1603,8 @@ def build_options(args: Any) -> JSONDict:
         params[limit] = args.max_tokens
     elif not chat:
         params.setdefault(limit, 4096)
+    if args.verbose and chat and not args.no_stream:  # it tells the tokens
+        params.setdefault("stream_options", {"include_usage": True})
     args.model = find_setting("MODEL", args.model) or EXAMPLES[args.endpoint]
     return {"model": args.model, "system": args.system, "params": params,
             "headers": {name: headers[name].strip() for name in headers}}
@@ -1608,8 +1613,9 @@ def build_options(args: Any) -> JSONDict:
 def iter_pairs(options: list[str], sign: str) -> Iterator[tuple[str, str]]:
     """Yield the two sides of each NAME=VALUE or NAME: VALUE."""
     for name, found, text in (option.partition(sign) for option in options):
-        require(found and name and name != "api_key",
-                f"option {name!r}: expected a name, {sign!r} and a value")
+        own = name in ("", "api_key", "messages", "model", "system", "stream")
+        require(found and not own, f"option {name!r}: expected another name, "
+                f"{sign!r} and a value")
         yield name, text
 
 
@@ -1639,7 +1645,8 @@ def build_curl(call: _Call) -> str:
 def answer(args: Any, call: _Call) -> int:
     """Print the answer to a call; return the exit status."""
     note = f"serv: waiting for {args.model}" * sys.stderr.isatty()
-    blank, last = f"\r{' ' * len(note)}\r" * bool(note), ""
+    # as wide as the note, and the ^C that a terminal may have put behind it
+    blank, last = f"\r{' ' * (len(note) + 2)}\r" * bool(note), ""
     print(note, end="", file=sys.stderr, flush=True)
     try:
         found: Any = call.run(_Call.reply if args.no_stream else _Call.stream)
@@ -1655,7 +1662,7 @@ def answer(args: Any, call: _Call) -> int:
     reply = found if args.no_stream else found.reply
     if args.verbose:
         say(f"request id {reply.request_id}, {reply.elapsed:.1f} s, "
-            f"{json.dumps(reply.usage)}")
+            f"{json.dumps(reply.usage) if reply.usage else 'tokens not told'}")
     if reply.tool_calls and not args.json:
         say("the answer calls tools; --json shows them")
     if reply.refusal is not None:
