@@ -541,7 +541,7 @@ def build_url(base_url: Any) -> str:
     require(isinstance(base_url, str), "base_url: expected a str", TypeError)
     require(re.fullmatch(r"(?i)https?://[^\s/?#@\\]+(/[!-~]*)?", base_url)
             and base_url.isprintable() and not set(base_url) & set("?#"),
-            "base_url, or SERV_BASE_URL: expected http[s]://host[:port][/path],"
+            "base_url, or SERV_BASE_URL: an http[s]://host[:port][/path],"
             " no white space, user, password, query or fragment")
     parts = split_url("base_url, or SERV_BASE_URL", base_url)
     path = re.sub(r"(/v1)?/*$", "", parts.path.rstrip("/"))
@@ -1513,7 +1513,7 @@ class _Call(collections.namedtuple(
 # ---------------------------------------------------------------------------
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """usage: serv [options] [PROMPT ...]    also: python3 serv.py [options] ...
+    """usage: serv [options] [PROMPT ...]    or: python3 serv.py [options] ...
 
 Ask a model of SERV.  Standard input, if piped, follows the prompt; a prompt
 of - asks for it by name.
