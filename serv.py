@@ -46,7 +46,6 @@ import copy
 import functools
 import http.client
 import io
-import itertools
 import json
 import os
 import random
@@ -57,6 +56,7 @@ import sys
 import threading
 import time
 import urllib.parse
+from datetime import timezone
 from email.utils import parsedate_to_datetime
 
 TYPE_CHECKING = False
@@ -441,12 +441,16 @@ class Stream:
         """Return the next event and its text; None where it has ended."""
         if self._error is not None:
             raise self._error  # a second loop must not look like an end
+        outer = sys.exc_info()[1]
         try:
             return next(self._source, None)
-        except ServError as error:
+        except BaseException as exc:
+            error = exc if isinstance(exc, ServError) else self._call.error(
+                APIConnectionError, "the stream was interrupted")
             self._error = error  # so that what is there is not whole
             error.reply = self.reply
-            raise self._call.complete(error)
+            self._call.complete(error, outer)
+            raise
 
 
 # ---------------------------------------------------------------------------
@@ -469,8 +473,9 @@ def build_request(endpoint: str, streaming: bool, messages: Any, model: Any,
     url = build_url(find_setting("BASE_URL", base_url) or BASE_URL)
     given = build_headers(headers)
     # The caller's own Authorization is as secret as the key.
-    secret = given.get("Authorization", "").split(" ")[-1] or build_key(
-        find_setting("API_KEY", api_key))
+    secret = (build_key(find_setting("API_KEY", api_key))
+              if "Authorization" not in given
+              else ["", *given["Authorization"].split()][-1])
     kind = "text/event-stream" if streaming else "application/json"
     ours = {"Authorization": "Bearer " + secret, "Accept": kind,
             "Content-Type": "application/json", "User-Agent": USER_AGENT,
@@ -574,6 +579,8 @@ def build_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
     https://www.rfc-editor.org/rfc/rfc9110#section-5.5
     """
     given = {}
+    require(not headers or hasattr(headers, "items"),
+            "headers: expected a dict", TypeError)
     for name, value in (headers or {}).items():
         require(isinstance(name, str) and isinstance(value, str),
                 "headers: expected str names and values", TypeError)
@@ -721,7 +728,10 @@ def parse_retry_after(headers: Headers, now: float) -> float | None:
             return float(value) * unit
     # what is no date raises any of these, on 3.8 to 3.14
     with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):
-        seconds = parsedate_to_datetime(value).timestamp() - now
+        date = parsedate_to_datetime(value)
+        if date.tzinfo is None:  # asctime()'s, which is GMT all the same
+            date = date.replace(tzinfo=timezone.utc)
+        seconds = date.timestamp() - now
         return seconds if seconds >= 0 else None
     return None
 
@@ -754,7 +764,7 @@ def redact(value: Any, secret: Pattern[str]) -> Any:
     """Return a copy of a value in which the secret is not to be found."""
     if isinstance(value, str):
         return secret.sub("[api key]", value)
-    if isinstance(value, (list, tuple)):
+    if type(value) in (list, tuple):
         return type(value)([redact(entry, secret) for entry in value])
     if isinstance(value, (dict, http.client.HTTPMessage)):
         value = copy.copy(value)
@@ -840,7 +850,8 @@ def parse_event(name: str, data: str) -> JSONDict | None:
     except ValueError:
         if data.strip() == "[DONE]":
             return DONE
-        if not data.strip() or name not in EVENTS:
+        own = name not in EVENTS and not data.lstrip().startswith("{")
+        if not data.strip() or own:
             return None  # a keep-alive, or a vendor's own event
         if name != "error":
             raise
@@ -863,6 +874,7 @@ LABELS = frozenset(("id", "index", "type", "name", "role", "format"))
 GROWS: dict[str, tuple[Any, ...]] = {
     "choices": (list,), "content": (str, list), "message": (str, list),
     "logprobs": (str, list)}
+PLACED = ("choices", "content", "tool_calls")  # lists whose entries come again
 
 
 def assemble(pieces: list[JSONDict], grows: tuple[Any, ...] = ()) -> JSONDict:
@@ -871,15 +883,24 @@ def assemble(pieces: list[JSONDict], grows: tuple[Any, ...] = ()) -> JSONDict:
     What is empty erases nothing, and what is new replaces what was there,
     but for values of the kinds that grow: those are put one behind another.
     """
-    whole: JSONDict = {}
     # Field by field over all pieces, not piece by piece: strings are joined
     # once, and the loops inside are C's.
-    for key in dict.fromkeys(itertools.chain.from_iterable(pieces)):
-        sent = [piece[key] for piece in pieces if key in piece]
-        values = [value for value in sent
-                  if value is not None and value != ""] or sent[:1]
+    whole: JSONDict = {}
+    sent: dict[str, list[Any]] = {}
+    for piece in pieces:
+        for key, value in piece.items():
+            sent.setdefault(key, []).append(value)
+    for key, found in sent.items():
+        values = [value for value in found
+                  if value is not None and value != ""] or found[:1]
         last, kinds = values[-1], GROWS.get(key, grows)
-        if isinstance(last, dict):
+        if len(values) > 1 and isinstance(last, kinds):
+            # What grows here is a str or a list; all else has been replaced.
+            values = [value for value in values
+                      if isinstance(value, (str, list))]
+        if len(values) == 1:
+            whole[key] = last
+        elif isinstance(last, dict):
             whole[key] = assemble(_dicts(values), kinds)
         elif grows and key in LABELS:
             whole[key] = values[0]
@@ -887,21 +908,20 @@ def assemble(pieces: list[JSONDict], grows: tuple[Any, ...] = ()) -> JSONDict:
             whole[key] = last
         elif all(isinstance(value, str) for value in values):
             whole[key] = "".join(values)
-        elif key == "citations":  # which are whole, whatever their index
-            whole[key] = list(itertools.chain.from_iterable(values))
         else:
-            whole[key] = assemble_list(values, kinds)
+            whole[key] = assemble_list(values, kinds, key in PLACED)
     return whole
 
 
-def assemble_list(values: list[Any], grows: tuple[Any, ...]) -> list[Any]:
+def assemble_list(values: list[Any], grows: tuple[Any, ...],
+                  placed: bool) -> list[Any]:
     """Return the list that these lists make; a str is one text part."""
     groups: dict[Any, list[Any]] = {}
     for value in values:
         if isinstance(value, str):
             value = [{"type": "text", "text": value}]
-        for number, entry in enumerate(expect(value, list)):
-            label = find_label(groups, entry, number == 0)
+        for number, entry in enumerate(value):
+            label = find_label(groups, entry, number == 0, placed)
             groups.setdefault(label, []).append(entry)
     # A label that is an index says where its entry belongs.
     ranked = sorted(groups, key=lambda label: (
@@ -910,14 +930,17 @@ def assemble_list(values: list[Any], grows: tuple[Any, ...]) -> list[Any]:
             for group in map(groups.__getitem__, ranked)]
 
 
-def find_label(groups: dict[Any, list[Any]], entry: Any, first: bool) -> Any:
+def find_label(groups: dict[Any, list[Any]], entry: Any, first: bool,
+               placed: bool) -> Any:
     """Return what an entry is known by: that of the one it goes on with.
 
-    Its ``index``; lacking that (Mistral) its ``id``; lacking both, that of
-    the last, if it is a call's next piece or text of the same type.
+    Where entries are ``placed``, its ``index``, or lacking that (Mistral) its
+    ``id``; lacking both, that of the last, if it is a call's next piece or,
+    ``first`` in its list, text of the same type.
     """
     new, entry = (len(groups),), _dict(entry)
-    index, label = entry.get("index"), entry.get("id")
+    index, label = (entry.get("index"), entry.get("id")) if placed else (
+        None, None)
     name = _dict(entry.get("function")).get("name")
     if isinstance(index, int):
         # Gemini counts every call as 0: a new id and name is a new call.
@@ -952,6 +975,7 @@ class _Answer:
         # all chunks say it again, and add nothing but text.
         self.said: dict[int, JSONDict] = {}
         self.last = -1      # the index of the content block that came last
+        self.moved: dict[int, int] = {}  # where each index of one is, by now
         self.done = False   # the last event was there
         self.elapsed = 0.0  # seconds of the call, once it has ended
 
@@ -994,10 +1018,10 @@ class _Answer:
         require(len(listed) + len(self.ended) <= MAX_CHOICES, "many choices")
         for number, choice in enumerate(listed):
             entry = dict(expect(choice, dict))
-            delta = entry.pop("delta", None)
-            if delta is None and not self.ended:
+            delta, index = entry.pop("delta", None), find_index(entry, number)
+            if delta is None and index not in self.ended:
                 delta = entry.get("message")  # a whole answer as one event
-            delta, index = expect(delta, dict), find_index(entry, number)
+            delta = expect(delta, dict)
             choices.append({**entry, "index": index, "message": delta})
             if index == 0:
                 text += find_text(delta.get("content"))
@@ -1017,7 +1041,9 @@ class _Answer:
     def _read_event(self, event: JSONDict) -> tuple[JSONDict, str]:
         kind, piece = event.get("type"), {}
         if kind == "content_block_delta":
-            last, self.last = self.last, find_index(event, max(self.last, 0))
+            last, index = self.last, find_index(event, max(self.last, 0))
+            self.last = self.moved.get(index, index) if "index" in event else (
+                index)
             block = dict(expect(event.get("delta"), dict), index=self.last)
             if block.get("type") == "text_delta" and last == self.last and (
                     isinstance(block.get("text"), str) and len(block) == 3):
@@ -1028,7 +1054,11 @@ class _Answer:
                 block["citations"] = [block.pop("citation")]
             return {"content": [block]}, find_part_text(block)
         if kind == "content_block_start":
-            self.last = find_index(event, self.last + 1)
+            index = find_index(event, self.last + 1)
+            # Some gateways count every block as 0: begun again, it is another.
+            self.last = index if index not in self.moved else max(
+                self.moved.values()) + 1
+            self.moved[index] = self.last
             block = expect(event.get("content_block"), dict)
             piece["content"] = [dict(block, index=self.last)]
         elif kind in ("message", "message_start", "message_delta"):
@@ -1052,7 +1082,9 @@ class _Answer:
         self.flush()
         found = json.dumps(assemble(self.pieces), ensure_ascii=False)
         top: JSONDict = json.loads(clean_text(found))
-        parts = top.setdefault("choices" if self.chat else "content", [])
+        name = "choices" if self.chat else "content"
+        parts = top[name] = sorted(top.get(name, []), key=lambda part: int(
+            part["index"]))
         if self.chat:
             for choice in parts:
                 entry = {"content": None, **choice["message"]}
@@ -1066,6 +1098,7 @@ class _Answer:
         for block in parts:
             del block["index"]
             text, given = block.pop("partial_json", ""), block.get("input")
+            text = text if isinstance(text, str) else json.dumps(text)
             if whole and text:
                 block["input"] = parse_kind(text, dict)
             elif not whole and (text or "input" in block):
@@ -1085,7 +1118,16 @@ class _Answer:
 
 NETWORK_ERRORS = OSError, UnicodeError, http.client.HTTPException
 _idle: list[_Connection] = []  # oldest first
-_lock = threading.Lock()
+_lock = threading.RLock()  # a signal's handler may call, too
+
+
+class _Response(http.client.HTTPResponse):
+    """An answer, of which http.client by itself skips 100 but not 103."""
+
+    def _read_status(self) -> Any:
+        found = super()._read_status()  # type: ignore[misc]
+        interim = 100 <= found[1] < 200 and found[1] != 101
+        return (found[0], 100, found[2]) if interim else found
 
 
 class _Connection(io.RawIOBase):
@@ -1114,6 +1156,7 @@ class _Connection(io.RawIOBase):
             self.discard()
             address: Any = proxy or (host, port)
             self.http = http.client.HTTPConnection(*address)
+            self.http.response_class = _Response
             self.sock, self.early = dial(address, deadline), io.BytesIO()
             if proxy and tls:
                 self.http.set_tunnel(host, port, dict(login))
@@ -1189,8 +1232,9 @@ class _Connection(io.RawIOBase):
         # which may be late, or never come: then the connection is dropped.
         self.kept = False
         with contextlib.suppress(*NETWORK_ERRORS):
-            self.kept = not (response.will_close or response.length or
-                             response.chunked and response.read1(READ_SIZE))
+            self.kept = not (response.will_close or response.length
+                             or response.status < 200
+                             or response.chunked and response.read1(READ_SIZE))
         response.close()
         with _lock:
             _idle.extend([self] * self.kept)
@@ -1277,7 +1321,7 @@ def take_connection(route: Any) -> _Connection:
 def close_idle() -> None:
     """Close what is kept: at exit, and in a child, whose parent keeps it."""
     global _lock
-    _lock = threading.Lock()  # another thread may have held it at the fork
+    _lock = threading.RLock()  # another thread may have held it at the fork
     while _idle:
         _idle.pop().discard()
 
@@ -1304,6 +1348,7 @@ class _Call(collections.namedtuple(
         """Return what ``read`` makes of the answer, after some tries."""
         # The wait must fit into the budget, or there is no use in waiting.
         self.started, count = time.monotonic(), 0
+        outer = sys.exc_info()[1]
         while True:
             try:
                 return self.attempt(read)
@@ -1311,7 +1356,7 @@ class _Call(collections.namedtuple(
                 wait, count = retry_wait(error, count), count + 1
                 if (wait is None or count > self.max_retries
                         or self.elapsed + wait >= self.timeout):
-                    raise self.complete(error)
+                    raise self.complete(error, outer)
             time.sleep(wait)
 
     def attempt(self, read: Callable[[_Call], T]) -> T:
@@ -1358,9 +1403,9 @@ class _Call(collections.namedtuple(
 
     def reply(self) -> Reply:
         """Return the whole answer."""
-        answer = self.read_answer()
+        reply = Reply(self.read_answer(), self.response.headers, self.elapsed)
         self.connection.give_back(self.response)
-        return Reply(answer, self.response.headers, self.elapsed)
+        return reply
 
     def stream(self) -> Stream:
         """Return the answer as a stream."""
@@ -1438,6 +1483,7 @@ class _Call(collections.namedtuple(
         encoding = str(headers.get("content-encoding") or not response.chunked
                        and headers.get("transfer-encoding") or "identity")
         if encoding.lower() != "identity":
+            response.will_close = True  # where it ends is anybody's guess
             raise self.error(APIResponseError, f"unasked encoding: {encoding}")
         try:
             while left != 0 and (data := response.read1(
@@ -1457,7 +1503,7 @@ class _Call(collections.namedtuple(
         """Return the error for a status, or for an error object in a 200."""
         fields, headers = parse_error(body), self.response.headers
         kind, code = fields["type"], str(fields["code"])
-        if status < 300:
+        if 200 <= status < 300:
             good = re.fullmatch("[45][0-9][0-9]", code)
             status = STATUS_OF_TYPE.get(kind) or int(code if good else 500)
         told = (fields["message"] or "no message") + ADVICE.get(status, "")
@@ -1486,17 +1532,18 @@ class _Call(collections.namedtuple(
         error.__cause__ = cause
         return error
 
-    def complete(self, error: ServError) -> ServError:
+    def complete(self, error: ServError, outer: Any) -> ServError:
         """Return an error without the key, its message one whole line.
 
-        The key is cut out of all that the error is chained to as well, and
-        before the message is cut short, which would leave half a key.
+        The key is cut out of all that the error is chained to as well, up to
+        ``outer``, which the caller was handling already; and before the
+        message is cut short, which would leave half a key.
         """
         secret = re.escape(self.secret) or "(?!)"
         if len(self.secret) < 8:  # "x" or "local" is also a word
             secret = rf"(?<!\w){secret}(?!\w)"
         link: Any = error
-        while link is not None:
+        while link is not None and link is not outer:
             link.args, link.__dict__ = redact((link.args, vars(link)),
                                               re.compile(secret))
             link = link.__cause__ or link.__context__

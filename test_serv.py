@@ -5205,6 +5205,177 @@ def test_in_a_lambda_function(tmp_path):
 
 
 # ---------------------------------------------------------------------------
+# Odd ones: what was met once, and must not be met again.
+# ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("status", ["102 Processing", "103 Early Hints"])
+def test_an_interim_answer_is_skipped(status):
+    interim = ("HTTP/1.1 %s\r\nLink: </a>\r\n\r\n" % status).encode()
+    with Server(interim + NET_OK) as server:
+        assert [net_chat(server), net_chat(server)] == ["Hello!"] * 2
+        assert (len(server.requests), server.connections) == (2, 1)
+
+
+def test_an_answer_in_an_unknown_encoding_costs_its_connection():
+    bad = http_head(transfer_encoding="gzip, chunked", content_length=0)
+    with Server([bad + NET_OK, NET_OK]) as server:
+        net_error(serv.APIResponseError, net_chat, server)
+        assert net_chat(server) == "Hello!"
+        assert server.connections == 2
+
+
+def test_exceptions_that_the_caller_handles_are_left_alone():
+    notes = [KEY]
+    try:
+        try:
+            raise KeyError(notes)
+        except KeyError as exc:
+            raise exc from exc  # a chain without an end
+    except KeyError as outer:
+        with Server(http_answer({"error": "no"}, "400 Bad Request")) as server:
+            net_error(serv.BadRequestError, net_chat, server)
+            net_error(serv.BadRequestError, net_read, server)
+        assert outer.args[0] is notes and notes == [KEY]
+
+
+@pytest.mark.parametrize("value", ["Bearer %s ", "Bearer\t%s", "%s"])
+def test_an_authorization_of_the_callers_own_is_secret(value, monkeypatch):
+    monkeypatch.delenv("SERV_API_KEY")
+    secret = "own-secret-0123456789"
+    body = {"error": {"message": "bad key " + secret}}
+    with Server(http_answer(body, "401 Unauthorized")) as server:
+        with pytest.raises(serv.AuthenticationError) as caught:
+            net_chat(server, headers={"authorization": value % secret})
+    assert_no_key(caught.value, secret)
+
+
+def test_every_choice_of_a_json_answer_to_a_stream_is_there():
+    answer = {"object": "chat.completion", "choices": [
+        {"index": i, "finish_reason": "stop", "message": {
+            "role": "assistant", "content": text}}
+        for i, text in enumerate("AB")]}
+    pieces, reply = stream_read(http_answer(answer))
+    assert (pieces, reply) == (["A"], answer)
+
+
+@pytest.mark.parametrize("entries", [
+    [{"type": "a", "index": 9, "file": "x"}, {"type": "a", "index": 9,
+                                              "file": "y"}],
+    [{"id": "d", "chunk": "one"}, {"id": "d", "chunk": "two"}],
+    [{"index": 30, "u": "x"}, {"index": 10, "u": "y"}]])
+@pytest.mark.parametrize("cut", [1, 2])
+def test_unknown_lists_are_kept_as_they_come(entries, cut):
+    events = [stream_chunk({"notes": part}) for part in
+              (entries[:cut], entries[cut:]) if part]
+    reply = stream_read(stream_answer(
+        *events, stream_chunk({}, "stop"), "[DONE]"))[1]
+    assert reply.message["notes"] == entries
+
+
+@pytest.mark.parametrize("values, last", [
+    ((False, "no"), "no"), (({"a": 1}, "t"), "t"), ((5, "a"), "a"),
+    (("a", 5), 5), ((5, ["a"]), ["a"]), (("a", {"b": 1}), {"b": 1})])
+@pytest.mark.parametrize("name", ["x", "reasoning", "citations"])
+def test_a_field_may_change_its_kind(values, last, name):
+    events = [stream_chunk({name: value}) for value in values]
+    reply = stream_read(stream_answer(
+        *events, stream_chunk({}, "stop"), "[DONE]"))[1]
+    assert reply.message[name] == last
+
+
+def test_an_input_that_comes_as_an_object():
+    events = [
+        {"type": "content_block_start", "index": 0, "content_block": {
+            "type": "tool_use", "id": "t", "name": "f", "input": {}}},
+        {"type": "content_block_delta", "index": 0, "delta": {
+            "type": "input_json_delta", "partial_json": {"a": 1}}},
+        {"type": "message_stop"}]
+    reply = stream_read(stream_answer(*events), "messages")[1]
+    assert reply.tool_calls == [serv.ToolCall("t", "f", {"a": 1})]
+
+
+def test_blocks_that_are_all_counted_as_0():
+    events = []
+    for block, delta in (
+            ({"type": "text", "text": ""},
+             {"type": "text_delta", "text": "hey"}),
+            ({"type": "tool_use", "id": "t", "name": "f", "input": {}},
+             {"type": "input_json_delta", "partial_json": '{"a": 1}'})):
+        events += [
+            {"type": "content_block_start", "index": 0,
+             "content_block": block},
+            {"type": "content_block_delta", "index": 0, "delta": delta},
+            {"type": "content_block_stop", "index": 0}]
+    reply = stream_read(stream_answer(*events, {"type": "message_stop"}),
+                        "messages")[1]
+    assert reply["content"] == [
+        {"type": "text", "text": "hey"},
+        {"type": "tool_use", "id": "t", "name": "f", "input": {"a": 1}}]
+
+
+@pytest.mark.parametrize("headers", [[("a", "b")], "a: b", 5])
+def test_headers_are_a_mapping(headers, standin):
+    with pytest.raises(TypeError, match="headers"):
+        serv.chat("Hi", system="s", headers=headers)
+    assert standin.requests == [] or standin.requests[-1].headers
+
+
+def test_a_broken_event_of_a_vendors_name_is_broken():
+    events = b"".join(b"event: chunk\n" + sse(event) for event in (
+        stream_chunk({"content": "a"}), '{"choices": [{"delta": "LO'))
+    with Server(http_head(kind="text/event-stream",
+                          content_length=len(events)) + events) as server:
+        stream = stream_open(server)
+        assert next(stream) == "a"
+        with pytest.raises(serv.APIResponseError):
+            next(stream)
+
+
+def test_many_fields_cost_what_they_weigh():
+    big = dict(stream_chunk({"content": "a"}),
+               **{"k%d" % i: 0 for i in range(50000)})
+    events = [dict(stream_chunk({"content": "b"}), z=i) for i in range(1100)]
+    pieces, reply = stream_read(stream_answer(
+        big, *events, stream_chunk({}, "stop"), "[DONE]"))
+    assert (len(pieces), reply["z"], reply["k9"]) == (1101, 1099, 0)
+
+
+def test_a_stream_that_was_interrupted_does_not_end_in_silence():
+    def answer(wire, request):
+        wire.sendall(NET_SSE + chunk(sse(stream_chunk({"content": "a"}))))
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+
+    def interrupt(*_):
+        raise KeyError("interrupted")
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with Server(answer) as server:
+            stream = stream_open(server)
+            with pytest.raises(KeyError):
+                list(stream)
+            with pytest.raises(serv.APIConnectionError) as caught:
+                list(stream)
+        assert caught.value.reply.text == "a"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="needs tzset()")
+def test_a_date_without_a_zone_is_gmt(monkeypatch):
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        date = time.asctime(time.gmtime(time.time() + 86400))
+        with Server(http_answer({}, "429 Too Many", retry_after=date)) as here:
+            error = net_error(serv.RateLimitError, net_chat, here)
+        assert 86000 < error.retry_after <= 86400
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+# ---------------------------------------------------------------------------
 # The promises: what README.md and pyproject.toml say, and how serv.py is made.
 # ---------------------------------------------------------------------------
 
@@ -5472,7 +5643,8 @@ IMPURE = {"socket", "ssl", "http", "urllib", "sys", "time", "print", "open",
 PURE = ("socket.timeout", "ssl.SSLCertVerificationError", "ssl.SSLError",
         "http.client.HTTPMessage", "http.client.HTTPException",
         "http.client.IncompleteRead", "http.client.responses", "urllib.parse",
-        "sys.version_info", "sys.version", "os.environ", "time.monotonic",
+        "sys.version_info", "sys.version", "sys.exc_info", "os.environ",
+        "time.monotonic",
         "time.time")
 
 
@@ -5524,7 +5696,7 @@ def test_count_code():
 
 
 def test_file_is_small():
-    assert count_code(SOURCE) <= 1080
+    assert count_code(SOURCE) <= 1110
     assert max(map(len, SOURCE.splitlines())) <= 79
 
 
@@ -5540,8 +5712,8 @@ def test_file_imports_only_the_standard_library():
         assert names <= sys.stdlib_module_names
     assert names <= {
         "__future__", "argparse", "atexit", "base64", "codecs", "collections",
-        "contextlib", "copy", "email", "functools", "http", "io", "itertools",
-        "json", "math", "os", "random", "re", "select", "shlex", "signal",
+        "contextlib", "copy", "datetime", "email", "functools", "http", "io",
+        "itertools", "json", "math", "os", "random", "re", "select", "shlex", "signal",
         "socket", "ssl", "sys", "threading", "time", "types", "typing",
         "urllib", "warnings", "weakref"}
 
