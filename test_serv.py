@@ -5713,9 +5713,9 @@ def test_file_imports_only_the_standard_library():
     assert names <= {
         "__future__", "argparse", "atexit", "base64", "codecs", "collections",
         "contextlib", "copy", "datetime", "email", "functools", "http", "io",
-        "itertools", "json", "math", "os", "random", "re", "select", "shlex", "signal",
-        "socket", "ssl", "sys", "threading", "time", "types", "typing",
-        "urllib", "warnings", "weakref"}
+        "itertools", "json", "math", "os", "random", "re", "select",
+        "shlex", "signal", "socket", "ssl", "sys", "threading", "time", "types",
+        "typing", "urllib", "warnings", "weakref"}
 
 
 def test_file_imports_on_its_own():
