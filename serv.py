@@ -305,9 +305,10 @@ class Reply(dict):  # type: ignore[type-arg]
         return self.text
 
     def _choice(self) -> JSONDict:
-        own = {"message": {"role": "assistant", "content": self.get(
-            "content", "")}, "finish_reason": self.get("stop_reason")}
-        return [*_dicts(self.get("choices", [own])), {}][0]
+        if "choices" in self:
+            return [*_dicts(self["choices"]), {}][0]
+        return {"finish_reason": self.get("stop_reason"), "message": {
+            "role": "assistant", "content": self.get("content", "")}}
 
     def _said(self, *names: str) -> str:
         entry = self.message
@@ -481,12 +482,12 @@ def build_request(endpoint: str, streaming: bool, messages: Any, model: Any,
             "Content-Type": "application/json", "User-Agent": USER_AGENT,
             "Accept-Encoding": "identity"}
     timeout = find_setting("TIMEOUT", timeout)
-    text = str(TIMEOUT if timeout is None else timeout)
-    require(re.fullmatch(r"[0-9]*\.?[0-9]+(e[+-]?[0-9]+)?", text)
-            and float(text) > 0, "timeout, or SERV_TIMEOUT: expected seconds "
-            f"above 0; got {text}")
+    good = timeout is None or re.fullmatch(
+        r"[0-9]*\.?[0-9]+(e[+-]?[0-9]+)?", str(timeout))
+    timeout = TIMEOUT if timeout is None else good and float(timeout)
+    require(timeout, "timeout, or SERV_TIMEOUT: expected seconds above 0")
     return _Call(chat, url + PATHS[endpoint], {**ours, **given}, body, secret,
-                 float(text), max_retries)
+                 timeout, max_retries)
 
 
 def require(good: Any, wrong: str, kind: type[Exception] = ValueError) -> None:
