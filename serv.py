@@ -16,8 +16,8 @@ Usage::
 What this file does with your key: it is read from ``api_key`` or from
 SERV_API_KEY at each call, sent in the Authorization header of requests to
 ``base_url``, and kept nowhere else.  It is cut out of every error.  No
-redirect is followed, certificates are always checked, nothing is written
-to disk, and no other host is spoken to but a proxy that you have set.
+redirect is followed, certificates are always checked, the key is written
+to no disk, and no other host is spoken to but a proxy that you have set.
 
 From top to bottom; whoever stops at a banner has understood all above it:
 constants, errors, the three calls, Reply and Stream, building requests,
@@ -1620,7 +1620,8 @@ def parse_args(argv: Sequence[str] | None) -> Any:
     """Return the options of the command line; SystemExit where it is wrong."""
     import argparse
     parser = argparse.ArgumentParser(
-        "serv", argparse.SUPPRESS, main.__doc__, add_help=False,
+        "serv", argparse.SUPPRESS, main.__doc__ or "see README.md",  # -OO
+        add_help=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = functools.partial(parser.add_argument, help=argparse.SUPPRESS)
     add("prompt", nargs="*")

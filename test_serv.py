@@ -5970,7 +5970,8 @@ BENCH = {
         "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "if os.path.exists('/proc/self/status'):  # the other is inherited\n"
         "    with open('/proc/self/status') as file:\n"
-        "        peak = int(re.search(r'VmHWM:\\s*([0-9]+)', file.read())[1])\n"
+        "        peak = int(re.search('VmHWM:[^0-9]*([0-9]+)', file.read())"
+        "[1])\n"
         "print(peak / 1024)"),
     "one more call, us CPU": (
         "call('call=1'); start = time.process_time()\n"
