@@ -403,6 +403,8 @@ class Stream:
         """Return the next piece of text; raise as ``events()`` does."""
         while (item := self._read()) is not None:
             piece: str = item[1]
+            if self._half and item[0].get("type") == "content_block_start":
+                self._half = clean_text(self._half)  # no other half will come
             if self._half or not piece.isascii():
                 piece = self._half + piece
                 cut = len(piece) - ("\ud800" <= piece[-1:] <= "\udbff")
@@ -1023,6 +1025,8 @@ class _Answer:
             if delta is None and index not in self.ended:
                 delta = entry.get("message")  # a whole answer as one event
             delta = expect(delta, dict)
+            for call in _dicts(delta.get("tool_calls")):
+                find_index(call, 0)  # for its complaint
             choices.append({**entry, "index": index, "message": delta})
             if index == 0:
                 text += find_text(delta.get("content"))
@@ -1592,6 +1596,9 @@ interrupted.
         getattr(file, "reconfigure", dict)(errors="replace")
     try:
         args = parse_args(argv)
+        if args.help:
+            print(main.__doc__ or "see README.md\n", end="", flush=True)  # -OO
+            return 0
         call = build_request(args.endpoint, not args.no_stream, read_prompt(
             args.prompt), base_url=None, timeout=None, max_retries=2,
             api_key="$SERV_API_KEY" * args.dry_run, **build_options(args))
@@ -1619,11 +1626,8 @@ def say(text: str) -> None:
 def parse_args(argv: Sequence[str] | None) -> Any:
     """Return the options of the command line; SystemExit where it is wrong."""
     import argparse
-    parser = argparse.ArgumentParser(
-        "serv", argparse.SUPPRESS, main.__doc__ or "see README.md",  # -OO
-        add_help=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = functools.partial(parser.add_argument, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser("serv", argparse.SUPPRESS, add_help=False)
+    add = parser.add_argument
     add("prompt", nargs="*")
     add("-m", "--model")
     add("-s", "--system", default="You are a helpful assistant.")
@@ -1635,7 +1639,7 @@ def parse_args(argv: Sequence[str] | None) -> Any:
         add(name, action="store_true")
     add("-v", "--verbose", action="store_true")
     add("--version", action="version", version="serv " + __version__)
-    add("-h", "--help", action="help")
+    add("-h", "--help", action="store_true")
     args = parser.parse_intermixed_args(argv)
     args.no_stream = args.no_stream or args.json
     return args
