@@ -389,10 +389,8 @@ class Stream:
     by one thread at a time; ``with`` closes it, and so does its garbage.
     """
 
-    def __init__(self, call: _Call, answer: _Answer, source: Any) -> None:
-        self._call, self._answer, self._source = call, answer, source
-        self._half = ""  # a surrogate that waits for its other half
-        self._error: ServError | None = None
+    def __init__(self, answer: _Answer, source: Any) -> None:
+        self._answer, self._source = answer, source
 
     def __iter__(self) -> Stream:
         return self
@@ -402,18 +400,8 @@ class Stream:
     def __next__(self) -> str:
         """Return the next piece of text; raise as ``events()`` does."""
         while (item := self._read()) is not None:
-            piece: str = item[1]
-            if self._half and item[0].get("type") == "content_block_start":
-                self._half = clean_text(self._half)  # no other half will come
-            if self._half or not piece.isascii():
-                piece = self._half + piece
-                cut = len(piece) - ("\ud800" <= piece[-1:] <= "\udbff")
-                piece, self._half = clean_text(piece[:cut]), piece[cut:]
-            if piece:
-                return piece
-        half, self._half = self._half, ""
-        if half:
-            return clean_text(half)
+            if item[1]:
+                return str(item[1])
         raise StopIteration
 
     def events(self) -> Iterator[JSONDict]:
@@ -425,14 +413,13 @@ class Stream:
             Each has what had arrived in its ``reply``.
         """
         while (item := self._read()) is not None:
-            yield item[0]
+            if item[0] is not DONE:
+                yield item[0]
 
     @property
     def reply(self) -> Reply:
         """What has arrived so far, in the shape of a whole answer."""
-        whole = self._answer.whole and self._error is None
-        return Reply(self._answer.build(whole), self._call.response.headers,
-                     self._answer.elapsed or self._call.elapsed, not whole)
+        return self._answer.reply
 
     def close(self, *_: object) -> None:
         """End the stream early; what had arrived stays in ``reply``."""
@@ -442,18 +429,10 @@ class Stream:
 
     def _read(self) -> Any:
         """Return the next event and its text; None where it has ended."""
-        if self._error is not None:
-            raise self._error  # a second loop must not look like an end
-        outer = sys.exc_info()[1]
-        try:
-            return next(self._source, None)
-        except BaseException as exc:
-            error = exc if isinstance(exc, ServError) else self._call.error(
-                APIConnectionError, "the stream was interrupted")
-            self._error = error  # so that what is there is not whole
-            error.reply = self.reply
-            self._call.complete(error, outer)
-            raise
+        item = next(self._source, None)
+        if item is None and self._answer.error is not None:
+            raise self._answer.error  # a second loop must not look like an end
+        return item
 
 
 # ---------------------------------------------------------------------------
@@ -865,97 +844,91 @@ def parse_event(name: str, data: str) -> JSONDict | None:
 
 
 # ---------------------------------------------------------------------------
-# Putting a stream together.  Pure.  An answer collects what its events say
-# and assembles it on demand, so that time is linear in the length of the
-# stream.  Pieces of pieces come to the same, so what has piled up is
-# assembled now and then, and memory is that of the answer.
+# Putting a stream together.  Pure.  What has come is a tree, in which a text
+# that grows is a StringIO and a list that grows a _Grown: each event adds to
+# it in place, so that time is linear in the length of the stream and memory
+# is that of the answer.  build() makes plain JSON of it, on demand.
 # ---------------------------------------------------------------------------
 
 # What is said once of an entry, however often it is repeated.
 LABELS = frozenset(("id", "index", "type", "name", "role", "format"))
-# What grows, and of which kinds the values in it are that grow in turn.
-GROWS: dict[str, tuple[Any, ...]] = {
-    "choices": (list,), "content": (str, list), "message": (str, list),
-    "logprobs": (str, list)}
-PLACED = ("choices", "content", "tool_calls")  # lists whose entries come again
+PLACED = ("content", "tool_calls")  # lists whose entries come in pieces
 
 
-def assemble(pieces: list[JSONDict], grows: tuple[Any, ...] = ()) -> JSONDict:
-    """Return the object that these pieces make, field by field.
+def merge(whole: JSONDict, piece: JSONDict, grows: tuple[Any, ...]) -> None:
+    """Add what a piece says to an object, in place.
 
     What is empty erases nothing, and what is new replaces what was there,
-    but for values of the kinds that grow: those are put one behind another.
+    but for values of the kinds that grow: those go behind one another.
     """
-    # Field by field over all pieces, not piece by piece: strings are joined
-    # once, and the loops inside are C's.
-    whole: JSONDict = {}
-    sent: dict[str, list[Any]] = {}
-    for piece in pieces:
-        for key, value in piece.items():
-            sent.setdefault(key, []).append(value)
-    for key, found in sent.items():
-        values = [value for value in found
-                  if value is not None and value != ""] or found[:1]
-        last, kinds = values[-1], GROWS.get(key, grows)
-        if len(values) > 1 and isinstance(last, kinds):
-            # What grows here is a str or a list; all else has been replaced.
-            values = [value for value in values
-                      if isinstance(value, (str, list))]
-        if len(values) == 1:
-            whole[key] = last
-        elif isinstance(last, dict):
-            whole[key] = assemble(_dicts(values), kinds)
-        elif grows and key in LABELS:
-            whole[key] = values[0]
-        elif not isinstance(last, kinds):
-            whole[key] = last
-        elif all(isinstance(value, str) for value in values):
-            whole[key] = "".join(values)
+    for key, value in piece.items():
+        old = whole.get(key)
+        if value is None or value == "":
+            whole.setdefault(key, value)
+        elif isinstance(value, dict):
+            if not isinstance(old, dict):
+                old = whole[key] = {}
+            merge(old, value, grows)
+        elif not isinstance(value, grows) or key in LABELS:
+            if not (grows and key in LABELS and old):
+                whole[key] = value
         else:
-            whole[key] = assemble_list(values, kinds, key in PLACED)
-    return whole
+            text, before = isinstance(value, str), old
+            if not isinstance(old, (_Grown, io.StringIO) if text else _Grown):
+                old = whole[key] = io.StringIO() if text else _Grown(
+                    key in PLACED, grows)
+                if isinstance(before, io.StringIO):
+                    old.write(before.getvalue())
+            old.write(value)
 
 
-def assemble_list(values: list[Any], grows: tuple[Any, ...],
-                  placed: bool) -> list[Any]:
-    """Return the list that these lists make; a str is one text part."""
-    groups: dict[Any, list[Any]] = {}
-    for value in values:
+class _Grown:
+    """A list that comes in pieces; each entry is known by a label.
+
+    Where entries are ``placed``, that is its ``index``, or lacking that
+    (Mistral) its ``id``; lacking both, that of the last, if it is a call's
+    next piece or, first in its list, text of the same type.
+    """
+
+    def __init__(self, placed: bool, grows: tuple[Any, ...]) -> None:
+        self.placed, self.grows = placed, grows
+        self.entries: dict[Any, Any] = {}
+
+    def write(self, value: Any) -> None:
+        """Add the entries of a list; a str is one text part."""
         if isinstance(value, str):
             value = [{"type": "text", "text": value}]
         for number, entry in enumerate(value):
-            label = find_label(groups, entry, number == 0, placed)
-            groups.setdefault(label, []).append(entry)
-    # A label that is an index says where its entry belongs.
-    ranked = sorted(groups, key=lambda label: (
-        label if isinstance(label, int) else 0))
-    return [assemble(_dicts(group), grows) if _dict(group[0]) else group[0]
-            for group in map(groups.__getitem__, ranked)]
+            if isinstance(entry, dict):
+                label = self.find_label(entry, number == 0)
+                merge(self.entries.setdefault(label, {}), entry, self.grows)
+            else:
+                self.entries[len(self.entries),] = entry
 
+    def find_label(self, entry: JSONDict, first: bool) -> Any:
+        """Return the label of the entry that this one goes on with."""
+        new: Any = (len(self.entries),)
+        index, label = (entry.get("index"), entry.get("id")) if (
+            self.placed) else (None, None)
+        name = _dict(entry.get("function")).get("name")
+        if isinstance(index, int):
+            require(index >= 0, "a negative index")
+            # Gemini counts every call as 0: a new id and name is a new call.
+            known = self.entries.get(index, {}).get("id") or label
+            if label and name and label != known:
+                self.entries[new] = self.entries.pop(index)
+            return index
+        last = next(reversed(self.entries), new)
+        kind = _dict(self.entries.get(last)).get("type")
+        goes_on = "function" in entry and not name or (
+            kind in ("text", "thinking") and kind == entry.get("type"))
+        return str(label) if label else last if first and goes_on else new
 
-def find_label(groups: dict[Any, list[Any]], entry: Any, first: bool,
-               placed: bool) -> Any:
-    """Return what an entry is known by: that of the one it goes on with.
-
-    Where entries are ``placed``, its ``index``, or lacking that (Mistral) its
-    ``id``; lacking both, that of the last, if it is a call's next piece or,
-    ``first`` in its list, text of the same type.
-    """
-    new, entry = (len(groups),), _dict(entry)
-    index, label = (entry.get("index"), entry.get("id")) if placed else (
-        None, None)
-    name = _dict(entry.get("function")).get("name")
-    if isinstance(index, int):
-        # Gemini counts every call as 0: a new id and name is a new call.
-        if label and name and label != groups.get(index, [{}])[0].get(
-                "id", label):
-            groups[new] = groups.pop(index)
-        return index
-    last = next(reversed(groups), new)
-    kind = _dict(groups.get(last, [0])[0]).get("type")
-    goes_on = "function" in entry and not name or (
-        kind in ("text", "thinking") and kind == entry.get("type"))
-    return str(label) if label else last if first and goes_on else new
+    def getvalue(self) -> list[Any]:
+        """Return the entries, those with an index where that puts them."""
+        return [self.entries[label] for label in sorted(
+            self.entries, key=lambda label: (
+                label if isinstance(label, int) else 0))]
 
 
 def find_index(entry: JSONDict, default: int) -> int:
@@ -968,19 +941,21 @@ def find_index(entry: JSONDict, default: int) -> int:
 class _Answer:
     """An answer put together from its events, in either format."""
 
-    def __init__(self, chat: bool) -> None:
-        self.chat, self.count = chat, 0  # of its pieces
-        self.pieces: list[JSONDict] = []
-        self.texts: list[str] = []  # that came since, with nothing beside them
-        self.place = 0      # of those, the index of their content block
+    def __init__(self, chat: bool, headers: Headers) -> None:
+        self.chat, self.headers = chat, headers
+        self.index = -1  # of the block that came last
+        self.top: JSONDict = {}  # the answer, but for
+        self.parts: dict[int, JSONDict] = {}  # its choices or blocks
+        # The event that came last, if it did no more than add a text; that
+        # is in its delta, and went to the end of grown.
+        self.last: JSONDict = {}
+        self.delta: JSONDict = {}
+        self.grown: Any = None
         self.ended: dict[int, bool] = {}  # of each choice, whether it has
-        # What was said last, of each choice and (as -1) beside them: nearly
-        # all chunks say it again, and add nothing but text.
-        self.said: dict[int, JSONDict] = {}
-        self.last = -1      # the index of the content block that came last
-        self.moved: dict[int, int] = {}  # where each index of one is, by now
+        self.places: dict[int, int] = {}  # where each block is, by its index
         self.done = False   # the last event was there
-        self.elapsed = 0.0  # seconds of the call, once it has ended
+        self.elapsed = 0.0  # seconds of the call, up to the last event
+        self.error: BaseException | None = None  # that ended it
 
     @property
     def whole(self) -> bool:
@@ -992,106 +967,101 @@ class _Answer:
         """Add an event; return what it adds to the (first choice's) text."""
         if event is DONE:
             self.done = self.chat or self.whole
-            return ""
-        piece, text = (self._read_chunk(event) if self.chat
-                       else self._read_event(event))
-        if not piece:
-            self.texts.append(text)
-            return text
-        self.flush()
-        self.pieces.append(piece)
-        self.count += 1
-        if self.count % 1000 == 0:
-            self.pieces[-1000:] = [assemble(self.pieces[-1000:])]
-        return text
+        # Nearly every event repeats the last one, but for its text.
+        name = "content" if self.chat else "text"
+        try:
+            place = event["choices"][0] if self.chat else event
+            text = self.delta[name] = place["delta"][name]
+            if event == self.last and type(text) is str:
+                self.grown.write(text)
+                return text
+        except (LookupError, TypeError):
+            pass
+        self.last = {}
+        return self._add_chunk(event) if self.chat else self._add_event(event)
 
-    def flush(self) -> None:
-        """Make one piece of the texts that have come."""
-        text, self.texts = "".join(self.texts), []
-        if text and self.chat:
-            choice = {"index": 0, "message": {"content": text}}
-            self.pieces.append({"choices": [choice]})
-        elif text:
-            block = {"index": self.place, "type": "text", "text": text}
-            self.pieces.append({"content": [block]})
-
-    def _read_chunk(self, chunk: JSONDict) -> tuple[JSONDict, str]:
-        text, choices, top, plain = "", [], dict(chunk), False
-        listed = expect(top.pop("choices", None), list)
-        require(len(listed) + len(self.ended) <= MAX_CHOICES, "many choices")
-        for number, choice in enumerate(listed):
+    def _add_chunk(self, chunk: JSONDict) -> str:
+        top, text = dict(chunk), ""
+        choices = expect(top.pop("choices", None), list)
+        require(len(choices) + len(self.ended) <= MAX_CHOICES, "many choices")
+        merge(self.top, top, ())
+        for number, choice in enumerate(choices):
             entry = dict(expect(choice, dict))
             delta, index = entry.pop("delta", None), find_index(entry, number)
-            if delta is None and index not in self.ended:
-                delta = entry.get("message")  # a whole answer as one event
-            delta = expect(delta, dict)
-            for call in _dicts(delta.get("tool_calls")):
-                find_index(call, 0)  # for its complaint
-            choices.append({**entry, "index": index, "message": delta})
+            if index not in self.parts:  # may be a whole answer, no delta
+                self.parts[index] = {"index": index, "message": {}}
+                self.ended[index] = False
+                delta = entry.pop("message", None) if delta is None else delta
+            delta, part = expect(delta, dict), self.parts[index]
+            merge(part["message"], delta, (str, list))
+            merge(part, entry, (list,))
+            if entry.get("finish_reason"):
+                self.ended[index] = True
             if index == 0:
                 text += find_text(delta.get("content"))
-            plain = delta == {"content": text} and len(listed) == 1
-            if entry != self.said.get(index):
-                plain = False
-                grows = any(isinstance(value, (dict, list))
-                            for value in entry.values())
-                self.said[index] = {} if grows else entry
-                if entry.get("finish_reason") or index not in self.ended:
-                    self.ended[index] = bool(entry.get("finish_reason"))
-        if plain and text and top == self.said.get(-1):
-            return {}, text
-        self.said[-1] = top
-        return {**top, "choices": choices}, text
+            kinds = {type(value) for value in entry.values()}
+            if (text and [*delta] == ["content"] and len(choices) == 1
+                    and not kinds & {dict, list}):
+                self.delta = dict(delta)
+                self.grown = part["message"]["content"]
+                self.last = {**chunk, "choices": [
+                    {**choice, "delta": self.delta}]}
+        return text
 
-    def _read_event(self, event: JSONDict) -> tuple[JSONDict, str]:
-        kind, piece = event.get("type"), {}
-        if kind == "content_block_delta":
-            last, index = self.last, find_index(event, max(self.last, 0))
-            self.last = self.moved.get(index, index) if "index" in event else (
-                index)
-            block = dict(expect(event.get("delta"), dict), index=self.last)
-            if block.get("type") == "text_delta" and last == self.last and (
-                    isinstance(block.get("text"), str) and len(block) == 3):
-                self.place = last
-                return {}, block["text"]
-            block["type"] = str(block.get("type")).replace("_delta", "")
+    def _add_event(self, event: JSONDict) -> str:
+        kind, starts = event.get("type"), False
+        if kind in ("content_block_start", "content_block_delta"):
+            starts = kind == "content_block_start"
+            index = self.index = find_index(
+                event, self.index + 1 if starts else max(self.index, 0))
+            # Some gateways count every block as 0: begun again, it is another.
+            if starts:
+                self.places[index] = (
+                    max(self.parts) + 1 if index in self.places else index)
+            block = dict(expect(
+                event.get("content_block" if starts else "delta"), dict))
+            block["type"] = str(block.get("type") or "").replace("_delta", "")
             if "citation" in block:
                 block["citations"] = [block.pop("citation")]
-            return {"content": [block]}, find_part_text(block)
-        if kind == "content_block_start":
-            index = find_index(event, self.last + 1)
-            # Some gateways count every block as 0: begun again, it is another.
-            self.last = index if index not in self.moved else max(
-                self.moved.values()) + 1
-            self.moved[index] = self.last
-            block = expect(event.get("content_block"), dict)
-            piece["content"] = [dict(block, index=self.last)]
-        elif kind in ("message", "message_start", "message_delta"):
-            inner = expect(event.get("message", event.get("delta")), dict)
-            piece = {key: value for key, value in dict(event, **inner).items()
-                     if key not in ("type", "message", "delta")}
-            piece["content"] = [
-                dict(expect(block, dict), index=index) for index, block
-                in enumerate(expect(piece.get("content"), list))]
-            if piece.get("stop_reason"):
-                self.ended[0] = True
+            part = self.parts.setdefault(self.places.get(index, index), {})
+            merge(part, block, (str, list))
+            text = find_part_text(block)
+            if text and not starts and len(block) == 2:
+                self.delta, self.grown = dict(event["delta"]), part["text"]
+                self.last = {**event, "delta": self.delta}
+            return text
         self.done = self.done or kind == "message_stop"
-        return piece, find_text(piece.get("content"))
+        if kind not in ("message", "message_start", "message_delta"):
+            return ""
+        inner = expect(event.get("message", event.get("delta")), dict)
+        top = {key: value for key, value in {**event, **inner}.items()
+               if key not in ("type", "message", "delta")}
+        blocks = expect(top.pop("content", None), list)
+        for index, block in enumerate(blocks):
+            merge(self.parts.setdefault(index, {}), expect(block, dict),
+                  (str, list))
+        merge(self.top, top, ())
+        self.ended.update([(0, True)] * bool(top.get("stop_reason")))
+        return find_text(blocks)
+
+    @property
+    def reply(self) -> Reply:
+        """What has come, as the call without streaming would return it."""
+        whole = self.whole and self.error is None
+        return Reply(self.build(whole), self.headers, self.elapsed, not whole)
 
     def build(self, whole: bool) -> JSONDict:
-        """Return the answer as the call without streaming gives it.
+        """Return the JSON of what has come.
 
         Until it is ``whole`` a tool's input stays text, so that half an
         input is never taken for one.
         """
-        self.flush()
-        found = json.dumps(assemble(self.pieces), ensure_ascii=False)
-        top: JSONDict = json.loads(clean_text(found))
-        name = "choices" if self.chat else "content"
-        parts = top[name] = sorted(top.get(name, []), key=lambda part: int(
-            part["index"]))
+        tree = {**self.top, "choices" if self.chat else "content": [
+            self.parts[place] for place in sorted(self.parts)]}
+        top: JSONDict = json.loads(clean_text(json.dumps(
+            tree, ensure_ascii=False, default=lambda node: node.getvalue())))
         if self.chat:
-            for choice in parts:
+            for choice in top["choices"]:
                 entry = {"content": None, **choice["message"]}
                 choice["message"] = entry
                 entry["role"] = entry.get("role") or "assistant"
@@ -1100,8 +1070,7 @@ class _Answer:
                     call.pop("index", None)
                     call.setdefault("type", "function")
             return {**top, "object": "chat.completion"}
-        for block in parts:
-            del block["index"]
+        for block in top["content"]:
             text, given = block.pop("partial_json", ""), block.get("input")
             text = text if isinstance(text, str) else json.dumps(text)
             if whole and text:
@@ -1156,6 +1125,7 @@ class _Connection(io.RawIOBase):
         self.deadline, self.received = deadline, 0  # bytes of this answer
         self.early, self.ended = io.BytesIO(), False
         self.head: Any = b""
+        self.unsent = memoryview(b"")
         tls, host, port, proxy, login, *authority = self.route
         if not self.kept or self.has_answer():
             self.discard()
@@ -1209,44 +1179,41 @@ class _Connection(io.RawIOBase):
     def sendall(self, data: bytes) -> None:
         """Send all, or stop where the answer (413, say) comes first."""
         if self.head is None:
-            self.head, data = data, b""
-        else:
-            self.head, data = b"", self.head + data
-        view = memoryview(data)
-        while view:
+            self.head = data
+            return
+        self.unsent, self.head = memoryview(self.head + data), b""
+        while self.unsent:
             sock = self.ready(WAIT_SECONDS)  # which ends a stalled upload
-            with contextlib.suppress(socket.timeout):
-                view = view[sock.send(view):]
-            require(not view or not self.has_answer(), "cut short", OSError)
+            with contextlib.suppress(OSError):
+                self.unsent = self.unsent[sock.send(self.unsent):]
+            # The answer tells more than the broken pipe that it may bring.
+            if self.unsent and self.has_answer():
+                break
 
     def has_answer(self) -> bool:
-        """Whether bytes, the end or a fault are here; does not wait."""
+        """Whether bytes, or the end of them, are here; does not wait."""
         self.sock.settimeout(0)
-        try:
+        with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError,
+                                 ssl.SSLWantWriteError):
             self.early = io.BytesIO(self.sock.recv(READ_SIZE))
-        except OSError as exc:  # a fault will meet the next read as well
-            return not isinstance(exc, (BlockingIOError, ssl.SSLWantReadError,
-                                        ssl.SSLWantWriteError))
-        return True
+            return True
+        return False
 
     def give_back(self, response: Any) -> None:
         """Keep the connection for the next call if it is in order."""
-        self.idle_since = time.monotonic()
+        self.idle_since, self.kept = time.monotonic(), False
         self.deadline = min(self.deadline, self.idle_since + WAIT_SECONDS)
         # A stream ends with [DONE], but its body with one empty chunk more,
         # which may be late, or never come: then the connection is dropped.
-        self.kept = False
-        with contextlib.suppress(*NETWORK_ERRORS):
+        with contextlib.suppress(AttributeError, *NETWORK_ERRORS):
             self.kept = not (response.will_close or response.length
-                             or response.status < 200
+                             or self.unsent or response.status < 200
                              or response.chunked and response.read1(READ_SIZE))
-        response.close()
+            response.close()
+        if not self.kept:
+            return self.discard()
         with _lock:
-            _idle.extend([self] * self.kept)
-            old = _idle[:-MAX_IDLE] + [self] * (not self.kept)
-            del _idle[:-MAX_IDLE]
-        for connection in old:
-            connection.discard()
+            _idle.append(self)
 
 
 def dial(address: Any, deadline: float) -> socket.socket:
@@ -1255,14 +1222,13 @@ def dial(address: Any, deadline: float) -> socket.socket:
     No address may take more than CONNECT_TIMEOUT, nor more than its share
     of what is left, so that a dead one leaves time for the next.
     """
-    host, port = address
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    while found:
+    found = socket.getaddrinfo(address[0], address[1], 0, socket.SOCK_STREAM)
+    while True:
         share = max(0.001, (deadline - time.monotonic()) / len(found))
-        address = found.pop(0)[4][:2]  # numeric: nothing is looked up again
+        numeric: Any = found.pop(0)[4][:2]  # nothing is looked up again
         try:
-            sock = socket.create_connection(
-                address, min(CONNECT_TIMEOUT, share))
+            sock = socket.create_connection(numeric,
+                                            min(CONNECT_TIMEOUT, share))
             break
         except OSError:
             if not found:
@@ -1315,12 +1281,14 @@ def take_connection(route: Any) -> _Connection:
     """Return a connection, a kept one if there is; drop the old ones."""
     # The newest is the likeliest to be alive; the oldest are at the front.
     with _lock:
-        while _idle and time.monotonic() - _idle[0].idle_since > IDLE_SECONDS:
+        while _idle and (len(_idle) > MAX_IDLE or IDLE_SECONDS
+                         < time.monotonic() - _idle[0].idle_since):
             _idle.pop(0).discard()
-        found = [kept for kept in _idle if kept.route == route][-1:]
-        for connection in found:
-            _idle.remove(connection)
-    return found[0] if found else _Connection(route)
+        for connection in reversed(_idle):
+            if connection.route == route:
+                _idle.remove(connection)
+                return connection
+    return _Connection(route)
 
 
 def close_idle() -> None:
@@ -1351,57 +1319,39 @@ class _Call(collections.namedtuple(
 
     def run(self, read: Callable[[_Call], T]) -> T:
         """Return what ``read`` makes of the answer, after some tries."""
-        # The wait must fit into the budget, or there is no use in waiting.
-        self.started, count = time.monotonic(), 0
-        outer = sys.exc_info()[1]
+        self.started, tries, outer = time.monotonic(), 0, sys.exc_info()[1]
         while True:
-            try:
-                return self.attempt(read)
-            except ServError as error:
-                wait, count = retry_wait(error, count), count + 1
-                if (wait is None or count > self.max_retries
-                        or self.elapsed + wait >= self.timeout):
-                    raise self.complete(error, outer)
-            time.sleep(wait)
-
-    def attempt(self, read: Callable[[_Call], T]) -> T:
-        """Send the request and return what ``read`` makes of its answer."""
-        connection = self.connection = take_connection(find_route(self.url))
-        while True:
-            self.response = None
+            connection = take_connection(find_route(self.url))
+            self.connection, self.response = connection, None
             try:
                 self.response = self.send(connection)
                 return read(self)
-            except NETWORK_ERRORS as exc:
+            except (ServError, *NETWORK_ERRORS) as exc:
                 # A kept connection that ends before a byte of the answer was
                 # closed while it was idle: no failed try, but made anew.
-                unseen = connection.kept and not connection.received
-                connection.discard()
-                if not unseen or self.elapsed >= self.timeout:
-                    raise self.error(APIConnectionError, "no answer", exc)
-            except ServError:
+                stale = connection.kept and not connection.received
                 connection.give_back(self.response)
-                raise
+                error = self.complete(exc, outer)
+                wait = 0.0 if stale else retry_wait(error, tries)
+                tries += not stale
+                # Without room for the wait there is no use in waiting.
+                if (wait is None or tries > self.max_retries
+                        or self.elapsed + wait >= self.timeout):
+                    raise error
             except BaseException:
                 connection.discard()
                 raise
+            time.sleep(wait)
 
     def send(self, connection: _Connection) -> Any:
         """Send the request; return the answer, of which the head is read."""
-        tls, _, _, proxy, login, *_ = connection.route
         client = connection.open(self.started + self.timeout)
+        tls, _, _, proxy, login, *_ = connection.route
         url, headers = "/" + self.url.split("/", 3)[3], self.headers
         if proxy and not tls:  # a tunnel had the login before
             url, headers = self.url, {**headers, **dict(login)}
-        sent = False
-        with contextlib.suppress(OSError):
-            client.request("POST", url, self.body, headers)
-            sent = True
-        # The server may have answered (413) and closed before the end of the
-        # upload; that answer tells more than the broken pipe.
-        require(sent or self.elapsed < self.timeout, "timed out", OSError)
+        client.request("POST", url, self.body, headers)
         response = client.getresponse()
-        response.will_close = response.will_close or not sent
         # The end of the connection is a blank line to http.client.
         require(not connection.ended, "closed inside the header", OSError)
         return response
@@ -1414,27 +1364,30 @@ class _Call(collections.namedtuple(
 
     def stream(self) -> Stream:
         """Return the answer as a stream."""
-        answer = _Answer(self.chat)
+        headers = self.response.headers
+        answer = _Answer(self.chat, headers)
         # A server that does not stream may still have answered, in JSON: that
         # is a stream of one event.  Anything else read_answer() refuses.
         pairs = iter_events(self.iter_body(MAX_STREAM))
-        kind = self.response.headers.get_content_type()
-        if kind != "text/event-stream" or self.response.status != 200:
+        if (self.response.status != 200
+                or headers.get_content_type() != "text/event-stream"):
             pairs = iter([("message", json.dumps(self.read_answer()))])
             answer.done = True
         source = self.iter_stream(answer, pairs)
         next(source)  # from here on its end is the connection's
-        return Stream(self, answer, source)
+        return Stream(answer, source)
 
     def iter_stream(self, answer: _Answer, pairs: Iterator[tuple[str, str]]
                     ) -> Iterator[tuple[JSONDict, str]]:
         """Yield events and what each adds to the text, up to a proven end."""
-        deadline = self.started + self.timeout
+        half = ""  # a surrogate that waits for its other half
         try:
-            yield {}, ""
+            yield DONE, ""
+            outer = sys.exc_info()[1]
             for name, data in pairs:
-                if time.monotonic() >= deadline:
-                    raise self.error(APIConnectionError)
+                answer.elapsed = time.monotonic() - self.started
+                if answer.elapsed >= self.timeout:
+                    raise socket.timeout("events still coming")
                 if (event := parse_event(name, data)) is None:
                     continue
                 text = answer.add(event)
@@ -1443,22 +1396,32 @@ class _Call(collections.namedtuple(
                 if "error" in data or name == "error" or bare:
                     if find_error(name, event):
                         raise self.refused(200, event)
-                if event is not DONE:
-                    yield event, text
+                if half or not text.isascii():
+                    if event.get("type") == "content_block_start":
+                        half = clean_text(half)  # no other half will come
+                    text = half + text
+                    cut = len(text) - ("\ud800" <= text[-1:] <= "\udbff")
+                    text, half = clean_text(text[:cut]), text[cut:]
+                yield event, text
+                outer = sys.exc_info()[1]
                 if answer.done:
                     break
-            if not answer.whole:
-                raise self.error(APIConnectionError, "the stream ended early")
+            require(answer.whole, "the stream ended early",
+                    http.client.HTTPException)
             self.connection.give_back(self.response)
+        except GeneratorExit:
+            self.connection.discard()
+            raise
         except BaseException as exc:
             self.connection.discard()
-            if isinstance(exc, ValueError):
-                raise self.error(APIResponseError, "a broken event", exc)
             # What proves an answer whole proves it also before a reset.
-            if type(exc) is not APIConnectionError or not answer.whole:
-                raise
-        finally:
-            answer.elapsed = self.elapsed
+            lost = isinstance(exc, NETWORK_ERRORS)
+            if not (answer.whole and lost and self.elapsed < self.timeout):
+                answer.error = exc  # so that what is there is not whole
+                answer.error = self.complete(exc, outer, answer.reply)
+                raise answer.error if lost or isinstance(
+                    exc, (ServError, ValueError)) else exc
+        yield DONE, clean_text(half)
 
     def read_answer(self) -> JSONDict:
         """Read a whole JSON answer; raise the error that it is, if it is."""
@@ -1466,7 +1429,8 @@ class _Call(collections.namedtuple(
         try:
             for chunk in self.iter_body(MAX_BODY if good else MAX_ERROR):
                 data += chunk
-        except ServError:
+        except (ServError, *NETWORK_ERRORS):
+            self.response.will_close = True
             if good:  # else the status is the news, even without its body
                 raise
         text = data.decode("utf-8", "replace").lstrip("\ufeff")
@@ -1474,35 +1438,27 @@ class _Call(collections.namedtuple(
         if not good or find_error("", _dict(answer)):
             raise self.refused(self.response.status, answer)
         found = _dict(answer).get("choices" if self.chat else "content")
-        if not isinstance(found, list) or self.chat and not found:
-            raise self.error(APIResponseError, "expected a JSON answer; got "
-                             + (text or "nothing"))
+        require(isinstance(found, list) and (found or not self.chat),
+                f"expected a JSON answer; got {text or 'nothing'}",
+                APIResponseError)
         return _dict(answer)
 
     def iter_body(self, limit: int) -> Iterator[bytes]:
         """Yield the bytes of a body as they come, up to its proven end."""
-        # http.client ends a body that was cut by its length in silence, so
-        # what is left of it is counted here.
-        response, total, left = self.response, 0, self.response.length
-        headers = response.headers
-        encoding = str(headers.get("content-encoding") or not response.chunked
-                       and headers.get("transfer-encoding") or "identity")
-        if encoding.lower() != "identity":
-            response.will_close = True  # where it ends is anybody's guess
-            raise self.error(APIResponseError, f"unasked encoding: {encoding}")
-        try:
-            while left != 0 and (data := response.read1(
-                    READ_SIZE if left is None else min(left, READ_SIZE))):
-                total += len(data)
-                if total > limit:
-                    raise self.error(APIResponseError, f"over {limit} bytes")
-                left = left and left - len(data)
-                yield data
-            if left:
-                raise http.client.IncompleteRead(b"", left)
-        except NETWORK_ERRORS as exc:
-            what = f"the answer was cut after {total} bytes"
-            raise self.error(APIConnectionError, what, exc)
+        response, total = self.response, 0
+        encoding = str(response.headers.get("content-encoding")
+                       or not response.chunked
+                       and response.headers.get("transfer-encoding")
+                       or "identity")
+        require(encoding.lower() == "identity",
+                f"unasked encoding: {encoding}", APIResponseError)
+        while data := response.read1(READ_SIZE):
+            total += len(data)
+            require(total <= limit, f"over {limit} bytes", APIResponseError)
+            yield data
+        # http.client ends a body that was cut by its length in silence.
+        if response.length:
+            raise http.client.IncompleteRead(b"", response.length)
 
     def refused(self, status: int, body: Any) -> ServError:
         """Return the error for a status, or for an error object in a 200."""
@@ -1515,35 +1471,34 @@ class _Call(collections.namedtuple(
         if 300 <= status < 400:
             told = f"not following to {headers.get('location')}; set base_url"
         other = InternalServerError if status >= 500 else APIStatusError
-        return self.error(
-            STATUS_ERRORS.get(status, other), f"{status} "
-            f"{kind or http.client.responses.get(status, '')}: {told}",
-            retry_after=parse_retry_after(headers, time.time()), body=body,
-            status=status, headers=headers, **fields)
+        return STATUS_ERRORS.get(status, other)(
+            f"{status} {kind or http.client.responses.get(status, '')}: "
+            f"{told}", retry_after=parse_retry_after(headers, time.time()),
+            body=body, status=status, headers=headers, **fields)
 
-    def error(self, kind: type[ServError], what: str = "",
-              cause: BaseException | None = None,
-              **attributes: Any) -> ServError:
-        """Return an error of a kind; a lost connection may be a timeout."""
-        if kind is APIConnectionError and self.elapsed >= self.timeout:
-            kind = APITimeoutError
-            what = f"not within {self.timeout:g} s: {what or 'still coming'}"
-        elif cause is not None:
-            what += f": {str(cause) or type(cause).__name__}"
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            what += "; for a CA of your own, set SSL_CERT_FILE to its PEM file"
-        error = kind(what, request_id=self.response and find_request_id(
-            self.response.headers), **attributes)
-        error.__cause__ = cause
-        return error
-
-    def complete(self, error: ServError, outer: Any) -> ServError:
-        """Return an error without the key, its message one whole line.
+    def complete(self, exc: BaseException, outer: Any,
+                 reply: Reply | None = None) -> ServError:
+        """Return what was raised as an error of this call, without the key.
 
         The key is cut out of all that the error is chained to as well, up to
         ``outer``, which the caller was handling already; and before the
         message is cut short, which would leave half a key.
         """
+        error, what = exc, str(exc) or type(exc).__name__
+        if not isinstance(error, ServError):
+            kind: type[ServError] = APIConnectionError
+            found = "the answer was cut" if self.response else "no answer"
+            if self.elapsed >= self.timeout:
+                kind, found = APITimeoutError, f"not within {self.timeout:g} s"
+            elif isinstance(exc, ssl.SSLCertVerificationError):
+                what += "; for a CA of your own, set SSL_CERT_FILE to its PEM"
+            elif isinstance(exc, ValueError) and not isinstance(
+                    exc, UnicodeError):
+                kind, found = APIResponseError, "a broken event"
+            error = kind(f"{found}: {what}")
+            error.__cause__ = exc
+        error.reply, error.request_id = reply, (
+            self.response and find_request_id(self.response.headers))
         secret = re.escape(self.secret) or "(?!)"
         if len(self.secret) < 8:  # "x" or "local" is also a word
             secret = rf"(?<!\w){secret}(?!\w)"
