@@ -779,45 +779,43 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
 
     :raise ValueError: an event grows beyond MAX_BODY bytes.
     """
-    name, held, rest, after_cr = "", 0, b"", False
+    name, held, after_cr = "", 0, False
     data: list[bytes] = []
-    pieces: list[bytes] = []  # of a line that goes on in the next chunk
-    mark = b"\xef\xbb\xbf"    # one byte order mark is dropped
+    line: list[bytes] = []  # in pieces, until its end is here
+    mark = b"\xef\xbb\xbf"  # one byte order mark is dropped
     for chunk in chunks:
         # Nearly always a chunk is one event, which C can read as a whole.
-        if not (mark or name or data or pieces or b"\r" in chunk):
+        if not (mark or name or data or line or b"\r" in chunk):
             if event := ONE_EVENT.fullmatch(chunk):
                 after_cr, held = False, 0
                 yield (event[1] or b"message").decode("utf-8", "replace"), (
                     event[2].decode("utf-8", "replace"))
                 continue
-        if after_cr and chunk:  # the LF of a CRLF that was cut in two
-            chunk, after_cr = chunk[chunk.startswith(b"\n"):], False
-        # bytes.splitlines() cuts at LF, CRLF and CR, and nowhere else
-        lines = (chunk + b".").splitlines()
-        rest = lines.pop()
-        after_cr = chunk.endswith(b"\r") or after_cr and not chunk
-        held += len(chunk)
-        if lines and pieces:
-            lines[0], pieces = b"".join([*pieces, lines[0]]), []
-        if lines and mark:
-            lines[0], mark = lines[0][3 * lines[0].startswith(mark):], b""
-        if rest != b".":
-            pieces.append(rest[:-1])
-        for line in lines:
-            if not line:
-                if data:
-                    text = b"\n".join(data).decode("utf-8", "replace")
-                    yield name or "message", text
-                name, data, held = "", [], 0
+        # splitlines() of bytes cuts at LF, CRLF and CR, and nowhere else
+        for piece in chunk.splitlines(keepends=True):
+            if after_cr and piece == b"\n":  # a CRLF that was cut in two
+                after_cr = False
                 continue
-            field, _, value = line.partition(b":")
+            after_cr = piece.endswith(b"\r")
+            held += len(piece)
+            require(held <= MAX_BODY, "an event of more than MAX_BODY bytes")
+            line.append(piece)
+            if not piece.endswith((b"\r", b"\n")):
+                continue
+            whole, line = b"".join(line).rstrip(b"\r\n"), []
+            if mark:
+                whole, mark = whole[3 * whole.startswith(mark):], b""
+            field, _, value = whole.partition(b":")
             value = value[value.startswith(b" "):]
             if field == b"data":
                 data.append(value)
             elif field == b"event":
                 name = value.decode("utf-8", "replace")
-        require(held <= MAX_BODY, "an event of more than MAX_BODY bytes")
+            elif not whole:
+                if data:
+                    yield name or "message", b"\n".join(data).decode(
+                        "utf-8", "replace")
+                name, data, held = "", [], 0
 
 
 def parse_event(name: str, data: str) -> JSONDict | None:
@@ -864,14 +862,15 @@ def merge(whole: JSONDict, piece: JSONDict, grows: tuple[Any, ...]) -> None:
     for key, value in piece.items():
         old = whole.get(key)
         if value is None or value == "":
-            whole.setdefault(key, value)
+            whole[key] = value if old is None else old
         elif isinstance(value, dict):
             if not isinstance(old, dict):
                 old = whole[key] = {}
             merge(old, value, grows)
-        elif not isinstance(value, grows) or key in LABELS:
-            if not (grows and key in LABELS and old):
-                whole[key] = value
+        elif grows and key in LABELS:
+            whole[key] = old or value
+        elif not isinstance(value, grows):
+            whole[key] = value
         else:
             text, before = isinstance(value, str), old
             if not isinstance(old, (_Grown, io.StringIO) if text else _Grown):
@@ -951,7 +950,6 @@ class _Answer:
         self.last: JSONDict = {}
         self.delta: JSONDict = {}
         self.grown: Any = None
-        self.ended: dict[int, bool] = {}  # of each choice, whether it has
         self.places: dict[int, int] = {}  # where each block is, by its index
         self.done = False   # the last event was there
         self.elapsed = 0.0  # seconds of the call, up to the last event
@@ -960,8 +958,10 @@ class _Answer:
     @property
     def whole(self) -> bool:
         """Whether what has arrived proves that nothing is missing."""
-        return (self.done or bool(self.ended) and all(self.ended.values())
-                ) and not (self.chat and not self.ended)
+        if not self.chat:
+            return self.done or bool(self.top.get("stop_reason"))
+        return bool(self.parts) and (self.done or all(
+            part["finish_reason"] for part in self.parts.values()))
 
     def add(self, event: JSONDict) -> str:
         """Add an event; return what it adds to the (first choice's) text."""
@@ -983,20 +983,20 @@ class _Answer:
     def _add_chunk(self, chunk: JSONDict) -> str:
         top, text = dict(chunk), ""
         choices = expect(top.pop("choices", None), list)
-        require(len(choices) + len(self.ended) <= MAX_CHOICES, "many choices")
+        require(len(choices) + len(self.parts) <= MAX_CHOICES, "many choices")
         merge(self.top, top, ())
         for number, choice in enumerate(choices):
             entry = dict(expect(choice, dict))
             delta, index = entry.pop("delta", None), find_index(entry, number)
-            if index not in self.parts:  # may be a whole answer, no delta
-                self.parts[index] = {"index": index, "message": {}}
-                self.ended[index] = False
-                delta = entry.pop("message", None) if delta is None else delta
+            if index not in self.parts:
+                message = {"role": None, "content": None}
+                self.parts[index] = {
+                    "index": index, "message": message, "finish_reason": None}
+                if delta is None:  # a whole answer as one event
+                    delta = entry.pop("message", None)
             delta, part = expect(delta, dict), self.parts[index]
             merge(part["message"], delta, (str, list))
             merge(part, entry, (list,))
-            if entry.get("finish_reason"):
-                self.ended[index] = True
             if index == 0:
                 text += find_text(delta.get("content"))
             kinds = {type(value) for value in entry.values()}
@@ -1009,40 +1009,40 @@ class _Answer:
         return text
 
     def _add_event(self, event: JSONDict) -> str:
-        kind, starts = event.get("type"), False
-        if kind in ("content_block_start", "content_block_delta"):
-            starts = kind == "content_block_start"
-            index = self.index = find_index(
-                event, self.index + 1 if starts else max(self.index, 0))
-            # Some gateways count every block as 0: begun again, it is another.
-            if starts:
-                self.places[index] = (
-                    max(self.parts) + 1 if index in self.places else index)
-            block = dict(expect(
-                event.get("content_block" if starts else "delta"), dict))
-            block["type"] = str(block.get("type") or "").replace("_delta", "")
-            if "citation" in block:
-                block["citations"] = [block.pop("citation")]
-            part = self.parts.setdefault(self.places.get(index, index), {})
-            merge(part, block, (str, list))
-            text = find_part_text(block)
-            if text and not starts and len(block) == 2:
-                self.delta, self.grown = dict(event["delta"]), part["text"]
-                self.last = {**event, "delta": self.delta}
-            return text
+        kind = event.get("type")
+        if kind in ("message", "message_start", "message_delta"):
+            inner = expect(event.get("message", event.get("delta")), dict)
+            top = {key: value for key, value in {**event, **inner}.items()
+                   if key not in ("message", "delta")}
+            blocks = expect(top.pop("content", None), list)
+            for index, block in enumerate(blocks):
+                merge(self.parts.setdefault(index, {}), expect(block, dict),
+                      (str, list))
+            merge(self.top, top, ())
+            return find_text(blocks)
         self.done = self.done or kind == "message_stop"
-        if kind not in ("message", "message_start", "message_delta"):
+        starts = kind == "content_block_start"
+        if not starts and kind != "content_block_delta":
             return ""
-        inner = expect(event.get("message", event.get("delta")), dict)
-        top = {key: value for key, value in {**event, **inner}.items()
-               if key not in ("type", "message", "delta")}
-        blocks = expect(top.pop("content", None), list)
-        for index, block in enumerate(blocks):
-            merge(self.parts.setdefault(index, {}), expect(block, dict),
-                  (str, list))
-        merge(self.top, top, ())
-        self.ended.update([(0, True)] * bool(top.get("stop_reason")))
-        return find_text(blocks)
+        delta = expect(event.get("content_block" if starts else "delta"), dict)
+        block, index = dict(delta), find_index(event, self.index + starts)
+        # Some gateways count every block as 0: begun again, it is another.
+        if starts:
+            self.places[index] = (
+                max(self.parts) + 1 if index in self.places else index)
+        self.index = index
+        part = self.parts.setdefault(self.places.get(index, index), {})
+        block["type"] = str(block.get("type") or "").replace("_delta", "")
+        if "citation" in block:
+            block["citations"] = [block.pop("citation")]
+        if "partial_json" in block:
+            block["input"] = block.pop("partial_json")
+        merge(part, block, (str, list))
+        text = find_part_text(block)
+        if text and not starts and len(block) == 2:
+            self.delta, self.grown = dict(delta), part["text"]
+            self.last = {**event, "delta": self.delta}
+        return text
 
     @property
     def reply(self) -> Reply:
@@ -1062,22 +1062,19 @@ class _Answer:
             tree, ensure_ascii=False, default=lambda node: node.getvalue())))
         if self.chat:
             for choice in top["choices"]:
-                entry = {"content": None, **choice["message"]}
-                choice["message"] = entry
-                entry["role"] = entry.get("role") or "assistant"
-                choice.setdefault("finish_reason", None)
+                entry = choice["message"]
+                entry["role"] = entry["role"] or "assistant"
                 for call in _dicts(entry.get("tool_calls")):
                     call.pop("index", None)
                     call.setdefault("type", "function")
             return {**top, "object": "chat.completion"}
         for block in top["content"]:
-            text, given = block.pop("partial_json", ""), block.get("input")
-            text = text if isinstance(text, str) else json.dumps(text)
-            if whole and text:
-                block["input"] = parse_kind(text, dict)
-            elif not whole and (text or "input" in block):
-                block["input"] = text or (json.dumps(given) if given else "")
-        return {"type": "message", "role": "assistant", **top}
+            given = block.get("input")
+            if whole and isinstance(given, str):
+                block["input"] = parse_kind(given, dict)
+            elif not whole and isinstance(given, dict):
+                block["input"] = json.dumps(given) if given else ""
+        return {"role": "assistant", **top, "type": "message"}
 
 
 # ---------------------------------------------------------------------------
@@ -1122,29 +1119,26 @@ class _Connection(io.RawIOBase):
         What nobody asked for (a 408, say) is no answer to the next request:
         with that, or the end, waiting on a kept connection, it is made anew.
         """
-        self.deadline, self.received = deadline, 0  # bytes of this answer
-        self.early, self.ended = io.BytesIO(), False
-        self.head: Any = b""
-        self.unsent = memoryview(b"")
-        tls, host, port, proxy, login, *authority = self.route
-        if not self.kept or self.has_answer():
+        if self.kept and self.has_answer():
             self.discard()
-            address: Any = proxy or (host, port)
-            self.http = http.client.HTTPConnection(*address)
-            self.http.response_class = _Response
-            self.sock, self.early = dial(address, deadline), io.BytesIO()
+        self.deadline, self.early = deadline, io.BytesIO()
+        self.unsent, self.received, self.ended = memoryview(b""), 0, False
+        tls, host, port, proxy, login, *authority = self.route
+        if not self.kept:
+            client: Any = http.client.HTTPConnection(*(proxy or (host, port)))
+            self.http, client.response_class = client, _Response
+            self.sock = dial(client.host, client.port, deadline)
             if proxy and tls:
-                self.http.set_tunnel(host, port, dict(login))
-            self.http.sock = self
+                client.set_tunnel(host, port, dict(login))
+            client.sock = self
             if proxy and tls:
-                self.http._tunnel()
+                client._tunnel()
             if tls:
-                self.http.default_port = 443  # which the Host header omits
+                client.default_port = 443  # which the Host header omits
                 with _lock:
                     context = get_tls_context(*authority)
                 self.sock = context.wrap_socket(self.ready(),
                                                 server_hostname=host)
-        self.head = None  # to be sent with the body, in one packet
         return self.http
 
     def discard(self) -> None:
@@ -1171,24 +1165,21 @@ class _Connection(io.RawIOBase):
         self.sock.settimeout(min(left, at_most))
         return self.sock
 
-    def readinto(self, buffer: Any) -> int:
-        size = self.early.readinto(buffer) or self.ready().recv_into(buffer)
-        self.received, self.ended = self.received + size, not size
-        return int(size)
-
     def sendall(self, data: bytes) -> None:
-        """Send all, or stop where the answer (413, say) comes first."""
-        if self.head is None:
-            self.head = data
-            return
-        self.unsent, self.head = memoryview(self.head + data), b""
-        while self.unsent:
+        self.unsent = memoryview(bytes(self.unsent) + data)
+
+    def readinto(self, buffer: Any) -> int:
+        """Send what is to be sent, in one packet, and read what comes."""
+        while self.unsent and not self.early.getbuffer():
             sock = self.ready(WAIT_SECONDS)  # which ends a stalled upload
             with contextlib.suppress(OSError):
                 self.unsent = self.unsent[sock.send(self.unsent):]
-            # The answer tells more than the broken pipe that it may bring.
+            # The answer (413, say) tells more than the broken pipe.
             if self.unsent and self.has_answer():
                 break
+        size = self.early.readinto(buffer) or self.ready().recv_into(buffer)
+        self.received, self.ended = self.received + size, not size
+        return int(size)
 
     def has_answer(self) -> bool:
         """Whether bytes, or the end of them, are here; does not wait."""
@@ -1216,23 +1207,19 @@ class _Connection(io.RawIOBase):
             _idle.append(self)
 
 
-def dial(address: Any, deadline: float) -> socket.socket:
+def dial(host: str, port: int, deadline: float) -> socket.socket:
     """Connect to the first address of a host that answers.
 
     No address may take more than CONNECT_TIMEOUT, nor more than its share
     of what is left, so that a dead one leaves time for the next.
     """
-    found = socket.getaddrinfo(address[0], address[1], 0, socket.SOCK_STREAM)
-    while True:
-        share = max(0.001, (deadline - time.monotonic()) / len(found))
-        numeric: Any = found.pop(0)[4][:2]  # nothing is looked up again
-        try:
-            sock = socket.create_connection(numeric,
-                                            min(CONNECT_TIMEOUT, share))
+    found: Any = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    share = (deadline - time.monotonic()) / len(found)
+    for left in range(len(found), 0, -1):  # the last one's fault is told
+        with contextlib.suppress(*[OSError] * (left > 1)):
+            sock = socket.create_connection(
+                found[-left][4][:2], max(0.001, min(CONNECT_TIMEOUT, share)))
             break
-        except OSError:
-            if not found:
-                raise
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):
@@ -1397,30 +1384,27 @@ class _Call(collections.namedtuple(
                     if find_error(name, event):
                         raise self.refused(200, event)
                 if half or not text.isascii():
-                    if event.get("type") == "content_block_start":
-                        half = clean_text(half)  # no other half will come
-                    text = half + text
+                    starts = event.get("type") == "content_block_start"
+                    text = (clean_text(half) if starts else half) + text
                     cut = len(text) - ("\ud800" <= text[-1:] <= "\udbff")
                     text, half = clean_text(text[:cut]), text[cut:]
                 yield event, text
                 outer = sys.exc_info()[1]
                 if answer.done:
                     break
-            require(answer.whole, "the stream ended early",
-                    http.client.HTTPException)
+            if not answer.whole:
+                raise http.client.HTTPException("the stream ended early")
             self.connection.give_back(self.response)
-        except GeneratorExit:
-            self.connection.discard()
-            raise
         except BaseException as exc:
             self.connection.discard()
-            # What proves an answer whole proves it also before a reset.
             lost = isinstance(exc, NETWORK_ERRORS)
+            # What proves an answer whole proves it also before a reset.
             if not (answer.whole and lost and self.elapsed < self.timeout):
-                answer.error = exc  # so that what is there is not whole
-                answer.error = self.complete(exc, outer, answer.reply)
-                raise answer.error if lost or isinstance(
-                    exc, (ServError, ValueError)) else exc
+                if not isinstance(exc, GeneratorExit):
+                    answer.error = exc  # so that what is there is not whole
+                    answer.error = self.complete(exc, outer, answer.reply)
+                known = lost or isinstance(exc, (ServError, ValueError))
+                raise answer.error if known and answer.error else exc
         yield DONE, clean_text(half)
 
     def read_answer(self) -> JSONDict:
@@ -1446,12 +1430,10 @@ class _Call(collections.namedtuple(
     def iter_body(self, limit: int) -> Iterator[bytes]:
         """Yield the bytes of a body as they come, up to its proven end."""
         response, total = self.response, 0
-        encoding = str(response.headers.get("content-encoding")
-                       or not response.chunked
-                       and response.headers.get("transfer-encoding")
-                       or "identity")
-        require(encoding.lower() == "identity",
-                f"unasked encoding: {encoding}", APIResponseError)
+        for name in "content-encoding", "transfer-encoding":
+            coding = str(response.headers.get(name) or "identity")
+            require(coding.lower() in ("identity", "chunked"), f"{name} is "
+                    f"{coding}, which nobody asked for", APIResponseError)
         while data := response.read1(READ_SIZE):
             total += len(data)
             require(total <= limit, f"over {limit} bytes", APIResponseError)
@@ -1499,17 +1481,16 @@ class _Call(collections.namedtuple(
             error.__cause__ = exc
         error.reply, error.request_id = reply, (
             self.response and find_request_id(self.response.headers))
-        secret = re.escape(self.secret) or "(?!)"
-        if len(self.secret) < 8:  # "x" or "local" is also a word
-            secret = rf"(?<!\w){secret}(?!\w)"
+        # "x" or "local" is also a word
+        found = r"(?<!\w)%s(?!\w)" if len(self.secret) < 8 else "%s"
+        secret = re.compile(found % (re.escape(self.secret) or "(?!)"))
         link: Any = error
         while link is not None and link is not outer:
-            link.args, link.__dict__ = redact((link.args, vars(link)),
-                                              re.compile(secret))
+            link.args, link.__dict__ = redact((link.args, vars(link)), secret)
             link = link.__cause__ or link.__context__
-        where = f"POST {self.url}"
-        if error.request_id:
-            where += f", request id {shown(error.request_id)}"
+        where = f"POST {self.url}" + (
+            f", request id {shown(error.request_id)}" if error.request_id
+            else "")
         error.args = (f"{shown(error.args[0])} ({where})",)
         return error
 
