@@ -853,7 +853,7 @@ LABELS = frozenset(("id", "index", "type", "name", "role", "format"))
 PLACED = ("content", "tool_calls")  # lists whose entries come in pieces
 
 
-def merge(whole: JSONDict, piece: JSONDict, grows: tuple[Any, ...]) -> None:
+def merge(whole: JSONDict, piece: JSONDict, grows: Any = (str, list)) -> None:
     """Add what a piece says to an object, in place.
 
     What is empty erases nothing, and what is new replaces what was there,
@@ -945,11 +945,9 @@ class _Answer:
         self.index = -1  # of the block that came last
         self.top: JSONDict = {}  # the answer, but for
         self.parts: dict[int, JSONDict] = {}  # its choices or blocks
-        # The event that came last, if it did no more than add a text; that
-        # is in its delta, and went to the end of grown.
-        self.last: JSONDict = {}
-        self.delta: JSONDict = {}
-        self.grown: Any = None
+        # The event that came last, if it did no more than add a text; its
+        # delta, which holds the text; and to what the text was added.
+        self.repeats: Any = ({}, {}, None)
         self.places: dict[int, int] = {}  # where each block is, by its index
         self.done = False   # the last event was there
         self.elapsed = 0.0  # seconds of the call, up to the last event
@@ -968,16 +966,17 @@ class _Answer:
         if event is DONE:
             self.done = self.chat or self.whole
         # Nearly every event repeats the last one, but for its text.
-        name = "content" if self.chat else "text"
+        name, (last, delta, grown) = "content" * self.chat or "text", (
+            self.repeats)
         try:
             place = event["choices"][0] if self.chat else event
-            text = self.delta[name] = place["delta"][name]
-            if event == self.last and type(text) is str:
-                self.grown.write(text)
+            text = delta[name] = place["delta"][name]
+            if event == last and type(text) is str:
+                grown.write(text)
                 return text
         except (LookupError, TypeError):
             pass
-        self.last = {}
+        self.repeats = {}, {}, None
         return self._add_chunk(event) if self.chat else self._add_event(event)
 
     def _add_chunk(self, chunk: JSONDict) -> str:
@@ -995,29 +994,25 @@ class _Answer:
                 if delta is None:  # a whole answer as one event
                     delta = entry.pop("message", None)
             delta, part = expect(delta, dict), self.parts[index]
-            merge(part["message"], delta, (str, list))
+            merge(part["message"], delta)
             merge(part, entry, (list,))
-            if index == 0:
-                text += find_text(delta.get("content"))
-            kinds = {type(value) for value in entry.values()}
+            text += find_text(delta.get("content")) * (index == 0)
             if (text and [*delta] == ["content"] and len(choices) == 1
-                    and not kinds & {dict, list}):
-                self.delta = dict(delta)
-                self.grown = part["message"]["content"]
-                self.last = {**chunk, "choices": [
-                    {**choice, "delta": self.delta}]}
+                    and {dict, list}.isdisjoint(map(type, entry.values()))):
+                delta = dict(delta)
+                last = {**chunk, "choices": [{**choice, "delta": delta}]}
+                self.repeats = last, delta, part["message"]["content"]
         return text
 
     def _add_event(self, event: JSONDict) -> str:
         kind = event.get("type")
         if kind in ("message", "message_start", "message_delta"):
-            inner = expect(event.get("message", event.get("delta")), dict)
-            top = {key: value for key, value in {**event, **inner}.items()
-                   if key not in ("message", "delta")}
-            blocks = expect(top.pop("content", None), list)
+            top = dict(event)
+            inner = top.pop("message", top.pop("delta", None))
+            top.update(expect(inner, dict))
+            blocks = expect(top.get("content"), list)
             for index, block in enumerate(blocks):
-                merge(self.parts.setdefault(index, {}), expect(block, dict),
-                      (str, list))
+                merge(self.parts.setdefault(index, {}), expect(block, dict))
             merge(self.top, top, ())
             return find_text(blocks)
         self.done = self.done or kind == "message_stop"
@@ -1026,22 +1021,21 @@ class _Answer:
             return ""
         delta = expect(event.get("content_block" if starts else "delta"), dict)
         block, index = dict(delta), find_index(event, self.index + starts)
-        # Some gateways count every block as 0: begun again, it is another.
-        if starts:
-            self.places[index] = (
-                max(self.parts) + 1 if index in self.places else index)
         self.index = index
+        if starts and index in self.parts:
+            # Some gateways count every block as 0: begun again, it is another.
+            self.places[index] = max(self.parts) + 1
         part = self.parts.setdefault(self.places.get(index, index), {})
         block["type"] = str(block.get("type") or "").replace("_delta", "")
         if "citation" in block:
             block["citations"] = [block.pop("citation")]
         if "partial_json" in block:
             block["input"] = block.pop("partial_json")
-        merge(part, block, (str, list))
+        merge(part, block)
         text = find_part_text(block)
         if text and not starts and len(block) == 2:
-            self.delta, self.grown = dict(delta), part["text"]
-            self.last = {**event, "delta": self.delta}
+            delta = dict(delta)
+            self.repeats = {**event, "delta": delta}, delta, part["text"]
         return text
 
     @property
