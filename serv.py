@@ -39,7 +39,6 @@ Errors::
 from __future__ import annotations
 
 import atexit
-import base64
 import collections
 import contextlib
 import copy
@@ -93,7 +92,7 @@ MAX_BODY = 1 << 25      # bytes of one JSON answer, or of one event: 32 MiB
 MAX_STREAM = 1 << 28    # bytes of a whole stream: a million events
 MAX_ERROR = 1 << 18     # bytes kept of an error's body
 MAX_DEPTH = 150         # of nested JSON, so that all of it can be recursed
-MAX_CHOICES = 1000      # of one answer; an empty one takes a kilobyte
+MAX_PARTS = 10000       # of one answer; an empty one takes a kilobyte
 MAX_SHOWN = 400         # characters of the server's words in a message
 
 
@@ -907,11 +906,10 @@ class _Grown:
     def find_label(self, entry: JSONDict, first: bool) -> Any:
         """Return the label of the entry that this one goes on with."""
         new: Any = (len(self.entries),)
-        index, label = (entry.get("index"), entry.get("id")) if (
+        index, label = (find_index(entry, None), entry.get("id")) if (
             self.placed) else (None, None)
         name = _dict(entry.get("function")).get("name")
-        if isinstance(index, int):
-            require(index >= 0, "a negative index")
+        if index is not None:
             # Gemini counts every call as 0: a new id and name is a new call.
             known = self.entries.get(index, {}).get("id") or label
             if label and name and label != known:
@@ -930,11 +928,12 @@ class _Grown:
                 label if isinstance(label, int) else 0))]
 
 
-def find_index(entry: JSONDict, default: int) -> int:
-    """Return the ``index`` of a choice, a call or an event, if it has one."""
+def find_index(entry: JSONDict, default: Any) -> Any:
+    """Return the ``index`` of a choice, block or call, else the default."""
     index = entry.get("index")
-    require(not isinstance(index, int) or index >= 0, "a negative index")
-    return index if isinstance(index, int) else default
+    index = index if isinstance(index, int) else default
+    require(index is None or 0 <= index < MAX_PARTS, "an index out of range")
+    return index
 
 
 class _Answer:
@@ -942,7 +941,7 @@ class _Answer:
 
     def __init__(self, chat: bool, headers: Headers) -> None:
         self.chat, self.headers = chat, headers
-        self.index = -1  # of the block that came last
+        self.index = 0  # of the block that came last
         self.top: JSONDict = {}  # the answer, but for
         self.parts: dict[int, JSONDict] = {}  # its choices or blocks
         # The event that came last, if it did no more than add a text; its
@@ -966,8 +965,8 @@ class _Answer:
         if event is DONE:
             self.done = self.chat or self.whole
         # Nearly every event repeats the last one, but for its text.
-        name, (last, delta, grown) = "content" * self.chat or "text", (
-            self.repeats)
+        name = "content" if self.chat else "text"
+        last, delta, grown = self.repeats
         try:
             place = event["choices"][0] if self.chat else event
             text = delta[name] = place["delta"][name]
@@ -982,7 +981,6 @@ class _Answer:
     def _add_chunk(self, chunk: JSONDict) -> str:
         top, text = dict(chunk), ""
         choices = expect(top.pop("choices", None), list)
-        require(len(choices) + len(self.parts) <= MAX_CHOICES, "many choices")
         merge(self.top, top, ())
         for number, choice in enumerate(choices):
             entry = dict(expect(choice, dict))
@@ -1123,7 +1121,7 @@ class _Connection(io.RawIOBase):
             self.http, client.response_class = client, _Response
             self.sock = dial(client.host, client.port, deadline)
             if proxy and tls:
-                client.set_tunnel(host, port, dict(login))
+                client.set_tunnel(host, port, login)
             client.sock = self
             if proxy and tls:
                 client._tunnel()
@@ -1232,30 +1230,25 @@ def get_tls_context(*authority: str | None) -> ssl.SSLContext:
 def find_route(url: str) -> Any:
     """Return what connections to a URL have in common, as it is now.
 
-    Whether TLS is on, host, port, the proxy's (host, port) and its login as
-    pairs of a header, and the CA setting.
+    Whether TLS is on, host, port, what http.client is to be told of a proxy
+    (where it is and, as a header, its login), and the CA setting.
     """
     parts = urllib.parse.urlsplit(url)
-    tls, proxy, login = parts.scheme == "https", None, ()
+    tls, proxy, login = parts.scheme == "https", None, None
     name = parts.scheme + "_proxy"
     if os.environ.get(name) or os.environ.get(name.upper()):
         from urllib import request  # not loaded where there is no proxy
-        found = request.getproxies().get(parts.scheme)
-        if found and not request.proxy_bypass(parts.netloc):
-            proxy, login = build_proxy(name, found)
+        found = request.getproxies().get(parts.scheme, "")
+        require(re.match("(?i)http:|(?!.*://)", found), name + ": not http://")
+        # urllib's own handler reads it, and says what it would change.
+        asked, handler = request.Request(url), request.ProxyHandler(
+            {parts.scheme: found} if found else {})
+        getattr(handler, parts.scheme + "_open", str)(asked)
+        if asked.host != parts.netloc:
+            proxy, login = (asked.host,), asked.headers
     return (tls, parts.hostname, parts.port or (443 if tls else 80), proxy,
             login, *(os.environ.get(name) for name in (
                 "SSL_CERT_FILE", "SSL_CERT_DIR")[:2 * tls]))
-
-
-def build_proxy(name: str, url: str) -> tuple[Any, Any]:
-    """Return the (host, port) of a proxy, and its login as header pairs."""
-    parts = split_url(name, url if "://" in url else "http://" + url)
-    require(parts.scheme == "http", name + ": only http:// is known")
-    login = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
-    basic = "Basic " + base64.b64encode(login.encode()).decode()
-    return (parts.hostname, parts.port or 80), (
-        ("Proxy-Authorization", basic),) * bool(parts.username)
 
 
 def take_connection(route: Any) -> _Connection:
@@ -1330,7 +1323,7 @@ class _Call(collections.namedtuple(
         tls, _, _, proxy, login, *_ = connection.route
         url, headers = "/" + self.url.split("/", 3)[3], self.headers
         if proxy and not tls:  # a tunnel had the login before
-            url, headers = self.url, {**headers, **dict(login)}
+            url, headers = self.url, {**headers, **login}
         client.request("POST", url, self.body, headers)
         response = client.getresponse()
         # The end of the connection is a blank line to http.client.
