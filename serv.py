@@ -68,12 +68,11 @@ if TYPE_CHECKING:  # importing typing costs more than importing this file
     T = TypeVar("T")
 
 __version__ = "0.1.0"
-__all__ = [
-    "chat", "message", "stream", "iter_events", "Reply", "Stream", "ToolCall",
-    "ServError", "APIConnectionError", "APITimeoutError", "APIResponseError",
-    "APIStatusError", "BadRequestError", "AuthenticationError",
-    "BillingError", "PermissionDeniedError", "NotFoundError",
-    "RateLimitError", "InternalServerError"]
+__all__ = ["chat", "message", "stream", "iter_events", "Reply", "Stream",
+           "ToolCall", "ServError", "APIConnectionError", "APITimeoutError",
+           "APIResponseError", "APIStatusError", "BadRequestError",
+           "AuthenticationError", "BillingError", "PermissionDeniedError",
+           "NotFoundError", "RateLimitError", "InternalServerError"]
 
 BASE_URL = "https://inference-api.openserv.ai"
 PATHS = {"chat": "/v1/chat/completions", "messages": "/v1/messages"}
@@ -782,20 +781,18 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
     data: list[bytes] = []
     line: list[bytes] = []  # in pieces, until its end is here
     mark = b"\xef\xbb\xbf"  # one byte order mark is dropped
-    for chunk in chunks:
+    for chunk in filter(None, chunks):
+        # of a CRLF that was cut in two
+        skip, after_cr = after_cr and chunk[:1] == b"\n", chunk[-1:] == b"\r"
         # Nearly always a chunk is one event, which C can read as a whole.
         if not (mark or name or data or line or b"\r" in chunk):
             if event := ONE_EVENT.fullmatch(chunk):
-                after_cr, held = False, 0
+                held = 0
                 yield (event[1] or b"message").decode("utf-8", "replace"), (
                     event[2].decode("utf-8", "replace"))
                 continue
         # splitlines() of bytes cuts at LF, CRLF and CR, and nowhere else
-        for piece in chunk.splitlines(keepends=True):
-            if after_cr and piece == b"\n":  # a CRLF that was cut in two
-                after_cr = False
-                continue
-            after_cr = piece.endswith(b"\r")
+        for piece in chunk[skip:].splitlines(keepends=True):
             held += len(piece)
             require(held <= MAX_BODY, "an event of more than MAX_BODY bytes")
             line.append(piece)
@@ -1247,8 +1244,7 @@ def find_route(url: str) -> Any:
         if asked.host != parts.netloc:
             proxy, login = (asked.host,), asked.headers
     return (tls, parts.hostname, parts.port or (443 if tls else 80), proxy,
-            login, *(os.environ.get(name) for name in (
-                "SSL_CERT_FILE", "SSL_CERT_DIR")[:2 * tls]))
+            login, *map(os.environ.get, ("SSL_CERT_FILE", "SSL_CERT_DIR")))
 
 
 def take_connection(route: Any) -> _Connection:
@@ -1419,8 +1415,8 @@ class _Call(collections.namedtuple(
         response, total = self.response, 0
         for name in "content-encoding", "transfer-encoding":
             coding = str(response.headers.get(name) or "identity")
-            require(coding.lower() in ("identity", "chunked"), f"{name} is "
-                    f"{coding}, which nobody asked for", APIResponseError)
+            require(coding.lower() in ("identity", "chunked"),
+                    f"{name} {coding}, not asked for", APIResponseError)
         while data := response.read1(READ_SIZE):
             total += len(data)
             require(total <= limit, f"over {limit} bytes", APIResponseError)
