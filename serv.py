@@ -55,8 +55,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from datetime import timezone
-from email.utils import parsedate_to_datetime
+from email.utils import mktime_tz, parsedate_tz
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing costs more than importing this file
@@ -593,36 +592,33 @@ def parse_json(text: str) -> Any:
     try:
         value, end = _scan(text, 0)
     except (StopIteration, RecursionError):
-        raise ValueError("not JSON, or nested too deeply") from None
-    if end < len(text):
-        raise ValueError("more than one JSON value")
+        end = -1
+    if end != len(text):
+        raise ValueError("not one JSON value, or nested too deeply")
     # What is short, or has few brackets, cannot be deep: no need to look.
     if end > 2 * MAX_DEPTH < 2 * (text.count("[") + text.count("{")):
         level = [value]
         for _ in range(MAX_DEPTH + 1):
             level = [child for node in level if isinstance(node, (dict, list))
-                     for child in (node.values() if isinstance(node, dict)
-                                   else node)]
+                     for child in getattr(node, "values", node.__iter__)()]
         require(not level, "JSON nested too deeply")
     return value
 
 
 def parse_kind(text: str, kind: Any = object) -> Any:
     """Return the value that a JSON text says if of a kind, else the text."""
-    try:
+    with contextlib.suppress(ValueError):
         value = parse_json(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, kind) else text
+        return value if isinstance(value, kind) else text
+    return text
 
 
 def expect(value: Any, kind: type[T]) -> T:
     """Return a value that is of a kind, or an empty one for nothing."""
     if isinstance(value, kind):
         return value
-    if value is None:
-        return kind()
-    raise ValueError(f"not a {kind.__name__}: a {type(value).__name__}")
+    require(value is None, f"not a {kind.__name__}: a {type(value).__name__}")
+    return kind()
 
 
 def _dict(value: Any) -> JSONDict:
@@ -638,16 +634,14 @@ def _dicts(value: Any) -> list[JSONDict]:
 
 def find_text(content: Any) -> str:
     """Return the text of a str, or of a list of parts, blocks or deltas."""
-    if isinstance(content, str):
-        return content
-    return "".join(map(find_part_text, _dicts(content)))
+    return content if isinstance(content, str) else "".join(
+        map(find_part_text, _dicts(content)))
 
 
 def find_part_text(part: JSONDict) -> str:
     """Return the text of a part, a block or a delta, if it is one of text."""
-    text = part.get("text")
-    return text if isinstance(text, str) and part.get(
-        "type", "text") in ("text", "output_text") else ""
+    good = part.get("type", "text") in ("text", "output_text")
+    return str(part["text"]) if good and type(part.get("text")) is str else ""
 
 
 def clean_text(text: str) -> str:
@@ -671,12 +665,10 @@ def find_error(name: str, event: JSONDict) -> bool:
     """
     kind, choices = event.get("type"), event.get("choices")
     bare = choices is None and event.get("message", event.get("detail"))
-    return bool(
-        event.get("error") or "error" in (name, kind, event.get("object"))
-        or any(choice.get("finish_reason") == "error" or choice.get("error")
-               for choice in _dicts(choices))
-        or isinstance(bare, str)
-        and str(kind or "error").lower().endswith("error"))
+    return "error" in (name, kind, event.get("object")) or any(
+        part.get("error") or part.get("finish_reason") == "error"
+        for part in [event, *_dicts(choices)]) or isinstance(
+            bare, str) and str(kind or "error").lower().endswith("error")
 
 
 def parse_error(body: Any) -> JSONDict:
@@ -685,12 +677,11 @@ def parse_error(body: Any) -> JSONDict:
     The body is decoded JSON of any shape, or text (a proxy's HTML).
     """
     found = body[0] if isinstance(body, list) and body else body
-    for part in [_dict(found)] + _dicts(_dict(found).get("choices")):
+    for part in [_dict(found), *_dicts(_dict(found).get("choices"))]:
         found = part.get("error") or found
-    if not isinstance(found, dict):
-        found = {"message": found}
-    told, kind = found.get("message") or found.get("detail"), found.get("type")
-    return {"type": kind if isinstance(kind, str) else None,
+    found = _dict(found) or {"message": found or ""}
+    told = found.get("message") or found.get("detail") or ""
+    return {"type": find_text(found.get("type")) or None,
             "code": found.get("code"), "param": found.get("param"),
             "message": told if isinstance(told, str) else json.dumps(told)}
 
@@ -708,11 +699,8 @@ def parse_retry_after(headers: Headers, now: float) -> float | None:
             return float(value) * unit
     # what is no date raises any of these, on 3.8 to 3.14
     with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):
-        date = parsedate_to_datetime(value)
-        if date.tzinfo is None:  # asctime()'s, which is GMT all the same
-            date = date.replace(tzinfo=timezone.utc)
-        seconds = date.timestamp() - now
-        return seconds if seconds >= 0 else None
+        date: Any = parsedate_tz(value)  # asctime()'s, without a zone, is GMT
+        return mktime_tz(date) - now if mktime_tz(date) >= now else None
     return None
 
 
@@ -748,10 +736,9 @@ def redact(value: Any, secret: Pattern[str]) -> Any:
         return type(value)([redact(entry, secret) for entry in value])
     if isinstance(value, (dict, http.client.HTTPMessage)):
         value = copy.copy(value)
-        for key in list(value) if isinstance(value, dict) else ():
-            value[redact(key, secret)] = redact(value.pop(key), secret)
-        for name in getattr(value, "__dict__", ()):  # headers hide there
-            setattr(value, name, redact(getattr(value, name), secret))
+        for part in value, getattr(value, "__dict__", {}):  # headers
+            for key in list(part) if isinstance(part, dict) else ():
+                part[redact(key, secret)] = redact(part.pop(key), secret)
     return value
 
 
