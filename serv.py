@@ -438,57 +438,54 @@ class Stream:
 # value that may be a secret: a key, a header's value, a URL with a password.
 # ---------------------------------------------------------------------------
 
-def build_request(endpoint: str, streaming: bool, messages: Any, model: Any,
-                  system: Any, api_key: Any, base_url: Any, timeout: Any,
-                  max_retries: int, headers: Any, params: JSONDict,
-                  **more: Any) -> _Call:
+def build_request(endpoint: str, streaming: bool, params: JSONDict,
+                  headers: Any = None, api_key: Any = None,
+                  base_url: Any = None, timeout: Any = None,
+                  max_retries: int = 2, **asked: Any) -> _Call:
     """Return a call that is ready to be sent, or raise as it does."""
     require(endpoint in PATHS, 'endpoint: expected "chat" or "messages"')
-    require(type(max_retries) is int and max_retries >= 0,
-            "max_retries: expected a whole number from 0 up")
-    chat = endpoint == "chat"
-    body = build_body(chat, streaming, messages, find_setting("MODEL", model),
-                      system, {**params, **more})
-    url = build_url(find_setting("BASE_URL", base_url) or BASE_URL)
+    # repr() tells 2 from "2" and from True.
+    require(repr(max_retries).isdigit(), "max_retries: expected 0, 1, 2 ...")
+    body = build_body(endpoint == "chat", streaming, {**asked, **params})
+    url = build_url(find_setting("BASE_URL", base_url, BASE_URL))
     given = build_headers(headers)
     # The caller's own Authorization is as secret as the key.
-    secret = (build_key(find_setting("API_KEY", api_key))
-              if "Authorization" not in given
-              else ["", *given["Authorization"].split()][-1])
-    kind = "text/event-stream" if streaming else "application/json"
-    ours = {"Authorization": "Bearer " + secret, "Accept": kind,
-            "Content-Type": "application/json", "User-Agent": USER_AGENT,
-            "Accept-Encoding": "identity"}
-    timeout = find_setting("TIMEOUT", timeout)
-    good = timeout is None or re.fullmatch(
+    own = given.get("Authorization")
+    secret = build_key(api_key) if own is None else ["", *own.split()][-1]
+    ours = {"Authorization": "Bearer " + secret, "User-Agent": USER_AGENT,
+            "Accept": "text/event-stream" if streaming else "application/json",
+            "Content-Type": "application/json", "Accept-Encoding": "identity"}
+    timeout = find_setting("TIMEOUT", timeout, TIMEOUT)
+    good = timeout is TIMEOUT or re.fullmatch(
         r"[0-9]*\.?[0-9]+(e[+-]?[0-9]+)?", str(timeout))
-    timeout = TIMEOUT if timeout is None else good and float(timeout)
-    require(timeout, "timeout, or SERV_TIMEOUT: expected seconds above 0")
-    return _Call(chat, url + PATHS[endpoint], {**ours, **given}, body, secret,
-                 timeout, max_retries)
+    require(good and float(timeout), "timeout (SERV_TIMEOUT): seconds above 0")
+    return _Call(endpoint == "chat", url + PATHS[endpoint], {**ours, **given},
+                 body, secret, float(timeout), max_retries)
 
 
-def require(good: Any, wrong: str, kind: type[Exception] = ValueError) -> None:
-    """Raise an error unless all is good."""
+def require(good: Any, wrong: str, kind: type[Exception] = ValueError) -> Any:
+    """Return what is good; raise an error if it is not."""
     if not good:
         raise kind(wrong)
+    return good
 
 
-def find_setting(name: str, value: Any) -> Any:
+def find_setting(name: str, value: Any, default: Any = None) -> Any:
     """Return the argument, else its environment variable; empty is unset."""
     unset = value is None or value == ""
-    return os.environ.get("SERV_" + name) or None if unset else value
+    return os.environ.get("SERV_" + name) or default if unset else value
 
 
-def build_body(chat: bool, streaming: bool, messages: Any, model: Any,
-               system: Any, params: JSONDict) -> bytes:
+def build_body(chat: bool, streaming: bool, asked: JSONDict) -> bytes:
     """Return the JSON of a request, with nothing that was not asked for."""
+    model, messages, system = map(asked.pop, ("model", "messages", "system"))
+    model = find_setting("MODEL", model)
     require(isinstance(model, str), "model: pass model=... or set SERV_MODEL")
-    require(chat or params.get("max_tokens") is not None,
+    require(chat or asked.get("max_tokens") is not None,
             "max_tokens: the Messages endpoint requires it", TypeError)
-    require(params.get("stream") in (None, streaming),
+    require(asked.get("stream") in (None, streaming),
             "stream: call stream() for a stream, and only for a stream")
-    require(isinstance(system, (str, list, tuple, type(None))),
+    require(isinstance(system or "", (str, list, tuple)),
             "system: expected a str or a list of text blocks", TypeError)
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
@@ -497,21 +494,24 @@ def build_body(chat: bool, streaming: bool, messages: Any, model: Any,
         for entry in messages), "messages: expected a str or a list of dicts "
         "(append reply.message, not the reply)", TypeError)
     first = [{"role": "system", "content": system}] if system else []
-    body = {"model": model, "messages": [*first * chat, *messages],
-            **({} if chat or not system else {"system": system}), **params,
-            **({"stream": True} if streaming else {})}
-    prompts = [entry.get("content") for entry in [*first, *chat * messages]
-               if entry.get("role") in ("system", "developer")]
-    require(any(text.strip() if isinstance(text, str) else text
-                for text in prompts),
+    entries = [*first, *messages] if chat else first
+    prompts = [entry["content"] for entry in entries if entry.get("content")
+               and entry.get("role") in ("system", "developer")]
+    require(any(not isinstance(text, str) or text.strip() for text in prompts),
             "no system prompt, and SERV requires one: pass system=...")
-    return build_json(body)
+    asked.update({"stream": True} if streaming else {})
+    place = {"messages": entries} if chat else {
+        "messages": messages, "system": system}
+    return build_json({"model": model, **place, **asked})
+
+
+_encode = json.JSONEncoder(allow_nan=False).encode  # made once: it is costly
 
 
 def build_json(body: JSONDict) -> bytes:
     """Return the body's JSON, or raise naming the parameter at fault."""
     try:
-        return json.dumps(body, allow_nan=False).encode()
+        return _encode(body).encode()
     except (TypeError, ValueError, RecursionError) as exc:
         for name in body if len(body) > 1 else ():
             build_json({name: body[name]})
@@ -520,16 +520,15 @@ def build_json(body: JSONDict) -> bytes:
 
 
 @functools.lru_cache(maxsize=32)
-def build_url(base_url: Any) -> str:
+def build_url(url: Any) -> str:
     """Return a base URL without its end, ``/v1`` or a slash."""
-    require(isinstance(base_url, str), "base_url: expected a str", TypeError)
-    require(re.fullmatch(r"(?i)https?://[^\s/?#@\\]+(/[!-~]*)?", base_url)
-            and base_url.isprintable() and not set(base_url) & set("?#"),
-            "base_url, or SERV_BASE_URL: an http[s]://host[:port][/path],"
-            " no white space, user, password, query or fragment")
-    parts = split_url("base_url, or SERV_BASE_URL", base_url)
-    path = re.sub(r"(/v1)?/*$", "", parts.path.rstrip("/"))
-    return f"{parts.scheme}://{parts.netloc}{path}"
+    name = "base_url, or SERV_BASE_URL"
+    require(isinstance(url, str), name + ": expected a str", TypeError)
+    found = require(url.isprintable() and re.fullmatch(
+        r"(?i:https?)(?!.*[?#])(://[^\s/@\\]+(?:/[!-~]*?)??)(?:/v1)?/*", url),
+        name + ": expected http[s]://host[:port][/path], with no white space,"
+        " user, password, query or fragment")
+    return str(split_url(name, url).scheme + found[1])
 
 
 def split_url(name: str, url: str) -> Any:
@@ -541,34 +540,33 @@ def split_url(name: str, url: str) -> Any:
     raise ValueError(name + ": no host, or a bad port, in the URL")
 
 
-def build_key(key: Any) -> str:
+def build_key(api_key: Any) -> str:
     """Return the key without white space around it; never show it."""
-    require(not key or isinstance(key, str), "api_key: not a str", TypeError)
-    key = (key or "").strip()
-    require(key, "no API key: set SERV_API_KEY or pass api_key=...", ServError)
-    require(re.fullmatch("[ -~]+", key), "the API key has a character that no "
-            "header can carry; is it a placeholder still?", ServError)
+    key = find_setting("API_KEY", api_key, "")
+    require(isinstance(key, str), "api_key: expected a str", TypeError)
+    key = require(key.strip(), "no API key: set SERV_API_KEY", ServError)
+    require(key.isascii() and key.isprintable(), "the API key has a character "
+            "that no header can carry; is it a placeholder still?", ServError)
     return str(key)
 
 
-def build_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
+def build_headers(headers: Any) -> dict[str, str]:
     """Return the caller's headers, Names-Like-This; no value is ever shown.
 
     Names are tokens and values hold no control characters:
     https://www.rfc-editor.org/rfc/rfc9110#section-5.5
     """
-    given = {}
-    require(not headers or hasattr(headers, "items"),
-            "headers: expected a dict", TypeError)
-    for name, value in (headers or {}).items():
-        require(isinstance(name, str) and isinstance(value, str),
-                "headers: expected str names and values", TypeError)
+    given, wrong = {}, "headers: expected a dict of str names and values"
+    require(not headers or hasattr(headers, "items"), wrong, TypeError)
+    for name, value in headers.items() if headers else ():
+        good = isinstance(name, str) and isinstance(value, str)
+        require(good, wrong, TypeError)
+        # Neither holds a line break, so one tells where the value begins.
+        require(re.fullmatch(
+            r"(?ai)(?!(Content-Length|Transfer-Encoding|Host)\n)"
+            r"[\w!#$%&'*+.^`|~-]+\n[\t -~\xa0-\xff]*", f"{name}\n{value}"),
+            f"headers: {name!r} is not yours to set, or cannot be sent")
         given[name.title()] = value
-        require(re.fullmatch(r"(?!(Content-Length|Transfer-Encoding|Host)$)"
-                             r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name.title()),
-                f"headers: {name!r} is no header's name, or not yours to set")
-        require(re.fullmatch(r"[\t\x20-\x7e\xa0-\xff]*", value),
-                f"headers: no header can carry the value of {name}")
     return given
 
 
@@ -1502,18 +1500,11 @@ interrupted.
         getattr(file, "reconfigure", dict)(errors="replace")
     try:
         args = parse_args(argv)
-        if args.help:
-            print(main.__doc__ or "see README.md\n", end="", flush=True)  # -OO
-            return 0
-        call = build_request(args.endpoint, not args.no_stream, read_prompt(
-            args.prompt), base_url=None, timeout=None, max_retries=2,
-            api_key="$SERV_API_KEY" * args.dry_run, **build_options(args))
-        if not args.dry_run:
-            return answer(args, call)
-        print(build_curl(call))
+        text = args.told or args.dry_run and build_curl(build_call(args))
+        if not text:
+            return answer(args, build_call(args))
+        print(text.strip(), flush=True)
         return 0
-    except SystemExit as exc:  # argparse's
-        return int(exc.code or 0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -1530,105 +1521,97 @@ def say(text: str) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> Any:
-    """Return the options of the command line; SystemExit where it is wrong."""
+    """Return the options of the command line; ValueError where it is wrong."""
     import argparse
-    parser = argparse.ArgumentParser("serv", argparse.SUPPRESS, add_help=False)
+    parser: Any = argparse.ArgumentParser(usage="", add_help=False)
+    parser.error = functools.partial(require, False)  # it would exit
     add = parser.add_argument
     add("prompt", nargs="*")
     add("-m", "--model")
     add("-s", "--system", default="You are a helpful assistant.")
     add("-e", "--endpoint", choices=list(PATHS), default="chat")
     add("-n", "--max-tokens", type=int)
-    add("-o", "--option", action="append", default=[])
-    add("-H", "--header", action="append", default=[])
-    for name in ("--no-stream", "--json", "--dry-run"):
-        add(name, action="store_true")
-    add("-v", "--verbose", action="store_true")
-    add("--version", action="version", version="serv " + __version__)
-    add("-h", "--help", action="store_true")
-    args = parser.parse_intermixed_args(argv)
-    args.no_stream = args.no_stream or args.json
-    return args
+    for names in "-o --option", "-H --header":
+        add(*names.split(), action="append", default=[])
+    for names in "--no-stream", "--json", "--dry-run", "-v --verbose":
+        add(*names.split(), action="store_true")
+    for names, told in (("--version", "serv " + __version__),
+                        ("-h --help", main.__doc__ or "see README.md")):  # -OO
+        add(*names.split(), action="store_const", dest="told", const=told)
+    return parser.parse_intermixed_args(argv)
 
 
-def build_options(args: Any) -> JSONDict:
-    """Return what the command line asks for as arguments of a call."""
-    chat = args.endpoint == "chat"
-    headers = dict(iter_pairs(args.header, ":"))
-    params = {name: parse_kind(text)
-              for name, text in iter_pairs(args.option, "=")}
-    limit = "max_completion_tokens" if chat else "max_tokens"
+def build_call(args: Any) -> _Call:
+    """Return the call that the command line asks for."""
+    texts = [" ".join(word for word in args.prompt if word != "-")]
+    if sys.stdin and ("-" in args.prompt or not sys.stdin.isatty()):
+        texts.append(sys.stdin.read().rstrip())
+    prompt = require("\n\n".join(filter(None, texts)), "no prompt; see --help")
+    chat, args.streaming = args.endpoint == "chat", not (
+        args.no_stream or args.json)
+    params: JSONDict = {} if chat else {"max_tokens": 4096}
+    if args.verbose and chat and args.streaming:  # it tells the tokens
+        params["stream_options"] = {"include_usage": True}
+    for name, text in iter_pairs(args.option, "="):
+        params[name] = parse_kind(text)
     if args.max_tokens is not None:
+        limit = "max_completion_tokens" if chat else "max_tokens"
         params[limit] = args.max_tokens
-    elif not chat:
-        params.setdefault(limit, 4096)
-    if args.verbose and chat and not args.no_stream:  # it tells the tokens
-        params.setdefault("stream_options", {"include_usage": True})
-    args.model = find_setting("MODEL", args.model) or EXAMPLES[args.endpoint]
-    return {"model": args.model, "system": args.system, "params": params,
-            "headers": {name: headers[name].strip() for name in headers}}
+    headers = {key: text.strip() for key, text in iter_pairs(args.header, ":")}
+    args.model = find_setting("MODEL", args.model, EXAMPLES[args.endpoint])
+    return build_request(args.endpoint, args.streaming, params, headers,
+                         "$SERV_API_KEY" * args.dry_run, model=args.model,
+                         system=args.system, messages=clean_text(prompt))
 
 
 def iter_pairs(options: list[str], sign: str) -> Iterator[tuple[str, str]]:
     """Yield the two sides of each NAME=VALUE or NAME: VALUE."""
     for name, found, text in (option.partition(sign) for option in options):
         own = name in ("", "api_key", "messages", "model", "system", "stream")
-        require(found and not own, f"option {name!r}: expected another name, "
-                f"{sign!r} and a value")
+        require(found and not own, f"not NAME{sign}VALUE, or taken: {name!r}")
         yield name, text
-
-
-def read_prompt(words: list[str]) -> str:
-    """Return the prompt: the words, and what standard input holds."""
-    texts = [" ".join(word for word in words if word != "-")]
-    if sys.stdin and ("-" in words or not sys.stdin.isatty()):
-        texts.append(sys.stdin.read().rstrip())
-    prompt = "\n\n".join(filter(None, texts))
-    require(prompt, "no prompt; see serv --help")
-    return clean_text(prompt)
 
 
 def build_curl(call: _Call) -> str:
     """Return the curl command that sends a call; the shell has the key."""
     from shlex import quote
     # curl takes "Name;" for an empty header
-    parts = ["-H " + quote(f"{name}: {text}" if text else name + ";")
-             for name, text in call.headers.items()]
-    parts += [f"--data-raw {quote(call.body.decode())}"]
-    parts.insert(0, f"curl -gsSN --path-as-is {quote(call.url)}")
-    command = " \\\n  ".join(parts)
+    parts = ["curl -gsSN --path-as-is " + quote(call.url)]
+    for name, text in call.headers.items():
+        parts.append("-H " + quote(f"{name}: {text}" if text else name + ";"))
+    parts.append("--data-raw " + quote(call.body.decode()))
     ours = "'Authorization: Bearer $SERV_API_KEY'"
-    return command.replace(ours, ours.replace("'", '"'))
+    return " \\\n  ".join(parts).replace(ours, ours.replace("'", '"'))
 
 
 def answer(args: Any, call: _Call) -> int:
     """Print the answer to a call; return the exit status."""
     note = f"serv: waiting for {args.model}" * sys.stderr.isatty()
     # as wide as the note, and the ^C that a terminal may have put behind it
-    blank, last = f"\r{' ' * (len(note) + 2)}\r" * bool(note), ""
+    blank, text = f"\r{' ' * (len(note) + 2)}\r" * bool(note), ""
     print(note, end="", file=sys.stderr, flush=True)
     try:
-        found: Any = call.run(_Call.reply if args.no_stream else _Call.stream)
-        whole = (json.dumps(found, indent=2, ensure_ascii=False) if args.json
-                 else str(found))
-        for piece in [whole] if args.no_stream else found:
+        found: Any = call.run(_Call.stream if args.streaming else _Call.reply)
+        for piece in found if args.streaming else [found]:
             print(blank, end="", file=sys.stderr, flush=True)
-            print(piece, end="", flush=True)
-            blank, last = "", piece
+            text = str(piece) if not args.json else json.dumps(
+                piece, indent=2, ensure_ascii=False)
+            print(text, end="", flush=True)
+            blank = ""
     finally:
         print(blank, end="", file=sys.stderr, flush=True)
-        print(end="\n" if last[-1:] not in ("", "\n") else "", flush=True)
-    reply = found if args.no_stream else found.reply
+        print(end="\n" if text[-1:] not in ("", "\n") else "", flush=True)
+    reply = found.reply if args.streaming else found
+    wrong = ("blocked: " + shown(reply.refusal) if reply.refusal else
+             "cut off by the token limit" * reply.truncated)
     if args.verbose:
         say(f"request id {reply.request_id}, {reply.elapsed:.1f} s, "
             f"{json.dumps(reply.usage) if reply.usage else 'tokens not told'}")
     if reply.tool_calls and not args.json:
         say("the answer calls tools; --json shows them")
-    if reply.refusal is not None:
-        say("blocked: " + shown(reply.refusal))
-    elif reply.truncated:
-        say("cut off by the token limit")
-    return 3 if reply.refusal is not None or reply.truncated else 0
+    if wrong:
+        say(wrong)
+    return 3 if wrong else 0
 
 
 if __name__ == "__main__":
