@@ -455,6 +455,7 @@ def build_request(endpoint: str, streaming: bool, params: JSONDict,
     ours = {"Authorization": "Bearer " + secret, "User-Agent": USER_AGENT,
             "Accept": "text/event-stream" if streaming else "application/json",
             "Content-Type": "application/json", "Accept-Encoding": "identity"}
+    # float() alone would take "nan", "inf" and "1_0".
     timeout = find_setting("TIMEOUT", timeout, TIMEOUT)
     good = timeout is TIMEOUT or re.fullmatch(
         r"[0-9]*\.?[0-9]+(e[+-]?[0-9]+)?", str(timeout))
@@ -524,10 +525,11 @@ def build_url(url: Any) -> str:
     """Return a base URL without its end, ``/v1`` or a slash."""
     name = "base_url, or SERV_BASE_URL"
     require(isinstance(url, str), name + ": expected a str", TypeError)
+    # What is kept of the path is as short as possible, so that none of the
+    # end stays.  urlsplit() alone would drop a tab, and take a password.
     found = require(url.isprintable() and re.fullmatch(
         r"(?i:https?)(?!.*[?#])(://[^\s/@\\]+(?:/[!-~]*?)??)(?:/v1)?/*", url),
-        name + ": expected http[s]://host[:port][/path], with no white space,"
-        " user, password, query or fragment")
+        name + ": expected http[s]://host[:port][/path] and nothing more")
     return str(split_url(name, url).scheme + found[1])
 
 
@@ -638,8 +640,9 @@ def find_text(content: Any) -> str:
 
 def find_part_text(part: JSONDict) -> str:
     """Return the text of a part, a block or a delta, if it is one of text."""
-    good = part.get("type", "text") in ("text", "output_text")
-    return str(part["text"]) if good and type(part.get("text")) is str else ""
+    text = part.get("text")
+    return text if isinstance(text, str) and part.get(
+        "type", "text") in ("text", "output_text") else ""
 
 
 def clean_text(text: str) -> str:
@@ -663,9 +666,9 @@ def find_error(name: str, event: JSONDict) -> bool:
     """
     kind, choices = event.get("type"), event.get("choices")
     bare = choices is None and event.get("message", event.get("detail"))
-    return "error" in (name, kind, event.get("object")) or any(
+    return "error" in (name, kind, event.get("object")) or any([
         part.get("error") or part.get("finish_reason") == "error"
-        for part in [event, *_dicts(choices)]) or isinstance(
+        for part in [event, *_dicts(choices)]]) or isinstance(
             bare, str) and str(kind or "error").lower().endswith("error")
 
 
@@ -734,7 +737,8 @@ def redact(value: Any, secret: Pattern[str]) -> Any:
         return type(value)([redact(entry, secret) for entry in value])
     if isinstance(value, (dict, http.client.HTTPMessage)):
         value = copy.copy(value)
-        for part in value, getattr(value, "__dict__", {}):  # headers
+        # Headers are no items of their object, but hide in an attribute.
+        for part in value, getattr(value, "__dict__", {}):
             for key in list(part) if isinstance(part, dict) else ():
                 part[redact(key, secret)] = redact(part.pop(key), secret)
     return value
@@ -1500,6 +1504,7 @@ interrupted.
         getattr(file, "reconfigure", dict)(errors="replace")
     try:
         args = parse_args(argv)
+        # Neither the help nor the version reads standard input.
         text = args.told or args.dry_run and build_curl(build_call(args))
         if not text:
             return answer(args, build_call(args))
@@ -1568,7 +1573,7 @@ def iter_pairs(options: list[str], sign: str) -> Iterator[tuple[str, str]]:
     """Yield the two sides of each NAME=VALUE or NAME: VALUE."""
     for name, found, text in (option.partition(sign) for option in options):
         own = name in ("", "api_key", "messages", "model", "system", "stream")
-        require(found and not own, f"not NAME{sign}VALUE, or taken: {name!r}")
+        require(found and not own, f"{name!r}: taken, or not NAME{sign}VALUE")
         yield name, text
 
 
