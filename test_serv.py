@@ -131,6 +131,7 @@ class Server:
         self.lock = threading.Lock()
         self.wires = set()
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.port = self.listener.getsockname()[1]
         self.url = "%s://127.0.0.1:%d" % ("https" if context else "http",
                                           self.port)
@@ -207,7 +208,7 @@ class Server:
 def read_request(reader, connection):
     """Read one request whole; None at the end of the connection."""
     line = reader.readline().decode("latin-1").split()
-    if len(line) != 3:
+    if len(line) != 3 or not line[2].startswith("HTTP/"):
         return None
     headers = {}
     while True:
@@ -4606,7 +4607,6 @@ def test_a_stream_in_packets_of_two_bytes():
                          "[DONE]")
 
     def answer(wire, request):
-        wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for start in range(0, len(data), 2):
             wire.sendall(data[start:start + 2])
 
