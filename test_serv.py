@@ -463,9 +463,17 @@ LIVE = os.environ.get("SERV_LIVE") == "1"
 MODEL, SYSTEM = "gpt-5.4-mini", "Be brief."
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared():
+    """A stand-in of the tests that do not look at what it was asked."""
+    gc.freeze()  # what pytest has made is much, and stays
+    with Server(service) as server:
+        yield server
+
+
 @pytest.fixture
 def standin():
-    """A running stand-in for the service."""
+    """A stand-in of a test's own."""
     with Server(service) as server:
         yield server
 
@@ -478,7 +486,7 @@ def real():
 
 
 @pytest.fixture(autouse=True)
-def settings(request, monkeypatch):
+def settings(request, monkeypatch, shared):
     """Have the SERV_ variables lead to the stand-in, unless it is real."""
     if "real" in request.fixturenames:
         return
@@ -486,7 +494,9 @@ def settings(request, monkeypatch):
         if name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.delenv("SERV_TIMEOUT", raising=False)
-    monkeypatch.setenv("SERV_BASE_URL", request.getfixturevalue("standin").url)
+    server = (request.getfixturevalue("standin")
+              if "standin" in request.fixturenames else shared)
+    monkeypatch.setenv("SERV_BASE_URL", server.url)
     monkeypatch.setenv("SERV_API_KEY", KEY)
     monkeypatch.setenv("SERV_MODEL", MODEL)
 
