@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import copy
 import email.utils
+import functools
 import gc
 import gzip
 import importlib.util
@@ -25,6 +26,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import py_compile
 import random
 import re
 import select
@@ -499,6 +501,24 @@ def settings(request, monkeypatch, shared):
     monkeypatch.setenv("SERV_BASE_URL", server.url)
     monkeypatch.setenv("SERV_API_KEY", KEY)
     monkeypatch.setenv("SERV_MODEL", MODEL)
+
+
+def at_once(*cases):
+    """Run a test with each case, all at the same time: most of them wait."""
+    def decorate(test):
+        @functools.wraps(test)
+        def run(**fixtures):
+            with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
+                ends = [pool.submit(test, *case, **fixtures) for case in cases]
+            for case, end in zip(cases, ends):
+                if end.exception() is not None:
+                    raise AssertionError(
+                        "with %.999r" % (case,)) from end.exception()
+
+        parameters = list(inspect.signature(test).parameters.values())
+        run.__signature__ = inspect.Signature(parameters[len(cases[0]):])
+        return run
+    return decorate
 
 
 # ---------------------------------------------------------------------------
@@ -1858,13 +1878,12 @@ def test_a_closed_pipe_ends_it_quietly(pausing):
         assert (process.wait(20), err) == (1, b"")
 
 
-@pytest.mark.parametrize("way", [
-    ("--no-stream",), ("--dry-run",), ("--help",)])
+@at_once(("--no-stream",), ("--dry-run",), ("--help",))
 def test_a_pipe_that_was_closed_before(way):
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        with start(*way, "Hi", stdout=writer) as process:
+        with start(way, "Hi", stdout=writer) as process:
             err = process.stderr.read()
             assert (process.wait(20), err) == (1, b"")
     finally:
@@ -1883,7 +1902,7 @@ def test_piped_bytes_that_are_no_text_are_not_fatal():
     assert (status, out.decode(), err) == (0, 'You said: "a \ufffd b"\n', b"")
 
 
-@pytest.mark.parametrize("way", [(), ("--json",)])
+@at_once(((),), (("--json",),))
 def test_what_the_terminals_encoding_cannot_say_is_replaced(way):
     status, out, err = run_process(
         *way, "d\u00e9j\u00e0", PYTHONIOENCODING="ascii", PYTHONUTF8="1")
@@ -1891,7 +1910,7 @@ def test_what_the_terminals_encoding_cannot_say_is_replaced(way):
     assert b"d?j?" in out and out.isascii()
 
 
-@pytest.mark.parametrize("way", ["--no-stream", "--json"])
+@at_once(("--no-stream",), ("--json",))
 def test_half_a_character_is_replaced(way):
     answer = chat_answer({"model": MODEL, "messages": [
         {"role": "user", "content": "a \ud83d b"}]})
@@ -2849,12 +2868,13 @@ def test_a_tool_call_of_a_cut_stream_never_looks_finished(endpoint, text):
         assert stream.reply.tool_calls == error.reply.tool_calls
 
 
-@pytest.mark.parametrize("endpoint, events", [
+@at_once(*itertools.product([
     ("chat", STREAM_HELLO),
-    ("messages", stream_said("Hel", "lo") + stream_end())])
-@pytest.mark.parametrize("more", [
-    b"", sse(stream_chunk({"content": "no"}), {"error": "no"})])
-def test_a_stream_ends_with_its_last_event(endpoint, events, more):
+    ("messages", stream_said("Hel", "lo") + stream_end())], [
+    b"", sse(stream_chunk({"content": "no"}), {"error": "no"})]))
+def test_a_stream_ends_with_its_last_event(stream, more):
+    endpoint, events = stream
+
     def answer(wire, request):
         wire.sendall(STREAM_HEAD + chunk(sse(*events) + more))
         while wire.recv(65536):  # the end never comes
@@ -3804,37 +3824,32 @@ NET_DRIPS = {
 }
 
 
-def test_no_drip_stretches_the_budget():
-    cases = list(itertools.product([net_chat, net_read], NET_DRIPS))
-    with Server(lambda wire, request: NET_DRIPS[net_prompt(request)](
-            wire, request)) as server:
-        with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
-            ends = [pool.submit(net_timeout, call, server, name, max_retries=2)
-                    for call, name in cases]
-            failed = [case for case, end in zip(cases, ends)
-                      if end.exception() is not None]
-        assert failed == []
-        assert len(server.requests) == len(cases)
+@at_once(*itertools.product([net_chat, net_read], NET_DRIPS))
+def test_no_drip_stretches_the_budget(call, name):
+    with Server(NET_DRIPS[name]) as server:
+        net_timeout(call, server, max_retries=2)
+        assert len(server.requests) == 1
 
 
-@net_calls
-@pytest.mark.parametrize("scheme, full, prompt", [
-    ("http", False, "Hi"), ("http", True, "Hi"), ("https", False, "Hi"),
-    ("http", False, "x" * (1 << 23)),
-], ids=["answer", "connecting", "tls", "upload"])
-def test_a_server_that_does_nothing(call, scheme, full, prompt):
+@at_once(*itertools.product([net_chat, net_read], [
+    ("http", False, 2), ("http", True, 2), ("https", False, 2),
+    ("http", False, 1 << 23)]))
+def test_a_server_that_does_nothing(call, how):
+    scheme, full, length = how
     with net_deaf(full) as place:
-        error = net_timeout(call, scheme + "://" + place, prompt)
+        error = net_timeout(call, scheme + "://" + place, "x" * length)
     assert "0.1 s" in str(error)
 
 
-@net_calls
-@pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_proxy_that_drips(call, scheme, monkeypatch):
-    monkeypatch.setenv(scheme + "_proxy", "http://127.0.0.1:1")
-    with Server(net_drip(b"HTTP/1.1 200 OK\r\n", b"X-More: x\r\n")) as proxy:
-        monkeypatch.setenv(scheme + "_proxy", proxy.url)
+def test_a_proxy_that_drips(monkeypatch):
+    @at_once(*itertools.product([net_chat, net_read], ["http", "https"]))
+    def ask(call, scheme):
         net_timeout(call, scheme + "://host.test")
+
+    with Server(net_drip(b"HTTP/1.1 200 OK\r\n", b"X-More: x\r\n")) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        monkeypatch.setenv("https_proxy", proxy.url)
+        ask()
 
 
 NET_DEAD_ADDRESS = """
@@ -3881,7 +3896,7 @@ def test_a_retry_that_does_not_fit_the_budget_is_not_waited_for():
         assert 2 <= len(server.requests) <= 7
 
 
-@net_calls
+@at_once((net_chat,), (net_read,))
 def test_all_tries_share_one_budget(call):
     busy = http_answer({}, "503 Busy", retry_after_ms="20")
     with Server([busy, busy, net_hold()]) as server:
@@ -3889,8 +3904,7 @@ def test_all_tries_share_one_budget(call):
         assert len(server.requests) == 3
 
 
-@pytest.mark.parametrize("tail", [
-    b"", chunk(b": ping\n\n"), chunk(b"data: "), b"1"], ids=net_short)
+@at_once((b"",), (chunk(b": ping\n\n"),), (chunk(b"data: "),), (b"1",))
 def test_a_stream_out_of_time_keeps_what_had_arrived(tail):
     head = NET_SSE + chunk(sse(net_delta("Hel")))
     with Server(net_drip(head, tail)) as server:
@@ -3898,21 +3912,15 @@ def test_a_stream_out_of_time_keeps_what_had_arrived(tail):
     assert error.reply.text == "Hel" and error.reply.stop_reason is None
 
 
-def test_the_budget_runs_on_while_the_caller_holds_a_piece():
+@at_once(("",), ("Hel",))
+def test_the_budget_runs_on_while_the_caller_holds_what_came(taken):
     with Server(NET_STREAM) as server:
         stream = net_stream(server, timeout=0.2)
-        assert next(stream) == "Hel"
+        assert not taken or next(stream) == taken
         time.sleep(0.25)
         error = net_error(serv.APITimeoutError, next, stream)
-    assert error.reply.text.startswith("Hel")
-
-
-def test_the_budget_runs_while_a_stream_waits_for_its_first_piece():
-    with Server(NET_STREAM) as server:
-        stream = net_stream(server, timeout=0.2)
-        time.sleep(0.25)
         net_error(serv.APITimeoutError, next, stream)
-        net_error(serv.APITimeoutError, next, stream)
+    assert error.reply.text.startswith(taken)
 
 
 # ---------------------------------------------------------------------------
@@ -4119,18 +4127,18 @@ assert "".join(stream) == "lo!"
 """
 
 net_forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+plain_and_tls = at_once((False,), (True,))
 
 
 @net_forks
-@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
+@plain_and_tls
 def test_a_fork_shares_no_connection(secure, net_tls):
     with Server(net_echo, net_tls if secure else None) as server:
         net_run(NET_FORK, server.url)
 
 
 @net_forks
-@pytest.mark.parametrize("secure, child", [
-    (False, "read"), (False, "close"), (True, "close"), (True, "exit")])
+@at_once((False, "read"), (False, "close"), (True, "close"), (True, "exit"))
 def test_a_child_does_not_disturb_its_parents_stream(secure, child, net_tls):
     told = threading.Event()
 
@@ -4181,7 +4189,7 @@ next(still_open)
 """
 
 
-@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
+@plain_and_tls
 def test_nothing_is_left_open(secure, net_tls):
     def answer(wire, request):
         prompt = net_prompt(request)
@@ -4290,9 +4298,9 @@ def test_a_date_to_wait_for():
     assert 90 < error.retry_after <= 100
 
 
-@pytest.mark.parametrize("headers, least, most", [
+@at_once(
     ({"retry_after_ms": "200"}, 0.2, 0.7), ({"retry_after": "0.2"}, 0.2, 0.7),
-    ({"retry_after": "0"}, 0, 0.3), ({"retry_after_ms": "0"}, 0, 0.3)])
+    ({"retry_after": "0"}, 0, 0.3), ({"retry_after_ms": "0"}, 0, 0.3))
 def test_the_wait_is_what_the_server_asks_for(headers, least, most):
     with Server([http_answer({}, "429 Slow", **headers), NET_OK]) as server:
         begun = time.monotonic()
@@ -4312,7 +4320,7 @@ def test_a_wait_beyond_the_budget_raises_at_once(wait):
         assert len(server.requests) == 1
 
 
-def test_a_refused_connection_is_retried():
+def net_retry_refused():
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))  # it does not listen yet
 
@@ -4331,10 +4339,15 @@ def test_a_refused_connection_is_retried():
         timer.join()
 
 
-def test_a_cut_answer_is_retried():
+def net_retry_cut():
     with Server([net_last(NET_OK[:-5]), NET_OK]) as server:
         assert net_chat(server, max_retries=1) == "Hello!"
         assert len(server.requests) == 2
+
+
+@at_once((net_retry_refused,), (net_retry_cut,))
+def test_a_refused_connection_and_a_cut_answer_are_retried(check):
+    check()
 
 
 @pytest.mark.parametrize("begun", [
@@ -4553,11 +4566,15 @@ print(json.dumps([ends, peak() - before]))
 
 def test_no_flood_fills_the_memory():
     pytest.importorskip("resource")
+    names = list(NET_FLOODS)
     with Server(lambda wire, request: NET_FLOODS[net_prompt(request)](
             wire, request)) as server:
-        ends, megabytes = json.loads(net_run(
-            NET_HOSTILE, server.url, *NET_FLOODS))
-    assert megabytes < 150
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            told = list(pool.map(lambda part: json.loads(net_run(
+                NET_HOSTILE, server.url, *names[part::4])), range(4)))
+    assert sum(megabytes for _, megabytes in told) < 150
+    ends = [end for part, _ in told for end in part]
+    assert len(ends) == 2 * len(names)
     assert [end for end in ends if end[1] not in (
         "APIConnectionError", "APIResponseError", "APITimeoutError",
         "InternalServerError")] == []
@@ -5044,9 +5061,8 @@ print(serv.chat("Hi", system="s", base_url=sys.argv[1]).text,
 """
 
 
-@pytest.mark.parametrize("flags", [
-    ["-I", "-S", "-W", "error", "-bb", "-X", "dev"],
-    ["-OO", "-E", "-s", "-W", "error"]], ids=" ".join)
+@at_once((["-I", "-S", "-W", "error", "-bb", "-X", "dev"],),
+         (["-OO", "-E", "-s", "-W", "error"],))
 def test_under_flags(flags):
     with Server(net_echo) as server:
         assert net_run(NET_CALL % "import serv", server.url, NET_HOME,
@@ -5464,16 +5480,17 @@ ENGINES = {"dask": "distributed", "ray": "ray", "pyspark": "pyspark"}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A place with the file, where the README's blocks run in turn."""
+    """A place with the file, where the README's blocks run."""
     path = str(tmp_path_factory.mktemp("readme"))
     for name in ("serv.py", "test_serv.py"):
         if os.path.exists(os.path.join(ROOT, name)):
             shutil.copy(os.path.join(ROOT, name), path)
+    py_compile.compile(os.path.join(path, "serv.py"))  # once, not each time
     return path
 
 
-@pytest.fixture
-def served():
+@contextlib.contextmanager
+def serving():
     """A service on loopback, and an environment that leads to it."""
     own = {name: value for name, value in os.environ.items()
            if not name.upper().startswith(("SERV_", "SSL_CERT_"))
@@ -5488,6 +5505,13 @@ def served():
         yield server
 
 
+@pytest.fixture
+def served():
+    """The same, for a test."""
+    with serving() as server:
+        yield server
+
+
 def run_in(command, served, place, text=""):
     """Run a command as a reader of the README would; return its output."""
     done = subprocess.run(command, cwd=place, env=served.env, timeout=120,
@@ -5497,30 +5521,54 @@ def run_in(command, served, place, text=""):
     return done.stdout
 
 
-@pytest.mark.parametrize("block", [
-    block for block in BLOCKS if block.kind in ("python", "sh")],
-    ids=lambda block: block.title)
-def test_readme_block_runs(block, served, place):
-    if block.kind == "python":
-        for word, module in ENGINES.items():
-            if re.search(r"^(from|import) %s\b" % word, block.code, re.M):
-                pytest.importorskip(module)
-        name = (re.findall(r"\A# (\w+\.py)\n", block.code) or ["ex.py"])[0]
-        with open(os.path.join(place, name), "w") as file:
-            file.write(block.code)
-        output = run_in([sys.executable, name], served, place)
-    else:
+def why_not(block):
+    """Return why a block of the README cannot run here, or None."""
+    for word, module in ENGINES.items():
+        if re.search(r"^(from|import) %s\b" % word, block.code, re.M):
+            if importlib.util.find_spec(module) is None:
+                return "there is no %s here" % module
+    if block.kind == "sh":
         for word, reason in NOT_HERE.items():
             if word in block.code:
-                pytest.skip(reason)
+                return reason
         for tool in ("bash", "zip", "sha256sum"):
             if not shutil.which(tool) and tool in block.code + "bash":
-                pytest.skip("there is no %s here" % tool)
-        if "test_serv.py" in block.code:
-            for name in [name for name in served.env if "SERV_" in name]:
-                del served.env[name]  # needs no key
-        output = run_in(["bash", "-e", "-c", block.code], served, place)
-    output = output.replace(served.url, serv.BASE_URL)
+                return "there is no %s here" % tool
+
+
+@pytest.fixture(scope="module")
+def outputs(place):
+    """What the README's blocks print, by number; they run two at a time."""
+    def run(number):
+        with serving() as served:
+            if "test_serv.py" in BLOCKS[number].code:
+                for name in [name for name in served.env if "SERV_" in name]:
+                    del served.env[name]  # needs no key
+            return run_in(commands[number], served, place).replace(
+                served.url, serv.BASE_URL)
+
+    commands = {}
+    for number, block in enumerate(BLOCKS):
+        commands[number] = ["bash", "-e", "-c", block.code]
+        if block.kind == "python":
+            name = (re.findall(r"\A# (\w+\.py)\n", block.code)
+                    or ["ex%d.py" % number])[0]
+            commands[number] = [sys.executable, name]
+            with open(os.path.join(place, name), "w") as file:
+                file.write(block.code)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return {number: pool.submit(run, number)
+                for number, block in enumerate(BLOCKS)
+                if block.kind != "text" and not why_not(block)}
+
+
+@pytest.mark.parametrize("number, block", [
+    pair for pair in enumerate(BLOCKS) if pair[1].kind != "text"],
+    ids=lambda value: getattr(value, "title", None))
+def test_readme_block_runs(number, block, outputs):
+    if number not in outputs:
+        pytest.skip(why_not(block))
+    output = outputs[number].result()
     if block.output is not None and block.exact:
         assert output == block.output
     told = re.findall(r"^ *print\(.*  # (->|e\.g\.) (.*)$", block.code, re.M)
