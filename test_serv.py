@@ -503,22 +503,31 @@ def settings(request, monkeypatch, shared):
     monkeypatch.setenv("SERV_MODEL", MODEL)
 
 
-def at_once(*cases):
+def at_once(*cases, threads=None):
     """Run a test with each case, all at the same time: most of them wait."""
     def decorate(test):
         @functools.wraps(test)
         def run(**fixtures):
-            with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
+            with concurrent.futures.ThreadPoolExecutor(
+                    threads or len(cases)) as pool:
                 ends = [pool.submit(test, *case, **fixtures) for case in cases]
-            for case, end in zip(cases, ends):
-                if end.exception() is not None:
-                    raise AssertionError(
-                        "with %.999r" % (case,)) from end.exception()
+            errors = [end.exception() for end in ends]
+            failed = [case for case, error in zip(cases, errors) if error]
+            if failed:
+                raise AssertionError("with %s" % ", and ".join(
+                    "%.999r" % (case,) for case in failed)) from next(
+                        filter(None, errors))
 
         parameters = list(inspect.signature(test).parameters.values())
         run.__signature__ = inspect.Signature(parameters[len(cases[0]):])
         return run
     return decorate
+
+
+def in_turn(*values):
+    """Run a test with each value, or tuple of some: each takes no time."""
+    return at_once(*(value if isinstance(value, tuple) else (value,)
+                     for value in values), threads=1)
 
 
 # ---------------------------------------------------------------------------
@@ -669,19 +678,18 @@ def test_a_list_of_text_blocks_is_a_system_prompt_too(standin):
     assert sent(standin)["system"] == blocks
 
 
-@pytest.mark.parametrize("messages, system", [
-    ("Hi", None), ("Hi", ""), ("Hi", []), ([ASKED], None), ([], None)])
 @each_call
-def test_no_system_prompt_is_refused(call, messages, system, standin):
+@in_turn(("Hi", None), ("Hi", ""), ("Hi", []), ([ASKED], None), ([], None))
+def test_no_system_prompt_is_refused(messages, system, call, standin):
     with pytest.raises(ValueError, match="system=") as caught:
         call(messages, system=system)
     assert "system prompt" in str(caught.value)
     assert standin.requests == []
 
 
-@pytest.mark.parametrize("system", [5, b"Be brief.", True, {"a": "b"}])
 @each_call
-def test_a_system_prompt_of_a_wrong_type(call, system, standin):
+@in_turn(5, b"Be brief.", True, {"a": "b"})
+def test_a_system_prompt_of_a_wrong_type(system, call, standin):
     with pytest.raises((ValueError, TypeError), match="system"):
         call("Hi", system=system)
     assert standin.requests == []
@@ -756,8 +764,8 @@ BAD_URLS = [
     "http://:password@h", "http://@h", "http://[::1", "http://h\\@i"]
 
 
-@pytest.mark.parametrize("url", BAD_URLS)
 @pytest.mark.parametrize("by", ["argument", "variable"])
+@in_turn(*BAD_URLS)
 def test_a_base_url_that_is_refused(url, by, monkeypatch):
     if by == "variable":
         if "\x00" in url:
@@ -802,9 +810,9 @@ BAD_KEYS = ["serv_\u2026", "sk-\u00e9t\u00e9-0123", "sk-0123\n4567",
             "sk-0123\x01", "\ud800sk-0123"]
 
 
-@pytest.mark.parametrize("key", BAD_KEYS)
 @two_calls
-def test_a_key_that_no_header_can_carry_is_not_shown(call, key, standin):
+@in_turn(*BAD_KEYS)
+def test_a_key_that_no_header_can_carry_is_not_shown(key, call, standin):
     with pytest.raises(serv.ServError) as caught:
         call("Hi", system=SYSTEM, api_key=key)
     assert type(caught.value) is serv.ServError
@@ -865,9 +873,9 @@ def test_a_timeout_as_an_argument_goes_before_the_variable(monkeypatch):
             serv.chat("Hi", system=SYSTEM, base_url=server.url)
 
 
-@pytest.mark.parametrize("value", [-1, 1.5, "2", None, float("inf"), True])
 @two_calls
-def test_max_retries_is_a_whole_number(call, value, standin):
+@in_turn(-1, 1.5, "2", None, float("inf"), True)
+def test_max_retries_is_a_whole_number(value, call, standin):
     with pytest.raises((ValueError, TypeError), match="max_retries"):
         call("Hi", system=SYSTEM, max_retries=value)
     assert standin.requests == []
@@ -935,30 +943,28 @@ def test_with_an_authorization_of_ones_own_no_key_is_needed(
     assert standin.requests[0].headers["authorization"] == "Bearer " + KEY
 
 
-@pytest.mark.parametrize("name", [
+@two_calls
+@in_turn(
     "Content-Length", "content-length", "Transfer-Encoding",
     "TRANSFER-ENCODING", "Host", "host", "X-A\r\nX-B", "X-A\n", "X:A", "", " ",
-    "X A", "X-\u00e9"])
-@two_calls
-def test_a_header_name_that_is_refused(call, name, standin):
+    "X A", "X-\u00e9")
+def test_a_header_name_that_is_refused(name, call, standin):
     with pytest.raises(ValueError, match="headers"):
         call("Hi", system=SYSTEM, headers={name: "1"})
     assert standin.requests == []
 
 
-@pytest.mark.parametrize("value", [
-    "a\r\nX-B: b", "a\n", "\ra", "a\n b", "a\x00", "\u2026", "a\x0b"])
 @two_calls
-def test_a_header_value_that_is_refused(call, value, standin):
+@in_turn("a\r\nX-B: b", "a\n", "\ra", "a\n b", "a\x00", "\u2026", "a\x0b")
+def test_a_header_value_that_is_refused(value, call, standin):
     with pytest.raises(ValueError, match="headers.*X-A"):
         call("Hi", system=SYSTEM, headers={"X-A": value})
     assert standin.requests == []
 
 
-@pytest.mark.parametrize("headers", [
-    {"X-A": 1}, {"X-A": None}, {"X-A": b"a"}, {1: "a"}, {b"X-A": "a"}])
 @each_call
-def test_headers_are_str(call, headers, standin):
+@in_turn({"X-A": 1}, {"X-A": None}, {"X-A": b"a"}, {1: "a"}, {b"X-A": "a"})
+def test_headers_are_str(headers, call, standin):
     with pytest.raises(TypeError, match="headers"):
         call("Hi", system=SYSTEM, headers=headers)
     assert standin.requests == []
@@ -968,22 +974,21 @@ LOOP = []
 LOOP.append(LOOP)
 
 
-@pytest.mark.parametrize("value", [
-    float("nan"), float("inf"), [1, {"a": -float("inf")}], {1}, b"a",
-    {"a": object()}, {("a",): 1}, LOOP, 1j], ids=repr)
 @two_calls
-def test_what_json_cannot_say_is_refused_by_name(call, value, standin):
+@in_turn(float("nan"), float("inf"), [1, {"a": -float("inf")}], {1}, b"a",
+         {"a": object()}, {("a",): 1}, LOOP, 1j)
+def test_what_json_cannot_say_is_refused_by_name(value, call, standin):
     with pytest.raises((ValueError, TypeError), match="top_k"):
         call("Hi", system=SYSTEM, temperature=1, top_k=value, seed=2)
     assert standin.requests == []
 
 
-@pytest.mark.parametrize("options, name", [
+@each_call
+@in_turn(
     ({"messages": [{"role": "user", "content": {1}}]}, "messages"),
     ({"messages": [{"role": "user", "content": b"Hi"}]}, "messages"),
-    ({"tools": [{"name": float("nan")}]}, "tools")])
-@each_call
-def test_what_json_cannot_say_deep_inside(call, options, name, standin):
+    ({"tools": [{"name": float("nan")}]}, "tools"))
+def test_what_json_cannot_say_deep_inside(options, name, call, standin):
     with pytest.raises((ValueError, TypeError), match=name):
         call(**{"messages": "Hi", "system": SYSTEM, **options})
     assert standin.requests == []
@@ -996,10 +1001,9 @@ def test_stream_true_is_refused_with_a_pointer_to_stream(call, standin):
     assert standin.requests == []
 
 
-@pytest.mark.parametrize("messages", [
-    None, 5, b"Hi", {"role": "user", "content": "Hi"}, ["Hi"], [None]])
 @each_call
-def test_messages_that_are_refused(call, messages, standin):
+@in_turn(None, 5, b"Hi", {"role": "user", "content": "Hi"}, ["Hi"], [None])
+def test_messages_that_are_refused(messages, call, standin):
     with pytest.raises((ValueError, TypeError), match="messages"):
         call(messages, system=SYSTEM)
     assert standin.requests == []
@@ -1851,16 +1855,16 @@ def test_an_interrupted_answer(pausing, interrupts):
     assert one_line(err.decode()) and b"interrupted" in err
 
 
-@each_way
-def test_an_interrupt_while_waiting(way, interrupts, monkeypatch):
+@at_once(((),), (("--no-stream",),))
+def test_an_interrupt_while_waiting(way, interrupts):
     came = threading.Event()
 
     def silent(wire, request):
         came.set()
 
     with Server(silent) as server:
-        monkeypatch.setenv("SERV_BASE_URL", server.url)
-        with start(*way, "Hi") as process:
+        with start(*way, "Hi", env={
+                **os.environ, "SERV_BASE_URL": server.url}) as process:
             assert came.wait(20)
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=20)
@@ -1890,16 +1894,17 @@ def test_a_pipe_that_was_closed_before(way):
         os.close(writer)
 
 
-def test_piped_bytes_are_text(standin):
-    status, out, err = run_process(
-        "Echo", stdin="d\u00e9j\u00e0 \U0001f600".encode(), PYTHONUTF8="1")
+@at_once(
+    (["Echo"], "d\u00e9j\u00e0 \U0001f600".encode(),
+     "Echo\n\nd\u00e9j\u00e0 \U0001f600"),
+    ([], b"a \xff b", "a \ufffd b"), ([b"a \xff b"], b"", "a \ufffd b"))
+def test_bytes_are_text_and_not_fatal_where_they_are_none(argv, stdin, prompt):
+    with Server(service) as server:
+        status, out, err = run_process(
+            *argv, stdin=stdin, PYTHONUTF8="1", SERV_BASE_URL=server.url)
     assert (status, err) == (0, b"")
-    assert out.decode() == 'You said: "Echo\n\nd\u00e9j\u00e0 \U0001f600"\n'
-
-
-def test_piped_bytes_that_are_no_text_are_not_fatal():
-    status, out, err = run_process(stdin=b"a \xff b", PYTHONUTF8="1")
-    assert (status, out.decode(), err) == (0, 'You said: "a \ufffd b"\n', b"")
+    assert out.decode() == 'You said: "%s"\n' % prompt
+    assert sent(server)["messages"][1]["content"] == prompt
 
 
 @at_once(((),), (("--json",),))
@@ -1918,12 +1923,6 @@ def test_half_a_character_is_replaced(way):
         status, out, err = run_process(way, "Hi", SERV_BASE_URL=server.url)
     assert (status, err) == (0, b"")
     assert b"a \xef\xbf\xbd b" in out or b"a ? b" in out
-
-
-def test_arguments_that_are_no_text_are_not_fatal(standin):
-    status, _, err = run_process(b"a \xff b", PYTHONUTF8="1")
-    assert (status, err) == (0, b"")
-    assert sent(standin)["messages"][1]["content"] == "a \ufffd b"
 
 
 def test_an_error_in_an_encoding_that_cannot_say_it():
@@ -1966,9 +1965,8 @@ def read_terminal(terminal, until):
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs terminals")
-@each_way
-def test_on_a_terminal_a_note_says_what_is_waited_for(way, standin,
-                                                      monkeypatch):
+@at_once(((),), (("--no-stream",),))
+def test_on_a_terminal_a_note_says_what_is_waited_for(way):
     came, go_on = threading.Event(), threading.Event()
 
     def slow(wire, request):
@@ -1978,8 +1976,8 @@ def test_on_a_terminal_a_note_says_what_is_waited_for(way, standin,
     terminal, line = os.openpty()
     try:
         with Server(slow) as server:
-            monkeypatch.setenv("SERV_BASE_URL", server.url)
-            with start(*way, "Hi", stdin=line, stderr=line) as process:
+            with start(*way, "Hi", stdin=line, stderr=line, env={
+                    **os.environ, "SERV_BASE_URL": server.url}) as process:
                 try:
                     note = read_terminal(terminal, MODEL)
                     assert came.wait(20)
@@ -2170,7 +2168,7 @@ def test_events_are_read_however_they_are_cut(data, pairs):
 
 
 @pytest.mark.parametrize("junk", [b":\xff\xfe\ndata: lost", b"lost\n", b"\0"])
-@pytest.mark.parametrize("data, pairs", SSE_CASES)
+@in_turn(*SSE_CASES)
 def test_junk_behind_events_does_not_change_them(data, pairs, junk):
     assert list(serv.iter_events([data + junk])) == pairs
     assert list(serv.iter_events([data, junk])) == pairs
@@ -3871,19 +3869,14 @@ print(json.dumps([said, time.monotonic() - begun]))
 """
 
 
-def test_a_dead_address_gives_way_to_the_next():
+@at_once((20, ["dead", "live"], "Hello!", 2),
+         (0.3, ["dead", "dead", "dead"], "APITimeoutError", 0.8))
+def test_dead_addresses_give_way_and_do_not_add_up(timeout, places, end, most):
     with net_deaf(full=True) as place, Server(NET_OK) as server:
+        ports = {"dead": place.split(":")[1], "live": server.port}
         said, elapsed = json.loads(net_run(
-            NET_DEAD_ADDRESS, 20, place.split(":")[1], server.port))
-    assert said == "Hello!" and elapsed < 2
-
-
-def test_dead_addresses_do_not_add_up():
-    with net_deaf(full=True) as place:
-        port = place.split(":")[1]
-        said, elapsed = json.loads(net_run(
-            NET_DEAD_ADDRESS, 0.3, port, port, port))
-    assert said == "APITimeoutError" and elapsed <= 0.8
+            NET_DEAD_ADDRESS, timeout, *(ports[each] for each in places)))
+    assert said == end and elapsed <= most
 
 
 def test_a_retry_that_does_not_fit_the_budget_is_not_waited_for():
@@ -4807,8 +4800,8 @@ NET_INJECTIONS = [
 
 
 @net_calls
-@pytest.mark.parametrize("options", NET_INJECTIONS, ids=net_short)
-def test_an_injected_header_is_refused_unsent(call, options):
+@in_turn(*NET_INJECTIONS)
+def test_an_injected_header_is_refused_unsent(options, call):
     with Server(NET_OK) as server:
         error = net_error((ValueError, TypeError, serv.ServError), call,
                           server, **options)
@@ -4816,24 +4809,24 @@ def test_an_injected_header_is_refused_unsent(call, options):
     assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize("tail", [
+@in_turn(
     "/\r\nX-Evil: 1", "/ HTTP/1.1\r\nX-Evil: 1\r\n\r\n", "/a b", "\n", "\t",
-    " ", "/\u2028", "/?a=b", "/#a", "/\0", "\r\n.evil.test", "\\@evil.test"])
+    " ", "/\u2028", "/?a=b", "/#a", "/\0", "\r\n.evil.test", "\\@evil.test")
 def test_an_injected_url_is_refused_unsent(tail):
     with Server(NET_OK) as server:
         net_error(ValueError, net_chat, server.url + tail)
         assert server.connections == 0
 
 
-@pytest.mark.parametrize("url", [
+@net_calls
+@in_turn(
     "file:///etc/passwd", "file://localhost/etc/passwd", "ftp://127.0.0.1/a",
     "gopher://127.0.0.1:70/", "data:text/plain,hi", "unix:///run/socket",
     "javascript:1", "127.0.0.1:80", "//127.0.0.1", "http:127.0.0.1",
     "https://", "http://:80", "http://a:b@127.0.0.1", "http://a@127.0.0.1",
     "http://127.0.0.1:x", "http://127.0.0.1:99999", "http://[::1",
-    "http://evil test/"])
-@net_calls
-def test_other_urls_are_refused(call, url):
+    "http://evil test/")
+def test_other_urls_are_refused(url, call):
     net_error(ValueError, call, url)
 
 
