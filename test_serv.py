@@ -511,23 +511,20 @@ def at_once(*cases, threads=None):
             with concurrent.futures.ThreadPoolExecutor(
                     threads or len(cases)) as pool:
                 ends = [pool.submit(test, *case, **fixtures) for case in cases]
-            errors = [end.exception() for end in ends]
-            failed = [case for case, error in zip(cases, errors) if error]
-            if failed:
-                raise AssertionError("with %s" % ", and ".join(
-                    "%.999r" % (case,) for case in failed)) from next(
-                        filter(None, errors))
-
+            for case, end in zip(cases, ends):
+                if end.exception():
+                    raise AssertionError(
+                        "with %.999r" % (case,)) from end.exception()
         parameters = list(inspect.signature(test).parameters.values())
         run.__signature__ = inspect.Signature(parameters[len(cases[0]):])
         return run
     return decorate
 
 
-def in_turn(*values):
-    """Run a test with each value, or tuple of some: each takes no time."""
-    return at_once(*(value if isinstance(value, tuple) else (value,)
-                     for value in values), threads=1)
+def in_turn(*cases):
+    """Run a test with each case, one after the other: each takes no time."""
+    return at_once(*(case if isinstance(case, tuple) else (case,)
+                     for case in cases), threads=1)
 
 
 # ---------------------------------------------------------------------------
@@ -4569,7 +4566,6 @@ def test_no_flood_fills_the_memory():
                 NET_HOSTILE, server.url, *names[part::4])), range(4)))
     assert sum(megabytes for _, megabytes in told) < 150
     ends = [end for part, _ in told for end in part]
-    assert len(ends) == 2 * len(names)
     assert [end for end in ends if end[1] not in (
         "APIConnectionError", "APIResponseError", "APITimeoutError",
         "InternalServerError")] == []
@@ -5510,17 +5506,16 @@ def run_in(command, served, place, text=""):
 
 def why_not(block):
     """Return why a block of the README cannot run here, or None."""
-    for word, module in ENGINES.items():
-        if re.search(r"^(from|import) %s\b" % word, block.code, re.M):
-            if importlib.util.find_spec(module) is None:
-                return "there is no %s here" % module
+    for word, reason in NOT_HERE.items():
+        if word in block.code:
+            return reason
+    missing = [module for word, module in ENGINES.items()
+               if re.search(r"^(from|import) %s\b" % word, block.code, re.M)
+               and not importlib.util.find_spec(module)]
     if block.kind == "sh":
-        for word, reason in NOT_HERE.items():
-            if word in block.code:
-                return reason
-        for tool in ("bash", "zip", "sha256sum"):
-            if not shutil.which(tool) and tool in block.code + "bash":
-                return "there is no %s here" % tool
+        missing = [tool for tool in ("bash", "zip", "sha256sum")
+                   if tool in block.code + "bash" and not shutil.which(tool)]
+    return "there is no %s here" % missing[0] if missing else None
 
 
 @pytest.fixture(scope="module")
