@@ -178,7 +178,8 @@ class InternalServerError(APIStatusError):
 
 STATUS_ERRORS: dict[int, type[APIStatusError]] = {
     400: BadRequestError, 401: AuthenticationError, 402: BillingError,
-    403: PermissionDeniedError, 404: NotFoundError, 429: RateLimitError}
+    403: PermissionDeniedError, 404: NotFoundError, 429: RateLimitError,
+    500: InternalServerError}
 # https://docs.anthropic.com/en/api/errors, and what OpenAI's servers send
 STATUS_OF_TYPE = {
     "invalid_request_error": 400, "authentication_error": 401,
@@ -456,12 +457,11 @@ def build_request(endpoint: str, streaming: bool, params: JSONDict,
             "Accept": "text/event-stream" if streaming else "application/json",
             "Content-Type": "application/json", "Accept-Encoding": "identity"}
     # float() alone would take "nan", "inf" and "1_0".
-    timeout = find_setting("TIMEOUT", timeout, TIMEOUT)
-    good = timeout is TIMEOUT or re.fullmatch(
-        r"[0-9]*\.?[0-9]+(e[+-]?[0-9]+)?", str(timeout))
-    require(good and float(timeout), "timeout (SERV_TIMEOUT): seconds above 0")
+    seconds = str(find_setting("TIMEOUT", timeout, TIMEOUT))
+    good = re.fullmatch(r"[0-9]*\.?[0-9]+(e[+-]?[0-9]+)?", seconds)
+    require(good and float(seconds), "timeout (SERV_TIMEOUT): seconds above 0")
     return _Call(endpoint == "chat", url + PATHS[endpoint], {**ours, **given},
-                 body, secret, float(timeout), max_retries)
+                 body, secret, float(seconds), max_retries)
 
 
 def require(good: Any, wrong: str, kind: type[Exception] = ValueError) -> Any:
@@ -530,15 +530,10 @@ def build_url(url: Any) -> str:
     found = require(url.isprintable() and re.fullmatch(
         r"(?i:https?)(?!.*[?#])(://[^\s/@\\]+(?:/[!-~]*?)??)(?:/v1)?/*", url),
         name + ": expected http[s]://host[:port][/path] and nothing more")
-    return str(split_url(name, url).scheme + found[1])
-
-
-def split_url(name: str, url: str) -> Any:
-    """Return the parts of a URL with a host; it may hold a password."""
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
         if parts.hostname and parts.port != 0:
-            return parts
+            return str(parts.scheme + found[1])
     raise ValueError(name + ": no host, or a bad port, in the URL")
 
 
@@ -591,10 +586,9 @@ def parse_json(text: str) -> Any:
     text = text.strip()
     try:
         value, end = _scan(text, 0)
-    except (StopIteration, RecursionError):
+    except (StopIteration, RecursionError, ValueError):
         end = -1
-    if end != len(text):
-        raise ValueError("not one JSON value, or nested too deeply")
+    require(end == len(text), "not one JSON value, or nested too deeply")
     # What is short, or has few brackets, cannot be deep: no need to look.
     if end > 2 * MAX_DEPTH < 2 * (text.count("[") + text.count("{")):
         level = [value]
@@ -749,8 +743,7 @@ def redact(value: Any, secret: Pattern[str]) -> Any:
 # in pieces and joined once, so that time is linear however it is cut.
 # ---------------------------------------------------------------------------
 
-ONE_EVENT = re.compile(
-    rb"(?:event: ?(.*)\n)?data: ?(.*)\n\n")
+ONE_EVENT = re.compile(rb"(?:event: ?(.*)\n)?data: ?(.*)\n\n")
 DONE: JSONDict = {}  # what parse_event() makes of [DONE]
 EVENTS = ("message", "error", "message_start", "message_delta", "message_stop",
           "content_block_start", "content_block_delta", "content_block_stop")
@@ -810,8 +803,8 @@ def parse_event(name: str, data: str) -> JSONDict | None:
     :raise ValueError: the data is not what the format promises.
     """
     try:
-        event = parse_json(data)
-        event = expect("null" if event is None else event, dict)
+        event: JSONDict = parse_json(data)
+        require(isinstance(event, dict), "not an object")
     except ValueError:
         if data.strip() == "[DONE]":
             return DONE
@@ -851,7 +844,7 @@ def merge(whole: JSONDict, piece: JSONDict, grows: Any = (str, list)) -> None:
         elif isinstance(value, dict):
             if not isinstance(old, dict):
                 old = whole[key] = {}
-            merge(old, value, grows)
+            merge(old, value, (str, list) if key == "message" else grows)
         elif grows and key in LABELS:
             whole[key] = old or value
         elif not isinstance(value, grows):
@@ -927,14 +920,13 @@ class _Answer:
 
     def __init__(self, chat: bool, headers: Headers) -> None:
         self.chat, self.headers = chat, headers
-        self.index = 0  # of the block that came last
-        self.top: JSONDict = {}  # the answer, but for
-        self.parts: dict[int, JSONDict] = {}  # its choices or blocks
+        self.index, self.done = 0, False  # of the last block; the last event
+        self.top: JSONDict = {}  # the answer, but for its choices or blocks
+        self.parts = _Grown(True, (list,) if chat else (str, list))
         # The event that came last, if it did no more than add a text; its
         # delta, which holds the text; and to what the text was added.
         self.repeats: Any = ({}, {}, None)
         self.places: dict[int, int] = {}  # where each block is, by its index
-        self.done = False   # the last event was there
         self.elapsed = 0.0  # seconds of the call, up to the last event
         self.error: BaseException | None = None  # that ended it
 
@@ -943,8 +935,9 @@ class _Answer:
         """Whether what has arrived proves that nothing is missing."""
         if not self.chat:
             return self.done or bool(self.top.get("stop_reason"))
-        return bool(self.parts) and (self.done or all(
-            part["finish_reason"] for part in self.parts.values()))
+        choices = self.parts.entries.values()
+        return bool(choices) and (self.done or all(
+            choice["finish_reason"] for choice in choices))
 
     def add(self, event: JSONDict) -> str:
         """Add an event; return what it adds to the (first choice's) text."""
@@ -965,27 +958,23 @@ class _Answer:
         return self._add_chunk(event) if self.chat else self._add_event(event)
 
     def _add_chunk(self, chunk: JSONDict) -> str:
-        top, text = dict(chunk), ""
-        choices = expect(top.pop("choices", None), list)
-        merge(self.top, top, ())
-        for number, choice in enumerate(choices):
-            entry = dict(expect(choice, dict))
+        top, text, choices = dict(chunk), "", []
+        listed = expect(top.pop("choices", None), list)
+        for number, choice in enumerate(listed):
+            entry = {"finish_reason": None, **expect(choice, dict)}
             delta, index = entry.pop("delta", None), find_index(entry, number)
-            if index not in self.parts:
-                message = {"role": None, "content": None}
-                self.parts[index] = {
-                    "index": index, "message": message, "finish_reason": None}
-                if delta is None:  # a whole answer as one event
-                    delta = entry.pop("message", None)
-            delta, part = expect(delta, dict), self.parts[index]
-            merge(part["message"], delta)
-            merge(part, entry, (list,))
-            text += find_text(delta.get("content")) * (index == 0)
-            if (text and [*delta] == ["content"] and len(choices) == 1
-                    and {dict, list}.isdisjoint(map(type, entry.values()))):
-                delta = dict(delta)
-                last = {**chunk, "choices": [{**choice, "delta": delta}]}
-                self.repeats = last, delta, part["message"]["content"]
+            if delta is None and not self.top:  # a whole answer as one event
+                delta = entry.get("message")
+            message = {"role": None, "content": None, **expect(delta, dict)}
+            choices.append({**entry, "index": index, "message": message})
+            text += find_text(message["content"]) * (index == 0)
+        merge(self.top, top, ())
+        self.parts.write(choices)
+        if (text and len(listed) == 1 and [*(delta or ())] == ["content"]
+                and {dict, list}.isdisjoint(map(type, entry.values()))):
+            last = {**chunk, "choices": [{**choice, "delta": dict(delta)}]}
+            grown = self.parts.entries[0]["message"]["content"]
+            self.repeats = last, last["choices"][0]["delta"], grown
         return text
 
     def _add_event(self, event: JSONDict) -> str:
@@ -995,8 +984,8 @@ class _Answer:
             inner = top.pop("message", top.pop("delta", None))
             top.update(expect(inner, dict))
             blocks = expect(top.get("content"), list)
-            for index, block in enumerate(blocks):
-                merge(self.parts.setdefault(index, {}), expect(block, dict))
+            self.parts.write([dict(expect(block, dict), index=index)
+                              for index, block in enumerate(blocks)])
             merge(self.top, top, ())
             return find_text(blocks)
         self.done = self.done or kind == "message_stop"
@@ -1006,20 +995,21 @@ class _Answer:
         delta = expect(event.get("content_block" if starts else "delta"), dict)
         block, index = dict(delta), find_index(event, self.index + starts)
         self.index = index
-        if starts and index in self.parts:
+        if starts and index in self.parts.entries:
             # Some gateways count every block as 0: begun again, it is another.
-            self.places[index] = max(self.parts) + 1
-        part = self.parts.setdefault(self.places.get(index, index), {})
+            self.places[index] = max(self.parts.entries) + 1
+        block["index"] = place = self.places.get(index, index)
         block["type"] = str(block.get("type") or "").replace("_delta", "")
         if "citation" in block:
             block["citations"] = [block.pop("citation")]
         if "partial_json" in block:
             block["input"] = block.pop("partial_json")
-        merge(part, block)
+        self.parts.write([block])
         text = find_part_text(block)
-        if text and not starts and len(block) == 2:
-            delta = dict(delta)
-            self.repeats = {**event, "delta": delta}, delta, part["text"]
+        if text and not starts and len(block) == 3:
+            last, grown = {**event, "delta": dict(delta)}, (
+                self.parts.entries[place]["text"])
+            self.repeats = last, last["delta"], grown
         return text
 
     @property
@@ -1034,8 +1024,7 @@ class _Answer:
         Until it is ``whole`` a tool's input stays text, so that half an
         input is never taken for one.
         """
-        tree = {**self.top, "choices" if self.chat else "content": [
-            self.parts[place] for place in sorted(self.parts)]}
+        tree = {**self.top, "choices" if self.chat else "content": self.parts}
         top: JSONDict = json.loads(clean_text(json.dumps(
             tree, ensure_ascii=False, default=lambda node: node.getvalue())))
         if self.chat:
@@ -1047,6 +1036,7 @@ class _Answer:
                     call.setdefault("type", "function")
             return {**top, "object": "chat.completion"}
         for block in top["content"]:
+            del block["index"]
             given = block.get("input")
             if whole and isinstance(given, str):
                 block["input"] = parse_kind(given, dict)
@@ -1108,9 +1098,9 @@ class _Connection(io.RawIOBase):
             self.sock = dial(client.host, client.port, deadline)
             if proxy and tls:
                 client.set_tunnel(host, port, login)
-            client.sock = self
-            if proxy and tls:
+                client.sock = self
                 client._tunnel()
+            client.sock = self
             if tls:
                 client.default_port = 443  # which the Host header omits
                 with _lock:
@@ -1344,17 +1334,16 @@ class _Call(collections.namedtuple(
             yield DONE, ""
             outer = sys.exc_info()[1]
             for name, data in pairs:
-                answer.elapsed = time.monotonic() - self.started
-                if answer.elapsed >= self.timeout:
-                    raise socket.timeout("events still coming")
+                answer.elapsed = self.elapsed
+                require(answer.elapsed < self.timeout, "still coming", OSError)
                 if (event := parse_event(name, data)) is None:
                     continue
                 text = answer.add(event)
                 # All errors but a bare message have the word in them.
-                bare = "choices" not in event and "type" not in event
-                if "error" in data or name == "error" or bare:
-                    if find_error(name, event):
-                        raise self.refused(200, event)
+                told = "choices" not in event and "type" not in event or (
+                    "error" in data or name == "error")
+                if told and find_error(name, event):
+                    raise self.refused(200, event)
                 if half or not text.isascii():
                     starts = event.get("type") == "content_block_start"
                     text = (clean_text(half) if starts else half) + text
@@ -1424,8 +1413,7 @@ class _Call(collections.namedtuple(
         told = (fields["message"] or "no message") + ADVICE.get(status, "")
         if 300 <= status < 400:
             told = f"not following to {headers.get('location')}; set base_url"
-        other = InternalServerError if status >= 500 else APIStatusError
-        return STATUS_ERRORS.get(status, other)(
+        return STATUS_ERRORS.get(min(status, 500), APIStatusError)(
             f"{status} {kind or http.client.responses.get(status, '')}: "
             f"{told}", retry_after=parse_retry_after(headers, time.time()),
             body=body, status=status, headers=headers, **fields)
@@ -1446,8 +1434,7 @@ class _Call(collections.namedtuple(
                 kind, found = APITimeoutError, f"not within {self.timeout:g} s"
             elif isinstance(exc, ssl.SSLCertVerificationError):
                 what += "; for a CA of your own, set SSL_CERT_FILE to its PEM"
-            elif isinstance(exc, ValueError) and not isinstance(
-                    exc, UnicodeError):
+            elif type(exc) is ValueError:
                 kind, found = APIResponseError, "a broken event"
             error = kind(f"{found}: {what}")
             error.__cause__ = exc
@@ -1572,8 +1559,11 @@ def build_call(args: Any) -> _Call:
 def iter_pairs(options: list[str], sign: str) -> Iterator[tuple[str, str]]:
     """Yield the two sides of each NAME=VALUE or NAME: VALUE."""
     for name, found, text in (option.partition(sign) for option in options):
-        own = name in ("", "api_key", "messages", "model", "system", "stream")
-        require(found and not own, f"{name!r}: taken, or not NAME{sign}VALUE")
+        own = sign == "=" and name in (
+            "", "api_key", "messages", "model", "system", "stream")
+        # What stands behind a blank may be a key.
+        require(found and not own,
+                f"{name.split(' ')[0]!r}: taken, or not NAME{sign}VALUE")
         yield name, text
 
 
