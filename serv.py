@@ -902,9 +902,8 @@ class _Grown:
 
     def getvalue(self) -> list[Any]:
         """Return the entries, those with an index where that puts them."""
-        return [self.entries[label] for label in sorted(
-            self.entries, key=lambda label: (
-                label if isinstance(label, int) else 0))]
+        order = sorted(self.entries, key=lambda it: isinstance(it, int) and it)
+        return [self.entries[label] for label in order]
 
 
 def find_index(entry: JSONDict, default: Any) -> Any:
@@ -933,11 +932,10 @@ class _Answer:
     @property
     def whole(self) -> bool:
         """Whether what has arrived proves that nothing is missing."""
-        if not self.chat:
-            return self.done or bool(self.top.get("stop_reason"))
-        choices = self.parts.entries.values()
-        return bool(choices) and (self.done or all(
-            choice["finish_reason"] for choice in choices))
+        parts = self.parts.entries.values()
+        ended = (all(choice["finish_reason"] for choice in parts)
+                 if self.chat else self.top.get("stop_reason"))
+        return bool((self.done or ended) and (parts or not self.chat))
 
     def add(self, event: JSONDict) -> str:
         """Add an event; return what it adds to the (first choice's) text."""
@@ -1007,8 +1005,8 @@ class _Answer:
         self.parts.write([block])
         text = find_part_text(block)
         if text and not starts and len(block) == 3:
-            last, grown = {**event, "delta": dict(delta)}, (
-                self.parts.entries[place]["text"])
+            last = {**event, "delta": dict(delta)}
+            grown = self.parts.entries[place]["text"]
             self.repeats = last, last["delta"], grown
         return text
 
@@ -1152,8 +1150,7 @@ class _Connection(io.RawIOBase):
     def has_answer(self) -> bool:
         """Whether bytes, or the end of them, are here; does not wait."""
         self.sock.settimeout(0)
-        with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError,
-                                 ssl.SSLWantWriteError):
+        with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
             self.early = io.BytesIO(self.sock.recv(READ_SIZE))
             return True
         return False
@@ -1182,11 +1179,11 @@ def dial(host: str, port: int, deadline: float) -> socket.socket:
     of what is left, so that a dead one leaves time for the next.
     """
     found: Any = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-    share = (deadline - time.monotonic()) / len(found)
-    for left in range(len(found), 0, -1):  # the last one's fault is told
-        with contextlib.suppress(*[OSError] * (left > 1)):
-            sock = socket.create_connection(
-                found[-left][4][:2], max(0.001, min(CONNECT_TIMEOUT, share)))
+    share = min(CONNECT_TIMEOUT, (deadline - time.monotonic()) / len(found))
+    for number, (*_, where) in enumerate(found, 1):
+        with contextlib.suppress(*[OSError] * (number < len(found))):
+            # numeric by now: nothing is looked up again
+            sock = socket.create_connection(where[:2], max(share, 0.001))
             break
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -1438,8 +1435,8 @@ class _Call(collections.namedtuple(
                 kind, found = APIResponseError, "a broken event"
             error = kind(f"{found}: {what}")
             error.__cause__ = exc
-        error.reply, error.request_id = reply, (
-            self.response and find_request_id(self.response.headers))
+        headers: Any = getattr(self.response, "headers", {})
+        error.reply, error.request_id = reply, find_request_id(headers)
         # "x" or "local" is also a word
         found = r"(?<!\w)%s(?!\w)" if len(self.secret) < 8 else "%s"
         secret = re.compile(found % (re.escape(self.secret) or "(?!)"))
@@ -1447,10 +1444,8 @@ class _Call(collections.namedtuple(
         while link is not None and link is not outer:
             link.args, link.__dict__ = redact((link.args, vars(link)), secret)
             link = link.__cause__ or link.__context__
-        where = f"POST {self.url}" + (
-            f", request id {shown(error.request_id)}" if error.request_id
-            else "")
-        error.args = (f"{shown(error.args[0])} ({where})",)
+        told = error.request_id and f", request id {shown(error.request_id)}"
+        error.args = (f"{shown(error.args[0])} (POST {self.url}{told or ''})",)
         return error
 
 
@@ -1539,8 +1534,8 @@ def build_call(args: Any) -> _Call:
     if sys.stdin and ("-" in args.prompt or not sys.stdin.isatty()):
         texts.append(sys.stdin.read().rstrip())
     prompt = require("\n\n".join(filter(None, texts)), "no prompt; see --help")
-    chat, args.streaming = args.endpoint == "chat", not (
-        args.no_stream or args.json)
+    args.streaming = not (args.no_stream or args.json)
+    chat = args.endpoint == "chat"
     params: JSONDict = {} if chat else {"max_tokens": 4096}
     if args.verbose and chat and args.streaming:  # it tells the tokens
         params["stream_options"] = {"include_usage": True}
