@@ -399,7 +399,7 @@ class Stream:
         """Return the next piece of text; raise as ``events()`` does."""
         while (item := self._read()) is not None:
             if item[1]:
-                return str(item[1])
+                return item[1]
         raise StopIteration
 
     def events(self) -> Iterator[JSONDict]:
@@ -425,9 +425,9 @@ class Stream:
 
     __exit__ = close
 
-    def _read(self) -> Any:
+    def _read(self) -> tuple[JSONDict, str] | None:
         """Return the next event and its text; None where it has ended."""
-        item = next(self._source, None)
+        item: tuple[JSONDict, str] | None = next(self._source, None)
         if item is None and self._answer.error is not None:
             raise self._answer.error  # a second loop must not look like an end
         return item
@@ -951,7 +951,7 @@ class _Answer:
                 grown.write(text)
                 return text
         except (LookupError, TypeError):
-            pass
+            pass  # another kind of event
         self.repeats = {}, {}, None
         return self._add_chunk(event) if self.chat else self._add_event(event)
 
@@ -1323,8 +1323,7 @@ class _Call(collections.namedtuple(
         next(source)  # from here on its end is the connection's
         return Stream(answer, source)
 
-    def iter_stream(self, answer: _Answer, pairs: Iterator[tuple[str, str]]
-                    ) -> Iterator[tuple[JSONDict, str]]:
+    def iter_stream(self, answer: _Answer, pairs: Any) -> Iterator[Any]:
         """Yield events and what each adds to the text, up to a proven end."""
         half = ""  # a surrogate that waits for its other half
         try:
@@ -1415,8 +1414,7 @@ class _Call(collections.namedtuple(
             f"{told}", retry_after=parse_retry_after(headers, time.time()),
             body=body, status=status, headers=headers, **fields)
 
-    def complete(self, exc: BaseException, outer: Any,
-                 reply: Reply | None = None) -> ServError:
+    def complete(self, exc: Any, outer: Any, reply: Any = None) -> ServError:
         """Return what was raised as an error of this call, without the key.
 
         The key is cut out of all that the error is chained to as well, up to
