@@ -1076,6 +1076,7 @@ class _Connection(io.RawIOBase):
 
     def __init__(self, route: Any) -> None:
         self.route, self.pid, self.kept = route, os.getpid(), False
+        self.unsent: Any = None
         self.http: Any = None  # speaks HTTP over this object, and this one
         self.sock: Any = None  # over the real socket, or TLS
 
@@ -1085,10 +1086,10 @@ class _Connection(io.RawIOBase):
         What nobody asked for (a 408, say) is no answer to the next request:
         with that, or the end, waiting on a kept connection, it is made anew.
         """
-        if self.kept and self.has_answer():
+        self.deadline, self.unsent = deadline, b""  # what is to be sent
+        if self.kept and self.receive(bytearray(1), 0) is not None:
             self.discard()
-        self.deadline, self.early = deadline, io.BytesIO()
-        self.unsent, self.received, self.ended = memoryview(b""), 0, False
+        self.received, self.ended = 0, False  # of what comes
         tls, host, port, proxy, login, *authority = self.route
         if not self.kept:
             client: Any = http.client.HTTPConnection(*(proxy or (host, port)))
@@ -1103,7 +1104,7 @@ class _Connection(io.RawIOBase):
                 client.default_port = 443  # which the Host header omits
                 with _lock:
                     context = get_tls_context(*authority)
-                self.sock = context.wrap_socket(self.ready(),
+                self.sock = context.wrap_socket(self.ready(86400.0),
                                                 server_hostname=host)
         return self.http
 
@@ -1122,7 +1123,7 @@ class _Connection(io.RawIOBase):
     def makefile(self, mode: str) -> Any:
         return io.BufferedReader(self, READ_SIZE)
 
-    def ready(self, at_most: float = 86400.0) -> Any:
+    def ready(self, at_most: float) -> Any:
         """Return the real socket, its timeout set to what is left."""
         left = self.deadline - time.monotonic()
         require(left > 0, "timed out", socket.timeout)
@@ -1134,26 +1135,24 @@ class _Connection(io.RawIOBase):
     def sendall(self, data: bytes) -> None:
         self.unsent = memoryview(bytes(self.unsent) + data)
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Any) -> Any:
         """Send what is to be sent, in one packet, and read what comes."""
-        while self.unsent and not self.early.getbuffer():
+        while self.unsent:
             sock = self.ready(WAIT_SECONDS)  # which ends a stalled upload
             with contextlib.suppress(OSError):
                 self.unsent = self.unsent[sock.send(self.unsent):]
             # The answer (413, say) tells more than the broken pipe.
-            if self.unsent and self.has_answer():
-                break
-        size = self.early.readinto(buffer) or self.ready().recv_into(buffer)
-        self.received, self.ended = self.received + size, not size
-        return int(size)
+            if self.unsent and (size := self.receive(buffer, 0)) is not None:
+                self.unsent = None  # the rest is not wanted
+                return size
+        return self.receive(buffer)
 
-    def has_answer(self) -> bool:
-        """Whether bytes, or the end of them, are here; does not wait."""
-        self.sock.settimeout(0)
+    def receive(self, buffer: Any, at_most: float = 86400.0) -> Any:
+        """Return how many bytes came, 0 at their end, None for not yet."""
         with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
-            self.early = io.BytesIO(self.sock.recv(READ_SIZE))
-            return True
-        return False
+            size = self.ready(at_most).recv_into(buffer)
+            self.received, self.ended = self.received + size, not size
+            return size
 
     def give_back(self, response: Any) -> None:
         """Keep the connection for the next call if it is in order."""
@@ -1163,7 +1162,7 @@ class _Connection(io.RawIOBase):
         # which may be late, or never come: then the connection is dropped.
         with contextlib.suppress(AttributeError, *NETWORK_ERRORS):
             self.kept = not (response.will_close or response.length
-                             or self.unsent or response.status < 200
+                             or self.unsent is None or response.status < 200
                              or response.chunked and response.read1(READ_SIZE))
             response.close()
         if not self.kept:
