@@ -108,10 +108,6 @@ class ServError(Exception):
     reply: Reply | None = None
     request_id: str | None = None
 
-    def __init__(self, *args: Any, **attributes: Any) -> None:
-        super().__init__(*args)
-        self.__dict__.update(attributes)
-
 
 class APIConnectionError(ServError):
     """No whole answer: DNS, TCP, TLS, a reset, a cut body, a cut stream."""
@@ -1405,13 +1401,14 @@ class _Call(collections.namedtuple(
         if 200 <= status < 300:
             good = re.fullmatch("[45][0-9][0-9]", code)
             status = STATUS_OF_TYPE.get(kind) or int(code if good else 500)
-        told = (fields["message"] or "no message") + ADVICE.get(status, "")
+        why = (fields["message"] or "no message") + ADVICE.get(status, "")
         if 300 <= status < 400:
-            told = f"not following to {headers.get('location')}; set base_url"
-        return STATUS_ERRORS.get(min(status, 500), APIStatusError)(
-            f"{status} {kind or http.client.responses.get(status, '')}: "
-            f"{told}", retry_after=parse_retry_after(headers, time.time()),
-            body=body, status=status, headers=headers, **fields)
+            why = f"not following to {headers.get('location')}; set base_url"
+        error = STATUS_ERRORS.get(min(status, 500), APIStatusError)(
+            f"{status} {kind or http.client.responses.get(status, '')}: {why}")
+        vars(error).update(fields, status=status, headers=headers, body=body,
+                           retry_after=parse_retry_after(headers, time.time()))
+        return error
 
     def complete(self, exc: Any, outer: Any, reply: Any = None) -> ServError:
         """Return what was raised as an error of this call, without the key.
