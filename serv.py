@@ -824,7 +824,7 @@ def parse_event(name: str, data: str) -> JSONDict | None:
 
 # What is said once of an entry, however often it is repeated.
 LABELS = frozenset(("id", "index", "type", "name", "role", "format"))
-PLACED = ("content", "tool_calls")  # lists whose entries come in pieces
+PLACED = "content", "tool_calls", "thinking"  # their entries come in pieces
 
 
 def merge(whole: JSONDict, piece: JSONDict, grows: Any = (str, list)) -> None:
@@ -845,27 +845,29 @@ def merge(whole: JSONDict, piece: JSONDict, grows: Any = (str, list)) -> None:
             whole[key] = old or value
         elif not isinstance(value, grows):
             whole[key] = value
+        elif isinstance(value, list) and not (key in PLACED and str in grows):
+            if not isinstance(old, list):
+                old = whole[key] = []
+            old.extend(value)
         else:
-            text, before = isinstance(value, str), old
-            if not isinstance(old, (_Grown, io.StringIO) if text else _Grown):
-                old = whole[key] = io.StringIO() if text else _Grown(
-                    key in PLACED, grows)
-                if isinstance(before, io.StringIO):
-                    old.write(before.getvalue())
-            old.write(value)
+            kind = io.StringIO if isinstance(value, str) else _Grown
+            if not isinstance(old, (kind, _Grown)):
+                whole[key] = kind()
+                if isinstance(old, io.StringIO):
+                    whole[key].write(old.getvalue())
+            whole[key].write(value)
 
 
 class _Grown:
     """A list that comes in pieces; each entry is known by a label.
 
-    Where entries are ``placed``, that is its ``index``, or lacking that
-    (Mistral) its ``id``; lacking both, that of the last, if it is a call's
-    next piece or, first in its list, text of the same type.
+    That is its ``index``, or lacking that (Mistral) its ``id``; lacking both,
+    that of the last, if it is a call's next piece or, first in its list, text
+    of the same type.
     """
 
-    def __init__(self, placed: bool, grows: tuple[Any, ...]) -> None:
-        self.placed, self.grows = placed, grows
-        self.entries: dict[Any, Any] = {}
+    def __init__(self, grows: Any = (str, list)) -> None:
+        self.grows, self.entries = grows, {}  # type: Any, dict[Any, Any]
 
     def write(self, value: Any) -> None:
         """Add the entries of a list; a str is one text part."""
@@ -881,8 +883,7 @@ class _Grown:
     def find_label(self, entry: JSONDict, first: bool) -> Any:
         """Return the label of the entry that this one goes on with."""
         new: Any = (len(self.entries),)
-        index, label = (find_index(entry, None), entry.get("id")) if (
-            self.placed) else (None, None)
+        index, label = find_index(entry, None), entry.get("id")
         name = _dict(entry.get("function")).get("name")
         if index is not None:
             # Gemini counts every call as 0: a new id and name is a new call.
@@ -917,7 +918,7 @@ class _Answer:
         self.chat, self.headers = chat, headers
         self.index, self.done = 0, False  # of the last block; the last event
         self.top: JSONDict = {}  # the answer, but for its choices or blocks
-        self.parts = _Grown(True, (list,) if chat else (str, list))
+        self.parts = _Grown((list,) if chat else (str, list))
         # The event that came last, if it did no more than add a text; its
         # delta, which holds the text; and to what the text was added.
         self.repeats: Any = ({}, {}, None)
