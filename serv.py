@@ -867,7 +867,8 @@ class _Grown:
     """
 
     def __init__(self, grows: Any = (str, list)) -> None:
-        self.grows, self.entries = grows, {}  # type: Any, dict[Any, Any]
+        self.grows = grows
+        self.entries: dict[Any, Any] = {}
 
     def write(self, value: Any) -> None:
         """Add the entries of a list; a str is one text part."""
@@ -879,6 +880,7 @@ class _Grown:
                 merge(self.entries.setdefault(label, {}), entry, self.grows)
             else:
                 self.entries[len(self.entries),] = entry
+        require(len(self.entries) <= MAX_PARTS, "too many parts")
 
     def find_label(self, entry: JSONDict, first: bool) -> Any:
         """Return the label of the entry that this one goes on with."""
