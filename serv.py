@@ -875,12 +875,12 @@ class _Grown:
         if isinstance(value, str):
             value = [{"type": "text", "text": value}]
         for number, entry in enumerate(value):
+            require(len(self.entries) <= MAX_PARTS, "too many parts")
             if isinstance(entry, dict):
                 label = self.find_label(entry, number == 0)
                 merge(self.entries.setdefault(label, {}), entry, self.grows)
             else:
                 self.entries[len(self.entries),] = entry
-        require(len(self.entries) <= MAX_PARTS, "too many parts")
 
     def find_label(self, entry: JSONDict, first: bool) -> Any:
         """Return the label of the entry that this one goes on with."""
