@@ -339,6 +339,8 @@ class Reply(dict):  # type: ignore[type-arg]
             given = spec.get("arguments", spec.get("input"))
             if given is None:
                 given = "" if self.partial else {}
+            elif self.partial and not isinstance(given, str):
+                given = json.dumps(given)  # no half may look like a whole
             elif isinstance(given, str) and not self.partial:
                 given = parse_kind(given, dict)
             found.append(ToolCall(call.get("id"), spec.get("name"), given))
@@ -894,9 +896,9 @@ class _Grown:
                 self.entries[new] = self.entries.pop(index)
             return index
         last = next(reversed(self.entries), new)
-        kind = _dict(self.entries.get(last)).get("type")
-        goes_on = "function" in entry and not name or (
-            kind in ("text", "thinking") and kind == entry.get("type"))
+        before = _dict(self.entries.get(last))
+        goes_on = before and ("function" in entry and not name or before.get(
+            "type") == entry.get("type") in ("text", "thinking"))
         return str(label) if label else last if first and goes_on else new
 
     def getvalue(self) -> list[Any]:
@@ -918,7 +920,8 @@ class _Answer:
 
     def __init__(self, chat: bool, headers: Headers) -> None:
         self.chat, self.headers = chat, headers
-        self.index, self.done = 0, False  # of the last block; the last event
+        self.index = self.place = -1  # of the last block, of the hindmost
+        self.done = False  # the last event was there
         self.top: JSONDict = {}  # the answer, but for its choices or blocks
         self.parts = _Grown((list,) if chat else (str, list))
         # The event that came last, if it did no more than add a text; its
@@ -960,15 +963,16 @@ class _Answer:
         for number, choice in enumerate(listed):
             entry = {"finish_reason": None, **expect(choice, dict)}
             delta, index = entry.pop("delta", None), find_index(entry, number)
-            if delta is None and not self.top:  # a whole answer as one event
-                delta = entry.get("message")
+            if delta is None and index not in self.parts.entries:
+                delta = entry.get("message")  # a whole answer as one event
             message = {"role": None, "content": None, **expect(delta, dict)}
             choices.append({**entry, "index": index, "message": message})
             text += find_text(message["content"]) * (index == 0)
         merge(self.top, top, ())
         self.parts.write(choices)
         if (text and len(listed) == 1 and [*(delta or ())] == ["content"]
-                and {dict, list}.isdisjoint(map(type, entry.values()))):
+                and {dict, list}.isdisjoint(map(type, [
+                    *entry.values(), *top.values()]))):
             last = {**chunk, "choices": [{**choice, "delta": dict(delta)}]}
             grown = self.parts.entries[0]["message"]["content"]
             self.repeats = last, last["choices"][0]["delta"], grown
@@ -990,12 +994,13 @@ class _Answer:
         if not starts and kind != "content_block_delta":
             return ""
         delta = expect(event.get("content_block" if starts else "delta"), dict)
-        block, index = dict(delta), find_index(event, self.index + starts)
-        self.index = index
+        block, index = dict(delta), find_index(
+            event, self.index + 1 if starts else max(self.index, 0))
         if starts and index in self.parts.entries:
             # Some gateways count every block as 0: begun again, it is another.
-            self.places[index] = max(self.parts.entries) + 1
+            self.places[index] = self.place + 1
         block["index"] = place = self.places.get(index, index)
+        self.index, self.place = index, max(self.place, place)
         block["type"] = str(block.get("type") or "").replace("_delta", "")
         if "citation" in block:
             block["citations"] = [block.pop("citation")]
@@ -1036,7 +1041,7 @@ class _Answer:
             del block["index"]
             given = block.get("input")
             if whole and isinstance(given, str):
-                block["input"] = parse_kind(given, dict)
+                block["input"] = parse_kind(given or "{}", dict)
             elif not whole and isinstance(given, dict):
                 block["input"] = json.dumps(given) if given else ""
         return {"role": "assistant", **top, "type": "message"}
@@ -1085,10 +1090,10 @@ class _Connection(io.RawIOBase):
         What nobody asked for (a 408, say) is no answer to the next request:
         with that, or the end, waiting on a kept connection, it is made anew.
         """
-        self.deadline, self.unsent = deadline, b""  # what is to be sent
+        self.deadline, self.unsent, self.wanted = deadline, b"", True
+        self.received, self.ended = 0, False
         if self.kept and self.receive(bytearray(1), 0) is not None:
             self.discard()
-        self.received, self.ended = 0, False  # of what comes
         tls, host, port, proxy, login, *authority = self.route
         if not self.kept:
             client: Any = http.client.HTTPConnection(*(proxy or (host, port)))
@@ -1136,13 +1141,13 @@ class _Connection(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> Any:
         """Send what is to be sent, in one packet, and read what comes."""
-        while self.unsent:
+        while self.unsent and self.wanted:
             sock = self.ready(WAIT_SECONDS)  # which ends a stalled upload
             with contextlib.suppress(OSError):
-                self.unsent = self.unsent[sock.send(self.unsent):]
+                self.unsent = self.unsent[sock.send(self.unsent[:READ_SIZE]):]
             # The answer (413, say) tells more than the broken pipe.
             if self.unsent and (size := self.receive(buffer, 0)) is not None:
-                self.unsent = None  # the rest is not wanted
+                self.wanted = bytes(buffer[9:10]) == b"1"  # HTTP/1.1 100
                 return size
         return self.receive(buffer)
 
@@ -1161,7 +1166,7 @@ class _Connection(io.RawIOBase):
         # which may be late, or never come: then the connection is dropped.
         with contextlib.suppress(AttributeError, *NETWORK_ERRORS):
             self.kept = not (response.will_close or response.length
-                             or self.unsent is None or response.status < 200
+                             or self.unsent or response.status < 200
                              or response.chunked and response.read1(READ_SIZE))
             response.close()
         if not self.kept:
@@ -1210,7 +1215,9 @@ def find_route(url: str) -> Any:
     if os.environ.get(name) or os.environ.get(name.upper()):
         from urllib import request  # not loaded where there is no proxy
         found = request.getproxies().get(parts.scheme, "")
-        require(re.match("(?i)http:|(?!.*://)", found), name + ": not http://")
+        require(re.fullmatch(r"(?i)(http://)?([^/]*@)?([^\s/:@]+|\[[\da-f:]+])"
+                             r"(:\d{1,5})?(/.*)?|", found),
+                name + ": expected http://[user:password@]host:port")
         # urllib's own handler reads it, and says what it would change.
         asked, handler = request.Request(url), request.ProxyHandler(
             {parts.scheme: found} if found else {})
@@ -1263,10 +1270,12 @@ class _Call(collections.namedtuple(
 
     def run(self, read: Callable[[_Call], T]) -> T:
         """Return what ``read`` makes of the answer, after some tries."""
-        self.started, tries, outer = time.monotonic(), 0, sys.exc_info()[1]
+        self.started, outer = time.monotonic(), sys.exc_info()[1]
+        tries, stale = 0, False
         while True:
-            connection = take_connection(find_route(self.url))
-            self.connection, self.response = connection, None
+            take = _Connection if stale else take_connection
+            connection = self.connection = take(find_route(self.url))
+            self.response = None
             try:
                 self.response = self.send(connection)
                 return read(self)
@@ -1332,12 +1341,12 @@ class _Call(collections.namedtuple(
                 require(answer.elapsed < self.timeout, "still coming", OSError)
                 if (event := parse_event(name, data)) is None:
                     continue
-                text = answer.add(event)
                 # All errors but a bare message have the word in them.
                 told = "choices" not in event and "type" not in event or (
                     "error" in data or name == "error")
                 if told and find_error(name, event):
                     raise self.refused(200, event)
+                text = answer.add(event)
                 if half or not text.isascii():
                     starts = event.get("type") == "content_block_start"
                     text = (clean_text(half) if starts else half) + text
