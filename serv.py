@@ -5,24 +5,25 @@ Usage::
 
     import serv                             # export SERV_API_KEY=...
 
-    ask = dict(model="gpt-5.4-mini", system="Be brief.")
-    reply = serv.chat("Hello!", **ask)      # POST /v1/chat/completions
+    system = "Be brief."                    # and export SERV_MODEL=...
+    reply = serv.chat("Hello!", system=system)  # POST /v1/chat/completions
     reply.text                              # the answer, a str
     reply["usage"]                          # the service's own JSON: a dict
-    for piece in serv.stream("Hi!", **ask):     # pieces, as they come
+    for piece in serv.stream("Hi!", system=system):     # pieces, as they come
         print(piece, end="", flush=True)
-    serv.message("Hello!", max_tokens=99, **ask)        # POST /v1/messages
+    serv.message("Hello!", system=system, max_tokens=99)    # /v1/messages
 
 What this file does with your key: it is read from ``api_key`` or from
 SERV_API_KEY at each call, sent in the Authorization header of requests to
-``base_url``, and kept nowhere else.  It is cut out of every error.  No
+``base_url``, and kept nowhere else.  It is cut out of every error; only
+what records the local variables of a traceback may see it there.  No
 redirect is followed, certificates are always checked, the key is written
 to no disk, and no other host is spoken to but a proxy that you have set.
 
 From top to bottom; whoever stops at a banner has understood all above it:
 constants, errors, the three calls, Reply and Stream, building requests,
-reading answers, server-sent events, putting a stream together (all pure),
-the network (the only I/O), the command line.
+reading answers, server-sent events, putting a stream together (pure: they
+read variables of the environment at most), the network, the command line.
 
 Errors::
 
@@ -126,7 +127,8 @@ class APIResponseError(ServError):
 
 
 class APIStatusError(ServError):
-    """The server said no: by its status, or by an error object in a 200.
+    """The server said no: by its status, a redirect's too, or by an error
+    object in a 200 or in an event of a stream.
 
     ``status`` is the HTTP status, or the one that the error's type stands
     for; ``type``, ``code``, ``param`` and ``message`` are the server's own;
@@ -305,6 +307,8 @@ class Reply(dict):  # type: ignore[type-arg]
             "role": "assistant", "content": self.get("content", "")}}
 
     def _said(self, *names: str) -> str:
+        """Return what the message has under a name, or parts under the first.
+        """
         entry = self.message
         said = [next(filter(None, map(entry.get, names)), "")] + [
             part.get(names[0]) for part in _dicts(entry.get("content"))]
@@ -1108,7 +1112,7 @@ class _Connection(io.RawIOBase):
                 client.default_port = 443  # which the Host header omits
                 with _lock:
                     context = get_tls_context(*authority)
-                self.sock = context.wrap_socket(self.ready(86400.0),
+                self.sock = context.wrap_socket(self.ready(CONNECT_TIMEOUT),
                                                 server_hostname=host)
         return self.http
 
@@ -1140,7 +1144,7 @@ class _Connection(io.RawIOBase):
         self.unsent = memoryview(bytes(self.unsent) + data)
 
     def readinto(self, buffer: Any) -> Any:
-        """Send what is to be sent, in one packet, and read what comes."""
+        """Send what is to be sent, head and body at once, and read."""
         while self.unsent and self.wanted:
             sock = self.ready(WAIT_SECONDS)  # which ends a stalled upload
             with contextlib.suppress(OSError):
@@ -1153,6 +1157,7 @@ class _Connection(io.RawIOBase):
 
     def receive(self, buffer: Any, at_most: float = 86400.0) -> Any:
         """Return how many bytes came, 0 at their end, None for not yet."""
+        # poll(), beneath the timeout, takes no more than 24 days
         with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
             size = self.ready(at_most).recv_into(buffer)
             self.received, self.ended = self.received + size, not size
@@ -1256,9 +1261,10 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 class _Call(collections.namedtuple(
-        "Request", "chat url headers body secret timeout max_retries")):
+        "_Call", "chat url headers body secret timeout max_retries")):
     """One call: its request, its deadline, its tries, its errors."""
 
+    __repr__ = object.__repr__  # the other one would show the key
     started = 0.0
     connection: _Connection  # of this try
     response: Any = None     # once it has begun
@@ -1322,7 +1328,7 @@ class _Call(collections.namedtuple(
         # A server that does not stream may still have answered, in JSON: that
         # is a stream of one event.  Anything else read_answer() refuses.
         pairs = iter_events(self.iter_body(MAX_STREAM))
-        if (self.response.status != 200
+        if (not 200 <= self.response.status < 300
                 or headers.get_content_type() != "text/event-stream"):
             pairs = iter([("message", json.dumps(self.read_answer()))])
             answer.done = True
@@ -1560,11 +1566,11 @@ def build_call(args: Any) -> _Call:
 def iter_pairs(options: list[str], sign: str) -> Iterator[tuple[str, str]]:
     """Yield the two sides of each NAME=VALUE or NAME: VALUE."""
     for name, found, text in (option.partition(sign) for option in options):
-        own = sign == "=" and name in (
-            "", "api_key", "messages", "model", "system", "stream")
-        # What stands behind a blank may be a key.
-        require(found and not own,
-                f"{name.split(' ')[0]!r}: taken, or not NAME{sign}VALUE")
+        # Not shown: what stands there may be a key.
+        require(name and found, f"an option lacks its NAME{sign}VALUE")
+        require(sign == ":" or name not in (
+            "api_key", "messages", "model", "system", "stream"),
+            f"-o {name}: has an option of its own, or is not yours to set")
         yield name, text
 
 
@@ -1601,7 +1607,7 @@ def answer(args: Any, call: _Call) -> int:
     wrong = ("blocked: " + shown(reply.refusal) if reply.refusal else
              "cut off by the token limit" * reply.truncated)
     if args.verbose:
-        say(f"request id {reply.request_id}, {reply.elapsed:.1f} s, "
+        say(f"request id {reply.request_id or 'none'}, {reply.elapsed:.1f} s, "
             f"{json.dumps(reply.usage) if reply.usage else 'tokens not told'}")
     if reply.tool_calls and not args.json:
         say("the answer calls tools; --json shows them")
