@@ -925,14 +925,13 @@ class _Answer:
     def __init__(self, chat: bool, headers: Headers) -> None:
         self.chat, self.headers = chat, headers
         self.index = self.place = -1  # of the last block, of the hindmost
-        self.done = False  # the last event was there
         self.top: JSONDict = {}  # the answer, but for its choices or blocks
         self.parts = _Grown((list,) if chat else (str, list))
         # The event that came last, if it did no more than add a text; its
         # delta, which holds the text; and to what the text was added.
         self.repeats: Any = ({}, {}, None)
         self.places: dict[int, int] = {}  # where each block is, by its index
-        self.elapsed = 0.0  # seconds of the call, up to the last event
+        self.done, self.elapsed = False, 0.0  # at the last event; seconds
         self.error: BaseException | None = None  # that ended it
 
     @property
@@ -1134,9 +1133,9 @@ class _Connection(io.RawIOBase):
     def ready(self, at_most: float) -> Any:
         """Return the real socket, its timeout set to what is left."""
         left = self.deadline - time.monotonic()
-        require(left > 0, "timed out", socket.timeout)
         # Parent and child would both read parts of one answer.
-        require(self.pid == os.getpid(), "another process's", OSError)
+        if left <= 0 or self.pid != os.getpid():
+            raise socket.timeout("out of time, or in another process")
         self.sock.settimeout(min(left, at_most))
         return self.sock
 
@@ -1158,10 +1157,12 @@ class _Connection(io.RawIOBase):
     def receive(self, buffer: Any, at_most: float = 86400.0) -> Any:
         """Return how many bytes came, 0 at their end, None for not yet."""
         # poll(), beneath the timeout, takes no more than 24 days
-        with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
+        try:
             size = self.ready(at_most).recv_into(buffer)
-            self.received, self.ended = self.received + size, not size
-            return size
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return None
+        self.received, self.ended = self.received + size, not size
+        return size
 
     def give_back(self, response: Any) -> None:
         """Keep the connection for the next call if it is in order."""
@@ -1169,13 +1170,13 @@ class _Connection(io.RawIOBase):
         self.deadline = min(self.deadline, self.idle_since + WAIT_SECONDS)
         # A stream ends with [DONE], but its body with one empty chunk more,
         # which may be late, or never come: then the connection is dropped.
-        with contextlib.suppress(AttributeError, *NETWORK_ERRORS):
-            self.kept = not (response.will_close or response.length
-                             or self.unsent or response.status < 200
-                             or response.chunked and response.read1(READ_SIZE))
-            response.close()
+        with contextlib.suppress(*NETWORK_ERRORS):
+            self.kept = response is not None and not (
+                self.unsent or response.will_close or response.length
+                or response.status < 200 or response.read1(READ_SIZE))
         if not self.kept:
             return self.discard()
+        response.close()
         with _lock:
             _idle.append(self)
 
@@ -1323,13 +1324,12 @@ class _Call(collections.namedtuple(
 
     def stream(self) -> Stream:
         """Return the answer as a stream."""
-        headers = self.response.headers
-        answer = _Answer(self.chat, headers)
+        answer = _Answer(self.chat, self.response.headers)
         # A server that does not stream may still have answered, in JSON: that
         # is a stream of one event.  Anything else read_answer() refuses.
         pairs = iter_events(self.iter_body(MAX_STREAM))
-        if (not 200 <= self.response.status < 300
-                or headers.get_content_type() != "text/event-stream"):
+        kind = self.response.headers.get_content_type()
+        if not 200 <= self.response.status < 300 or kind != "text/event-stream":
             pairs = iter([("message", json.dumps(self.read_answer()))])
             answer.done = True
         source = self.iter_stream(answer, pairs)
