@@ -1329,7 +1329,7 @@ class _Call(collections.namedtuple(
         # is a stream of one event.  Anything else read_answer() refuses.
         pairs = iter_events(self.iter_body(MAX_STREAM))
         kind = self.response.headers.get_content_type()
-        if not 200 <= self.response.status < 300 or kind != "text/event-stream":
+        if self.response.status // 100 != 2 or kind != "text/event-stream":
             pairs = iter([("message", json.dumps(self.read_answer()))])
             answer.done = True
         source = self.iter_stream(answer, pairs)
