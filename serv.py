@@ -1221,8 +1221,8 @@ def find_route(url: str) -> Any:
     if os.environ.get(name) or os.environ.get(name.upper()):
         from urllib import request  # not loaded where there is no proxy
         found = request.getproxies().get(parts.scheme, "")
-        require(re.fullmatch(r"(?i)(http://)?([^/]*@)?([^\s/:@]+|\[[\da-f:]+])"
-                             r"(:\d{1,5})?(/.*)?|", found),
+        require(re.fullmatch(r"(?i)(http://)?([^/]*@)?([^\s/:@]+|"
+                             r"\[[\da-f:.]+])(:\d{1,5})?(/.*)?|", found),
                 name + ": expected http://[user:password@]host:port")
         # urllib's own handler reads it, and says what it would change.
         asked, handler = request.Request(url), request.ProxyHandler(
