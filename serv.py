@@ -1343,7 +1343,7 @@ class _Call(collections.namedtuple(
             yield DONE, ""
             outer = sys.exc_info()[1]
             for name, data in pairs:
-                answer.elapsed = self.elapsed
+                answer.elapsed = time.monotonic() - self.started
                 require(answer.elapsed < self.timeout, "still coming", OSError)
                 if (event := parse_event(name, data)) is None:
                     continue
