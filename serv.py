@@ -747,8 +747,6 @@ def redact(value: Any, secret: Pattern[str]) -> Any:
 
 ONE_EVENT = re.compile(rb"(?:event: ?(.*)\n)?data: ?(.*)\n\n")
 DONE: JSONDict = {}  # what parse_event() makes of [DONE]
-EVENTS = ("message", "error", "message_start", "message_delta", "message_stop",
-          "content_block_start", "content_block_delta", "content_block_stop")
 
 
 def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
@@ -810,7 +808,8 @@ def parse_event(name: str, data: str) -> JSONDict | None:
     except ValueError:
         if data.strip() == "[DONE]":
             return DONE
-        own = name not in EVENTS and not data.lstrip().startswith("{")
+        own = not data.lstrip().startswith("{") and not name.startswith(
+            ("message", "error", "content_block"))
         if not data.strip() or own:
             return None  # a keep-alive, or a vendor's own event
         if name != "error":
@@ -1438,7 +1437,8 @@ class _Call(collections.namedtuple(
         error, what = exc, str(exc) or type(exc).__name__
         if not isinstance(error, ServError):
             kind: type[ServError] = APIConnectionError
-            found = "the answer was cut" if self.response else "no answer"
+            found = "the answer was cut" if self.response else "no answer" + (
+                " through the proxy" if self.connection.route[3] else "")
             if self.elapsed >= self.timeout:
                 kind, found = APITimeoutError, f"not within {self.timeout:g} s"
             elif isinstance(exc, ssl.SSLCertVerificationError):

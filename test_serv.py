@@ -4953,8 +4953,9 @@ def test_a_dead_proxy_is_not_gone_round(monkeypatch):
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("http_proxy", "127.0.0.1:%d"
                            % closed.getsockname()[1])
-        net_error(serv.APIConnectionError, net_chat, server)
+        error = net_error(serv.APIConnectionError, net_chat, server)
         assert server.connections == 0
+    assert "through the proxy" in str(error)
 
 
 @net_calls
