@@ -4537,8 +4537,12 @@ NET_FLOODS = {
 }
 
 NET_HOSTILE = """
-import json, resource, sys, serv
+import json, os, re, resource, sys, serv
 def peak():
+    if os.path.exists("/proc/self/status"):  # Linux lets a child inherit
+        with open("/proc/self/status") as file:  # its parent's ru_maxrss
+            used = re.search("VmHWM:[^0-9]*([0-9]+)", file.read())
+        return int(used.group(1)) >> 10
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used // (1 << 20 if sys.platform == "darwin" else 1 << 10)
 ask = dict(system="s", base_url=sys.argv[1], timeout=0.15, max_retries=0)
