@@ -127,9 +127,9 @@ class APIResponseError(ServError):
 
 
 class APIStatusError(ServError):
-    """The server said no: by its status, a redirect's too, or by an error
-    object in a 200 or in an event of a stream.
+    """The server said no: by its status, or by an error object in a 200.
 
+    A redirect is such a status, and an error event in a stream such an object.
     ``status`` is the HTTP status, or the one that the error's type stands
     for; ``type``, ``code``, ``param`` and ``message`` are the server's own;
     ``body`` is its decoded JSON, else its text; ``retry_after`` the seconds
@@ -174,10 +174,9 @@ class InternalServerError(APIStatusError):
     """5xx: the service or the model behind it failed."""
 
 
-STATUS_ERRORS: dict[int, type[APIStatusError]] = {
-    400: BadRequestError, 401: AuthenticationError, 402: BillingError,
-    403: PermissionDeniedError, 404: NotFoundError, 429: RateLimitError,
-    500: InternalServerError}
+STATUS_ERRORS: dict[int, type[APIStatusError]] = {400: BadRequestError,
+    401: AuthenticationError, 402: BillingError, 403: PermissionDeniedError,
+    404: NotFoundError, 429: RateLimitError, 500: InternalServerError}
 # https://docs.anthropic.com/en/api/errors, and what OpenAI's servers send
 STATUS_OF_TYPE = {
     "invalid_request_error": 400, "authentication_error": 401,
@@ -307,8 +306,7 @@ class Reply(dict):  # type: ignore[type-arg]
             "role": "assistant", "content": self.get("content", "")}}
 
     def _said(self, *names: str) -> str:
-        """Return what the message has under a name, or parts under the first.
-        """
+        """Return what is said under these names; in parts, the first."""
         entry = self.message
         said = [next(filter(None, map(entry.get, names)), "")] + [
             part.get(names[0]) for part in _dicts(entry.get("content"))]
@@ -830,6 +828,8 @@ def parse_event(name: str, data: str) -> JSONDict | None:
 # What is said once of an entry, however often it is repeated.
 LABELS = frozenset(("id", "index", "type", "name", "role", "format"))
 PLACED = "content", "tool_calls", "thinking"  # their entries come in pieces
+# Of which kinds the values are that grow in these; none in a tool's objects.
+GROWS: Any = {"message": (str, list), "input": (), "arguments": ()}
 
 
 def merge(whole: JSONDict, piece: JSONDict, grows: Any = (str, list)) -> None:
@@ -845,7 +845,7 @@ def merge(whole: JSONDict, piece: JSONDict, grows: Any = (str, list)) -> None:
         elif isinstance(value, dict):
             if not isinstance(old, dict):
                 old = whole[key] = {}
-            merge(old, value, (str, list) if key == "message" else grows)
+            merge(old, value, GROWS.get(key, grows))
         elif grows and key in LABELS:
             whole[key] = old or value
         elif not isinstance(value, grows):

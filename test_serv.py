@@ -5515,6 +5515,22 @@ def test_a_chat_calls_object_does_not_look_finished_in_a_cut_stream():
     assert error.reply.tool_calls == [("a", "f", '{"a": 1}')]
 
 
+@pytest.mark.parametrize("given", [
+    {"content": [{"id": "a", "x": 1}, {"id": "a", "x": 2}]},
+    {"thinking": [{"index": 7, "x": 1}, {"index": 2, "x": 2}]},
+    {"name": "n", "text": "t", "list": [1, 1], "in": {"tool_calls": [{}]}}])
+def test_an_object_for_a_tool_is_left_as_it_is(given):
+    call = {"id": "a", "type": "function", "function": {
+        "name": "f", "arguments": given}}
+    block = {"type": "tool_use", "id": "a", "name": "f", "input": given}
+    for endpoint, events in (
+            ("chat", [stream_chunk({"tool_calls": [dict(call, index=0)]}),
+                      stream_chunk({}, "tool_calls")]),
+            ("messages", stream_block(0, block) + stream_end("tool_use"))):
+        reply = stream_read(stream_answer(*events), endpoint)[1]
+        assert reply.tool_calls == [("a", "f", given)]
+
+
 def test_an_error_event_is_one_whatever_stands_beside_it():
     error = stream_error(stream_answer(
         {"error": {"type": "rate_limit_error", "message": "slow"},
