@@ -397,10 +397,11 @@ class Stream:
 
     def __next__(self) -> str:
         """Return the next piece of text; raise as ``events()`` does."""
-        while (item := self._read()) is not None:
-            if item[1]:
-                return item[1]
-        raise StopIteration
+        for _, text in self._source:
+            if text:
+                return str(text)
+        # A second loop, after an error, must not look like an end.
+        raise self._answer.error or StopIteration
 
     def events(self) -> Iterator[JSONDict]:
         """Yield every decoded event instead: chunks, or Messages events.
@@ -410,9 +411,10 @@ class Stream:
         :raise APIResponseError: an event is broken, or too large.
             Each has what had arrived in its ``reply``.
         """
-        while (item := self._read()) is not None:
-            if item[0] is not DONE:
-                yield item[0]
+        for event, _ in self._source:
+            if event is not DONE:
+                yield event
+        next(self, None)  # a second loop raises what ended the first
 
     @property
     def reply(self) -> Reply:
@@ -424,13 +426,6 @@ class Stream:
         self._source.close()
 
     __exit__ = close
-
-    def _read(self) -> tuple[JSONDict, str] | None:
-        """Return the next event and its text; None where it has ended."""
-        item: tuple[JSONDict, str] | None = next(self._source, None)
-        if item is None and self._answer.error is not None:
-            raise self._answer.error  # a second loop must not look like an end
-        return item
 
 
 # ---------------------------------------------------------------------------
