@@ -300,10 +300,8 @@ class Reply(dict):  # type: ignore[type-arg]
         return self.text
 
     def _choice(self) -> JSONDict:
-        if "choices" in self:
-            return [*_dicts(self["choices"]), {}][0]
-        return {"finish_reason": self.get("stop_reason"), "message": {
-            "role": "assistant", "content": self.get("content", "")}}
+        """Return the first choice; where there is none, the answer."""
+        return [*_dicts(self.get("choices")), self][0]
 
     def _said(self, *names: str) -> str:
         """Return what is said under these names; in parts, the first."""
@@ -316,7 +314,7 @@ class Reply(dict):  # type: ignore[type-arg]
     def message(self) -> JSONDict:
         """The assistant entry to append to ``messages`` for the next turn."""
         return _dict(self._choice().get("message")) or {
-            "role": "assistant", "content": ""}
+            "role": "assistant", "content": self.get("content", "")}
 
     @property
     def text(self) -> str:
@@ -351,7 +349,8 @@ class Reply(dict):  # type: ignore[type-arg]
     @property
     def stop_reason(self) -> str | None:
         """``finish_reason`` or ``stop_reason``, as sent."""
-        return self._choice().get("finish_reason") or None
+        return (self._choice().get("finish_reason")
+                or self.get("stop_reason") or None)
 
     @property
     def refusal(self) -> str | None:
