@@ -304,10 +304,9 @@ class Reply(dict):  # type: ignore[type-arg]
         return [*_dicts(self.get("choices")), self][0]
 
     def _said(self, *names: str) -> str:
-        """Return what is said under these names; in parts, the first."""
-        entry = self.message
-        said = [next(filter(None, map(entry.get, names)), "")] + [
-            part.get(names[0]) for part in _dicts(entry.get("content"))]
+        """Return what the entry and each part say under one of the names."""
+        parts = [self.message, *_dicts(self.message.get("content"))]
+        said = [next(filter(None, map(part.get, names)), "") for part in parts]
         return clean_text("".join(map(find_text, said)))
 
     @property
