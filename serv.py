@@ -336,13 +336,8 @@ class Reply(dict):  # type: ignore[type-arg]
             # "function" or "custom" in chat; a Messages block is its own.
             spec = _dict(call.get("function") or call.get("custom")) or call
             given = spec.get("arguments", spec.get("input"))
-            if given is None:
-                given = "" if self.partial else {}
-            elif self.partial and not isinstance(given, str):
-                given = json.dumps(given)  # no half may look like a whole
-            elif isinstance(given, str) and not self.partial:
-                given = parse_kind(given, dict)
-            found.append(ToolCall(call.get("id"), spec.get("name"), given))
+            found.append(ToolCall(call.get("id"), spec.get("name"),
+                                  parse_input(given, self.partial)))
         return found
 
     @property
@@ -598,6 +593,15 @@ def parse_kind(text: str, kind: Any = object) -> Any:
         value = parse_json(text)
         return value if isinstance(value, kind) else text
     return text
+
+
+def parse_input(given: Any, partial: bool) -> Any:
+    """Return a tool's input decoded, {} for none; a partial one as text."""
+    if isinstance(given, str):
+        return given if partial else parse_kind(given, dict)
+    if partial:  # no half may look like a whole
+        return json.dumps(given) if given else ""
+    return {} if given is None else given
 
 
 def expect(value: Any, kind: type[T]) -> T:
@@ -1034,11 +1038,8 @@ class _Answer:
             return {**top, "object": "chat.completion"}
         for block in top["content"]:
             del block["index"]
-            given = block.get("input")
-            if whole and isinstance(given, str):
-                block["input"] = parse_kind(given or "{}", dict)
-            elif not whole and isinstance(given, dict):
-                block["input"] = json.dumps(given) if given else ""
+            if isinstance(block.get("input"), (str, dict)):
+                block["input"] = parse_input(block["input"] or {}, not whole)
         return {"role": "assistant", **top, "type": "message"}
 
 
