@@ -286,7 +286,8 @@ class Reply(dict):  # type: ignore[type-arg]
     """The service's JSON answer, whole and untouched, with views on top.
 
     The views are the same for both formats.  ``headers`` are the answer's
-    (case-insensitive), ``elapsed`` the seconds from call to last byte;
+    (case-insensitive), ``request_id`` the id in them that the service's
+    staff ask for, ``elapsed`` the seconds from call to last byte;
     ``partial`` marks what has come of a stream that has not ended well.
     """
 
@@ -294,6 +295,7 @@ class Reply(dict):  # type: ignore[type-arg]
                  elapsed: float = 0.0, partial: bool = False) -> None:
         super().__init__(data)
         self.headers: Headers = headers or http.client.HTTPMessage()
+        self.request_id = find_request_id(self.headers)
         self.elapsed, self.partial = elapsed, partial
 
     def __str__(self) -> str:
@@ -366,11 +368,6 @@ class Reply(dict):  # type: ignore[type-arg]
     def usage(self) -> JSONDict:
         """The tokens counted, as sent; ``{}`` if they were not."""
         return _dict(self.get("usage"))
-
-    @property
-    def request_id(self) -> str | None:
-        """The id that the service's staff ask for."""
-        return find_request_id(self.headers)
 
 
 class Stream:
