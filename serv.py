@@ -733,11 +733,14 @@ def redact(value: Any, secret: Pattern[str]) -> Any:
 
 
 # ---------------------------------------------------------------------------
-# Server-sent events.  Pure: bytes in, events out.  What is pending is kept
-# in pieces and joined once, so that time is linear however it is cut.
+# Server-sent events.  Pure: bytes in, events out.  What is pending is looked
+# at again only with the blank line that ends it, so that time is linear.
 # ---------------------------------------------------------------------------
 
-ONE_EVENT = re.compile(rb"(?:event: ?(.*)\n)?data: ?(.*)\n\n")
+ONE_EVENT = re.compile(r"(?:event: ?(.*)\n)?data: ?(.*)\n\n")
+# Each finds the values of a field, on lines that begin with their line feed.
+NAMES, DATA = (re.compile(rf"\n{field}(?:: ?(.*))?$", re.MULTILINE)
+               for field in ("event", "data"))
 DONE: JSONDict = {}  # what parse_event() makes of [DONE]
 
 
@@ -751,41 +754,26 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
 
     :raise ValueError: an event grows beyond MAX_BODY bytes.
     """
-    name, held, after_cr = "", 0, False
-    data: list[bytes] = []
-    line: list[bytes] = []  # in pieces, until its end is here
-    mark = b"\xef\xbb\xbf"  # one byte order mark is dropped
+    held, after_cr, wrong = bytearray(), False, "an event over MAX_BODY bytes"
+    codec = "utf-8-sig"  # for the first, which drops one byte order mark
     for chunk in filter(None, chunks):
         # of a CRLF that was cut in two
         skip, after_cr = after_cr and chunk[:1] == b"\n", chunk[-1:] == b"\r"
         # Nearly always a chunk is one event, which C can read as a whole.
-        if not (mark or name or data or line or b"\r" in chunk):
-            if event := ONE_EVENT.fullmatch(chunk):
-                held = 0
-                yield (event[1] or b"message").decode("utf-8", "replace"), (
-                    event[2].decode("utf-8", "replace"))
+        if codec == "utf-8" and not (held or b"\r" in chunk):
+            if event := ONE_EVENT.fullmatch(chunk.decode(codec, "replace")):
+                yield event[1] or "message", event[2]
                 continue
-        # splitlines() of bytes cuts at LF, CRLF and CR, and nowhere else
-        for piece in chunk[skip:].splitlines(keepends=True):
-            held += len(piece)
-            require(held <= MAX_BODY, "an event of more than MAX_BODY bytes")
-            line.append(piece)
-            if not piece.endswith((b"\r", b"\n")):
-                continue
-            whole, line = b"".join(line).rstrip(b"\r\n"), []
-            if mark:
-                whole, mark = whole[3 * whole.startswith(mark):], b""
-            field, _, value = whole.partition(b":")
-            value = value[value.startswith(b" "):]
-            if field == b"data":
-                data.append(value)
-            elif field == b"event":
-                name = value.decode("utf-8", "replace")
-            elif not whole:
-                if data:
-                    yield name or "message", b"\n".join(data).decode(
-                        "utf-8", "replace")
-                name, data, held = "", [], 0
+        held += chunk[skip:].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        if b"\n\n" in held[-len(chunk) - 1:]:
+            *blocks, held = held.split(b"\n\n")
+            for block in blocks:
+                require(len(block) <= MAX_BODY, wrong)
+                text, codec = "\n" + block.decode(codec, "replace"), "utf-8"
+                if data := DATA.findall(text):
+                    name = ["", *NAMES.findall(text)][-1] or "message"
+                    yield name, "\n".join(data)
+        require(len(held) <= MAX_BODY, wrong)
 
 
 def parse_event(name: str, data: str) -> JSONDict | None:
