@@ -757,13 +757,13 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
     held, after_cr, wrong = bytearray(), False, "an event over MAX_BODY bytes"
     codec = "utf-8-sig"  # for the first, which drops one byte order mark
     for chunk in filter(None, chunks):
-        # of a CRLF that was cut in two
-        skip, after_cr = after_cr and chunk[:1] == b"\n", chunk[-1:] == b"\r"
         # Nearly always a chunk is one event, which C can read as a whole.
-        if codec == "utf-8" and not (held or b"\r" in chunk):
+        if codec == "utf-8" and not (held or after_cr or 13 in chunk):  # CR
             if event := ONE_EVENT.fullmatch(chunk.decode(codec, "replace")):
                 yield event[1] or "message", event[2]
                 continue
+        # of a CRLF that was cut in two
+        skip, after_cr = after_cr and chunk[:1] == b"\n", chunk[-1:] == b"\r"
         held += chunk[skip:].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         if b"\n\n" in held[-len(chunk) - 1:]:
             *blocks, held = held.split(b"\n\n")
@@ -1377,14 +1377,14 @@ class _Call(collections.namedtuple(
 
     def iter_body(self, limit: int) -> Iterator[bytes]:
         """Yield the bytes of a body as they come, up to its proven end."""
-        response, total = self.response, 0
+        response = self.response
         for name in "content-encoding", "transfer-encoding":
             coding = str(response.headers.get(name) or "identity")
             require(coding.lower() in ("identity", "chunked"),
                     f"{name} {coding}, not asked for", APIResponseError)
         while data := response.read1(READ_SIZE):
-            total += len(data)
-            require(total <= limit, f"over {limit} bytes", APIResponseError)
+            limit -= len(data)
+            require(limit >= 0, "answer too large", APIResponseError)
             yield data
         # http.client ends a body that was cut by its length in silence.
         if response.length:
