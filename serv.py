@@ -622,15 +622,10 @@ def _dicts(value: Any) -> list[JSONDict]:
 
 def find_text(content: Any) -> str:
     """Return the text of a str, or of a list of parts, blocks or deltas."""
-    return content if isinstance(content, str) else "".join(
-        map(find_part_text, _dicts(content)))
-
-
-def find_part_text(part: JSONDict) -> str:
-    """Return the text of a part, a block or a delta, if it is one of text."""
-    text = part.get("text")
-    return text if isinstance(text, str) and part.get(
-        "type", "text") in ("text", "output_text") else ""
+    return content if isinstance(content, str) else "".join([
+        part["text"] for part in _dicts(content)
+        if isinstance(part.get("text"), str)
+        and part.get("type", "text") in ("text", "output_text")])
 
 
 def clean_text(text: str) -> str:
@@ -991,7 +986,7 @@ class _Answer:
         if "partial_json" in block:
             block["input"] = block.pop("partial_json")
         self.parts.write([block])
-        text = find_part_text(block)
+        text = find_text([block])
         if text and not starts and len(block) == 3:
             last = {**event, "delta": dict(delta)}
             grown = self.parts.entries[place]["text"]
