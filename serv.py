@@ -809,7 +809,7 @@ PLACED = "content", "tool_calls", "thinking"  # their entries come in pieces
 GROWS: Any = {"message": (str, list), "input": (), "arguments": ()}
 
 
-def merge(whole: JSONDict, piece: JSONDict, grows: Any = (str, list)) -> None:
+def merge(whole: JSONDict, piece: Any, grows: Any = (str, list)) -> None:
     """Add what a piece says to an object, in place.
 
     What is empty erases nothing, and what is new replaces what was there,
@@ -848,9 +848,8 @@ class _Grown:
     of the same type.
     """
 
-    def __init__(self, grows: Any = (str, list)) -> None:
-        self.grows = grows
-        self.entries: dict[Any, Any] = {}
+    def __init__(self) -> None:
+        self.entries: Any = {}
 
     def write(self, value: Any) -> None:
         """Add the entries of a list; a str is one text part."""
@@ -858,11 +857,8 @@ class _Grown:
             value = [{"type": "text", "text": value}]
         for number, entry in enumerate(value):
             require(len(self.entries) <= MAX_PARTS, "too many parts")
-            if isinstance(entry, dict):
-                label = self.find_label(entry, number == 0)
-                merge(self.entries.setdefault(label, {}), entry, self.grows)
-            else:
-                self.entries[len(self.entries),] = entry
+            label = self.find_label(_dict(entry), number == 0)
+            merge(self.entries, {label: entry})
 
     def find_label(self, entry: JSONDict, first: bool) -> Any:
         """Return the label of the entry that this one goes on with."""
@@ -879,7 +875,8 @@ class _Grown:
         before = _dict(self.entries.get(last))
         goes_on = before and ("function" in entry and not name or before.get(
             "type") == entry.get("type") in ("text", "thinking"))
-        return str(label) if label else last if first and goes_on else new
+        # in a tuple, so that none of them is the name of a field
+        return (str(label),) if label else last if first and goes_on else new
 
     def getvalue(self) -> list[Any]:
         """Return the entries, those with an index where that puts them."""
@@ -900,9 +897,9 @@ class _Answer:
 
     def __init__(self, chat: bool, headers: Headers) -> None:
         self.chat, self.headers = chat, headers
-        self.index = self.place = -1  # of the last block, of the hindmost
+        self.index, self.place = 0, -1  # of the last block, of the hindmost
         self.top: JSONDict = {}  # the answer, but for its choices or blocks
-        self.parts = _Grown((list,) if chat else (str, list))
+        self.parts: Any = {}  # these, by their places
         # The event that came last, if it did no more than add a text; its
         # delta, which holds the text; and to what the text was added.
         self.repeats: Any = ({}, {}, None)
@@ -913,10 +910,9 @@ class _Answer:
     @property
     def whole(self) -> bool:
         """Whether what has arrived proves that nothing is missing."""
-        parts = self.parts.entries.values()
-        ended = (all(choice["finish_reason"] for choice in parts)
-                 if self.chat else self.top.get("stop_reason"))
-        return bool((self.done or ended) and (parts or not self.chat))
+        ends = [choice["finish_reason"] for choice in self.parts.values()
+                ] if self.chat else [self.top.get("stop_reason")]
+        return bool(ends) and (self.done or all(ends))
 
     def add(self, event: JSONDict) -> str:
         """Add an event; return what it adds to the (first choice's) text."""
@@ -937,23 +933,23 @@ class _Answer:
         return self._add_chunk(event) if self.chat else self._add_event(event)
 
     def _add_chunk(self, chunk: JSONDict) -> str:
-        top, text, choices = dict(chunk), "", []
+        top, text = dict(chunk), ""
         listed = expect(top.pop("choices", None), list)
         for number, choice in enumerate(listed):
             entry = {"finish_reason": None, **expect(choice, dict)}
             delta, index = entry.pop("delta", None), find_index(entry, number)
-            if delta is None and index not in self.parts.entries:
+            if delta is None and index not in self.parts:
                 delta = entry.get("message")  # a whole answer as one event
             message = {"role": None, "content": None, **expect(delta, dict)}
-            choices.append({**entry, "index": index, "message": message})
+            whole = {**entry, "index": index, "message": message}
+            merge(self.parts, {index: whole}, (list,))
             text += find_text(message["content"]) * (index == 0)
         merge(self.top, top, ())
-        self.parts.write(choices)
         if (text and len(listed) == 1 and [*(delta or ())] == ["content"]
                 and {dict, list}.isdisjoint(map(type, [
                     *entry.values(), *top.values()]))):
             last = {**chunk, "choices": [{**choice, "delta": dict(delta)}]}
-            grown = self.parts.entries[0]["message"]["content"]
+            grown = self.parts[0]["message"]["content"]
             self.repeats = last, last["choices"][0]["delta"], grown
         return text
 
@@ -964,8 +960,9 @@ class _Answer:
             inner = top.pop("message", top.pop("delta", None))
             top.update(expect(inner, dict))
             blocks = expect(top.get("content"), list)
-            self.parts.write([dict(expect(block, dict), index=index)
-                              for index, block in enumerate(blocks)])
+            require(len(blocks) <= MAX_PARTS, "too many parts")
+            for place, block in enumerate(blocks):
+                merge(self.parts, {place: expect(block, dict)})
             merge(self.top, top, ())
             return find_text(blocks)
         self.done = self.done or kind == "message_stop"
@@ -973,23 +970,24 @@ class _Answer:
         if not starts and kind != "content_block_delta":
             return ""
         delta = expect(event.get("content_block" if starts else "delta"), dict)
-        block, index = dict(delta), find_index(
-            event, self.index + 1 if starts else max(self.index, 0))
-        if starts and index in self.parts.entries:
+        index = find_index(event, len(self.parts) if starts else self.index)
+        if starts and index in self.parts:
             # Some gateways count every block as 0: begun again, it is another.
             self.places[index] = self.place + 1
-        block["index"] = place = self.places.get(index, index)
+        place = self.places.get(index, index)
+        require(place < MAX_PARTS, "too many parts")
         self.index, self.place = index, max(self.place, place)
+        block = dict(delta)
         block["type"] = str(block.get("type") or "").replace("_delta", "")
         if "citation" in block:
             block["citations"] = [block.pop("citation")]
         if "partial_json" in block:
             block["input"] = block.pop("partial_json")
-        self.parts.write([block])
+        merge(self.parts, {place: block})
         text = find_text([block])
-        if text and not starts and len(block) == 3:
+        if text and not starts and len(block) == 2:
             last = {**event, "delta": dict(delta)}
-            grown = self.parts.entries[place]["text"]
+            grown = self.parts[place]["text"]
             self.repeats = last, last["delta"], grown
         return text
 
@@ -1005,7 +1003,8 @@ class _Answer:
         Until it is ``whole`` a tool's input stays text, so that half an
         input is never taken for one.
         """
-        tree = {**self.top, "choices" if self.chat else "content": self.parts}
+        parts = [self.parts[place] for place in sorted(self.parts)]
+        tree = {**self.top, "choices" if self.chat else "content": parts}
         top: JSONDict = json.loads(clean_text(json.dumps(
             tree, ensure_ascii=False, default=lambda node: node.getvalue())))
         if self.chat:
@@ -1017,7 +1016,6 @@ class _Answer:
                     call.setdefault("type", "function")
             return {**top, "object": "chat.completion"}
         for block in top["content"]:
-            del block["index"]
             if isinstance(block.get("input"), (str, dict)):
                 block["input"] = parse_input(block["input"] or {}, not whole)
         return {"role": "assistant", **top, "type": "message"}
