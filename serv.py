@@ -1016,7 +1016,7 @@ class _Answer:
                     call.setdefault("type", "function")
             return {**top, "object": "chat.completion"}
         for block in top["content"]:
-            if isinstance(block.get("input"), (str, dict)):
+            if "input" in block:  # which is {} where nothing came of it
                 block["input"] = parse_input(block["input"] or {}, not whole)
         return {"role": "assistant", **top, "type": "message"}
 
