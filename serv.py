@@ -562,40 +562,32 @@ def build_headers(headers: Any) -> dict[str, str]:
 _scan = json.JSONDecoder(strict=False).scan_once  # type: ignore
 
 
-def parse_json(text: str) -> Any:
-    """Return the value of a JSON text; ValueError where it is none.
+def parse_json(text: str, kind: Any = object) -> Any:
+    """Return the value of a JSON text if it is of a kind, else the text.
 
-    Also where it is nested deeper than MAX_DEPTH: what is returned can be
-    copied, pickled and dumped without an end to the stack.
+    Also the text where that is nested deeper than MAX_DEPTH: what is returned
+    can be copied, pickled and dumped without an end to the stack.
     """
-    text = text.strip()
+    whole = text.strip()
     try:
-        value, end = _scan(text, 0)
+        value, end = _scan(whole, 0)
     except (StopIteration, RecursionError, ValueError):
-        end = -1
-    require(end == len(text), "not one JSON value, or nested too deeply")
+        return text
     # What is short, or has few brackets, cannot be deep: no need to look.
-    if end > 2 * MAX_DEPTH < 2 * (text.count("[") + text.count("{")):
+    if end > 2 * MAX_DEPTH < 2 * (whole.count("[") + whole.count("{")):
         level = [value]
         for _ in range(MAX_DEPTH + 1):
             level = [child for node in level if isinstance(node, (dict, list))
                      for child in getattr(node, "values", node.__iter__)()]
-        require(not level, "JSON nested too deeply")
-    return value
-
-
-def parse_kind(text: str, kind: Any = object) -> Any:
-    """Return the value that a JSON text says if of a kind, else the text."""
-    with contextlib.suppress(ValueError):
-        value = parse_json(text)
-        return value if isinstance(value, kind) else text
-    return text
+        if level:
+            return text
+    return value if end == len(whole) and isinstance(value, kind) else text
 
 
 def parse_input(given: Any, partial: bool) -> Any:
     """Return a tool's input decoded, {} for none; a partial one as text."""
     if isinstance(given, str):
-        return given if partial else parse_kind(given, dict)
+        return given if partial else parse_json(given, dict)
     if partial:  # no half may look like a whole
         return json.dumps(given) if given else ""
     return {} if given is None else given
@@ -775,20 +767,18 @@ def parse_event(name: str, data: str) -> JSONDict | None:
     """Return an event's JSON object, DONE at the end, None for noise.
 
     A Messages event that lacks its ``type`` gets it from the event's name.
+
     :raise ValueError: the data is not what the format promises.
     """
-    try:
-        event: JSONDict = parse_json(data)
-        require(isinstance(event, dict), "not an object")
-    except ValueError:
-        if data.strip() == "[DONE]":
+    event: JSONDict | str = parse_json(data, dict)
+    if isinstance(event, str):
+        text = data.strip()
+        if text == "[DONE]":
             return DONE
-        own = not data.lstrip().startswith("{") and not name.startswith(
-            ("message", "error", "content_block"))
-        if not data.strip() or own:
+        ours = text[:1] == "{" or re.match("message|error|content_block", name)
+        if not text or not ours:
             return None  # a keep-alive, or a vendor's own event
-        if name != "error":
-            raise
+        require(name == "error", "not one JSON object, or nested too deeply")
         event = {"message": data}
     if name != "message" and "choices" not in event:
         event.setdefault("type", name)
@@ -1359,7 +1349,7 @@ class _Call(collections.namedtuple(
             if good:  # else the status is the news, even without its body
                 raise
         text = data.decode("utf-8", "replace").lstrip("\ufeff")
-        answer = parse_kind(text)
+        answer = parse_json(text)
         if not good or find_error("", _dict(answer)):
             raise self.refused(self.response.status, answer)
         found = _dict(answer).get("choices" if self.chat else "content")
@@ -1524,7 +1514,7 @@ def build_call(args: Any) -> _Call:
     if args.verbose and chat and args.streaming:  # it tells the tokens
         params["stream_options"] = {"include_usage": True}
     for name, text in iter_pairs(args.option, "="):
-        params[name] = parse_kind(text)
+        params[name] = parse_json(text)
     if args.max_tokens is not None:
         limit = "max_completion_tokens" if chat else "max_tokens"
         params[limit] = args.max_tokens
