@@ -229,11 +229,10 @@ def chat(messages: Content, *, model: str | None = None,
     return build_request("chat", False, **locals()).run(_Call.reply)
 
 
-def message(messages: Content, *, max_tokens: int,
-            model: str | None = None, system: Content | None = None,
-            api_key: str | None = None, base_url: str | None = None,
-            timeout: float | None = None, max_retries: int = 2,
-            headers: Mapping[str, str] | None = None,
+def message(messages: Content, *, max_tokens: int, model: str | None = None,
+            system: Content | None = None, api_key: str | None = None,
+            base_url: str | None = None, timeout: float | None = None,
+            max_retries: int = 2, headers: Mapping[str, str] | None = None,
             **params: Any) -> Reply:
     """Ask once in the Anthropic format and return the whole answer.
 
@@ -251,8 +250,7 @@ def stream(messages: Content, *, endpoint: str = "chat",
            model: str | None = None, system: Content | None = None,
            api_key: str | None = None, base_url: str | None = None,
            timeout: float | None = None, max_retries: int = 2,
-           headers: Mapping[str, str] | None = None,
-           **params: Any) -> Stream:
+           headers: Mapping[str, str] | None = None, **params: Any) -> Stream:
     """Ask once and return the answer as a ``Stream`` of text pieces.
 
         with serv.stream("Hello!", system="Be brief.") as pieces:
