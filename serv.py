@@ -1024,15 +1024,6 @@ _idle: list[_Connection] = []  # oldest first
 _lock = threading.RLock()  # a signal's handler may call, too
 
 
-class _Response(http.client.HTTPResponse):
-    """An answer, of which http.client by itself skips 100 but not 103."""
-
-    def _read_status(self) -> Any:
-        found = super()._read_status()  # type: ignore[misc]
-        interim = 100 <= found[1] < 200 and found[1] != 101
-        return (found[0], 100, found[2]) if interim else found
-
-
 class _Connection(io.RawIOBase):
     """A connection that serves one call at a time, and then the next.
 
@@ -1059,19 +1050,19 @@ class _Connection(io.RawIOBase):
         tls, host, port, proxy, login, *authority = self.route
         if not self.kept:
             client: Any = http.client.HTTPConnection(*(proxy or (host, port)))
-            self.http, client.response_class = client, _Response
+            self.http = client
             self.sock = dial(client.host, client.port, deadline)
             if proxy and tls:
                 client.set_tunnel(host, port, login)
                 client.sock = self
                 client._tunnel()
-            client.sock = self
             if tls:
                 client.default_port = 443  # which the Host header omits
                 with _lock:
                     context = get_tls_context(*authority)
                 self.sock = context.wrap_socket(self.ready(CONNECT_TIMEOUT),
                                                 server_hostname=host)
+        self.http.sock = self  # which an interim answer may have taken
         return self.http
 
     def discard(self) -> None:
@@ -1271,6 +1262,9 @@ class _Call(collections.namedtuple(
             url, headers = self.url, {**headers, **login}
         client.request("POST", url, self.body, headers)
         response = client.getresponse()
+        while 101 < response.status < 200:  # http.client skips only 100
+            response.headers = None  # begin() reads an answer just once
+            response.begin()
         # The end of the connection is a blank line to http.client.
         require(not connection.ended, "closed inside the header", OSError)
         return response
