@@ -1032,6 +1032,7 @@ class _Connection(io.RawIOBase):
     """
 
     def __init__(self, route: Any) -> None:
+        # Kept is what an earlier call left, while it is silent in this one.
         self.route, self.pid, self.kept = route, os.getpid(), False
         self.unsent: Any = None
         self.http: Any = None  # speaks HTTP over this object, and this one
@@ -1044,7 +1045,6 @@ class _Connection(io.RawIOBase):
         with that, or the end, waiting on a kept connection, it is made anew.
         """
         self.deadline, self.unsent, self.wanted = deadline, b"", True
-        self.received, self.ended = 0, False
         if self.kept and self.receive(bytearray(1), 0) is not None:
             self.discard()
         tls, host, port, proxy, login, *authority = self.route
@@ -1111,7 +1111,7 @@ class _Connection(io.RawIOBase):
             size = self.ready(at_most).recv_into(buffer)
         except (BlockingIOError, ssl.SSLWantReadError):
             return None
-        self.received, self.ended = self.received + size, not size
+        self.kept, self.ended = self.kept and not size, not size
         return size
 
     def give_back(self, response: Any) -> None:
@@ -1239,7 +1239,7 @@ class _Call(collections.namedtuple(
             except (ServError, *NETWORK_ERRORS) as exc:
                 # A kept connection that ends before a byte of the answer was
                 # closed while it was idle: no failed try, but made anew.
-                stale = connection.kept and not connection.received
+                stale = connection.kept
                 connection.give_back(self.response)
                 error = self.complete(exc, outer)
                 wait = 0.0 if stale else retry_wait(error, tries)
