@@ -1034,42 +1034,35 @@ class _Connection(io.RawIOBase):
     def __init__(self, route: Any) -> None:
         # Kept is what an earlier call left, while it is silent in this one.
         self.route, self.pid, self.kept = route, os.getpid(), False
-        self.unsent: Any = None
-        self.http: Any = None  # speaks HTTP over this object, and this one
-        self.sock: Any = None  # over the real socket, or TLS
+        self.sock: Any = None  # the real socket, or TLS
 
-    def open(self, deadline: float) -> Any:
-        """Return the HTTP side of it, for a call that ends at deadline.
+    def open(self, client: Any, deadline: float) -> None:
+        """Let an HTTPConnection speak over it, for a call until deadline.
 
         What nobody asked for (a 408, say) is no answer to the next request:
         with that, or the end, waiting on a kept connection, it is made anew.
         """
-        self.deadline, self.unsent, self.wanted = deadline, b"", True
+        self.unsent: Any = b""
+        self.deadline, self.wanted = deadline, True
         if self.kept and self.receive(bytearray(1), 0) is not None:
             self.discard()
-        tls, host, port, proxy, login, *authority = self.route
+        client.sock = self
         if not self.kept:
-            client: Any = http.client.HTTPConnection(*(proxy or (host, port)))
-            self.http = client
+            tls, host, _, _, _, *authority = self.route
             self.sock = dial(client.host, client.port, deadline)
-            if proxy and tls:
-                client.set_tunnel(host, port, login)
-                client.sock = self
+            if client._tunnel_host:
                 client._tunnel()
             if tls:
-                client.default_port = 443  # which the Host header omits
                 with _lock:
                     context = get_tls_context(*authority)
                 self.sock = context.wrap_socket(self.ready(CONNECT_TIMEOUT),
                                                 server_hostname=host)
-        self.http.sock = self  # which an interim answer may have taken
-        return self.http
 
     def discard(self) -> None:
         """Close for good."""
         self.kept = False
-        for part in filter(None, (self.http, self.sock)):
-            part.close()
+        if self.sock is not None:
+            self.sock.close()
 
     def close(self) -> None:
         pass
@@ -1126,7 +1119,6 @@ class _Connection(io.RawIOBase):
                 or response.status < 200 or response.read1(READ_SIZE))
         if not self.kept:
             return self.discard()
-        response.close()
         with _lock:
             _idle.append(self)
 
@@ -1255,11 +1247,16 @@ class _Call(collections.namedtuple(
 
     def send(self, connection: _Connection) -> Any:
         """Send the request; return the answer, of which the head is read."""
-        client = connection.open(self.started + self.timeout)
-        tls, _, _, proxy, login, *_ = connection.route
+        tls, host, port, proxy, login, *_ = connection.route
+        client: Any = http.client.HTTPConnection(*(proxy or (host, port)))
         url, headers = "/" + self.url.split("/", 3)[3], self.headers
-        if proxy and not tls:  # a tunnel had the login before
+        if tls:
+            client.default_port = 443  # which the Host header omits
+        if proxy and tls:
+            client.set_tunnel(host, port, login)
+        elif proxy:
             url, headers = self.url, {**headers, **login}
+        connection.open(client, self.started + self.timeout)
         client.request("POST", url, self.body, headers)
         response = client.getresponse()
         while 101 < response.status < 200:  # http.client skips only 100
