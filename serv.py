@@ -1048,9 +1048,9 @@ class _Connection(io.RawIOBase):
             self.discard()
         client.sock = self
         if not self.kept:
-            tls, host, _, _, _, *authority = self.route
+            tls, host, _, proxy, _, *authority = self.route
             self.sock = dial(client.host, client.port, deadline)
-            if client._tunnel_host:
+            if proxy and tls:
                 client._tunnel()
             if tls:
                 with _lock:
