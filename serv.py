@@ -885,13 +885,13 @@ class _Answer:
 
     def __init__(self, chat: bool, headers: Headers) -> None:
         self.chat, self.headers = chat, headers
-        self.index, self.place = 0, -1  # of the last block, of the hindmost
         self.top: JSONDict = {}  # the answer, but for its choices or blocks
-        self.parts: Any = {}  # these, by their places
+        self.parts: Any = {}  # these, by their places in it
         # The event that came last, if it did no more than add a text; its
         # delta, which holds the text; and to what the text was added.
         self.repeats: Any = ({}, {}, None)
-        self.places: dict[int, int] = {}  # where each block is, by its index
+        # Where the block of an index is; of None, the one begun last.
+        self.places: dict[Any, int] = {}
         self.done, self.elapsed = False, 0.0  # at the last event; seconds
         self.error: BaseException | None = None  # that ended it
 
@@ -951,6 +951,7 @@ class _Answer:
             require(len(blocks) <= MAX_PARTS, "too many parts")
             for place, block in enumerate(blocks):
                 merge(self.parts, {place: expect(block, dict)})
+                self.places[place] = place
             merge(self.top, top, ())
             return find_text(blocks)
         self.done = self.done or kind == "message_stop"
@@ -958,13 +959,12 @@ class _Answer:
         if not starts and kind != "content_block_delta":
             return ""
         delta = expect(event.get("content_block" if starts else "delta"), dict)
-        index = find_index(event, len(self.parts) if starts else self.index)
-        if starts and index in self.parts:
-            # Some gateways count every block as 0: begun again, it is another.
-            self.places[index] = self.place + 1
-        place = self.places.get(index, index)
-        require(place < MAX_PARTS, "too many parts")
-        self.index, self.place = index, max(self.place, place)
+        index = find_index(event, len(self.parts) if starts else None)
+        # Some gateways count every block as 0: begun again, it is another.
+        if starts or index not in self.places:
+            require(len(self.parts) < MAX_PARTS, "too many parts")
+            self.places[index] = self.places[None] = len(self.parts)
+        place = self.places[index]
         block = dict(delta)
         block["type"] = str(block.get("type") or "").replace("_delta", "")
         if "citation" in block:
