@@ -947,13 +947,12 @@ class _Answer:
             top = dict(event)
             inner = top.pop("message", top.pop("delta", None))
             top.update(expect(inner, dict))
-            blocks = expect(top.get("content"), list)
-            require(len(blocks) <= MAX_PARTS, "too many parts")
-            for place, block in enumerate(blocks):
-                merge(self.parts, {place: expect(block, dict)})
-                self.places[place] = place
             merge(self.top, top, ())
-            return find_text(blocks)
+            # The blocks that it has are begun by it.
+            return "".join([self._add_event({
+                "type": "content_block_start",
+                "content_block": {"type": "text", **expect(block, dict)}})
+                for block in expect(top.get("content"), list)])
         self.done = self.done or kind == "message_stop"
         starts = kind == "content_block_start"
         if not starts and kind != "content_block_delta":
