@@ -785,9 +785,10 @@ def parse_event(name: str, data: str) -> JSONDict | None:
 
 # ---------------------------------------------------------------------------
 # Putting a stream together.  Pure.  What has come is a tree, in which a text
-# that grows is a StringIO and a list that grows a _Grown: each event adds to
-# it in place, so that time is linear in the length of the stream and memory
-# is that of the answer.  build() makes plain JSON of it, on demand.
+# that grows is a StringIO, a list that grows a _Grown, and the list of the
+# choices or blocks a dict by their places: each event adds to it in place, so
+# that time is linear in the length of the stream and memory is that of the
+# answer.  build() makes plain JSON of it, on demand.
 # ---------------------------------------------------------------------------
 
 # What is said once of an entry, however often it is repeated.
@@ -832,8 +833,8 @@ class _Grown:
     """A list that comes in pieces; each entry is known by a label.
 
     That is its ``index``, or lacking that (Mistral) its ``id``; lacking both,
-    that of the last, if it is a call's next piece or, first in its list, text
-    of the same type.
+    that of the last, if it is first in its list and either a call's next
+    piece or text of the same type.
     """
 
     def __init__(self) -> None:
