@@ -1205,12 +1205,12 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 class _Call(collections.namedtuple(
         "_Call", "chat url headers body secret timeout max_retries")):
-    """One call: its request, its deadline, its tries, its errors."""
+    """One call: its request, its deadline, its tries, its errors.
+
+    ``connection`` is that of this try, ``response`` is there once begun.
+    """
 
     __repr__ = object.__repr__  # the other one would show the key
-    started = 0.0
-    connection: _Connection  # of this try
-    response: Any = None     # once it has begun
 
     @property
     def elapsed(self) -> float:
@@ -1224,7 +1224,7 @@ class _Call(collections.namedtuple(
         while True:
             take = _Connection if stale else take_connection
             connection = self.connection = take(find_route(self.url))
-            self.response = None
+            self.response: Any = None
             try:
                 self.response = self.send(connection)
                 return read(self)
