@@ -1329,15 +1329,14 @@ class _Call(collections.namedtuple(
 
     def read_answer(self) -> JSONDict:
         """Read a whole JSON answer; raise the error that it is, if it is."""
-        good, data = 200 <= self.response.status < 300, bytearray()
+        good, data = 200 <= self.response.status < 300, io.BytesIO()
         try:
-            for chunk in self.iter_body(MAX_BODY if good else MAX_ERROR):
-                data += chunk
+            data.writelines(self.iter_body(MAX_BODY if good else MAX_ERROR))
         except (ServError, *NETWORK_ERRORS):
             self.response.will_close = True
             if good:  # else the status is the news, even without its body
                 raise
-        text = data.decode("utf-8", "replace").lstrip("\ufeff")
+        text = data.getvalue().decode("utf-8", "replace").lstrip("\ufeff")
         answer = parse_json(text)
         if not good or find_error("", _dict(answer)):
             raise self.refused(self.response.status, answer)
