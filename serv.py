@@ -1250,8 +1250,7 @@ class _Call(collections.namedtuple(
         tls, host, port, proxy, login, *_ = connection.route
         client: Any = http.client.HTTPConnection(*(proxy or (host, port)))
         url, headers = "/" + self.url.split("/", 3)[3], self.headers
-        if tls:
-            client.default_port = 443  # which the Host header omits
+        client.default_port = 443 if tls else 80  # the Host header omits it
         if proxy and tls:
             client.set_tunnel(host, port, login)
         elif proxy:
