@@ -1045,7 +1045,7 @@ class _Connection(io.RawIOBase):
         self.unsent: Any = b""
         self.deadline, self.wanted = deadline, True
         if self.kept and self.receive(bytearray(1), 0) is not None:
-            self.discard()
+            self.release()
         client.sock = self
         if not self.kept:
             tls, host, _, proxy, _, *authority = self.route
@@ -1057,12 +1057,6 @@ class _Connection(io.RawIOBase):
                     context = get_tls_context(*authority)
                 self.sock = context.wrap_socket(self.ready(CONNECT_TIMEOUT),
                                                 server_hostname=host)
-
-    def discard(self) -> None:
-        """Close for good."""
-        self.kept = False
-        if self.sock is not None:
-            self.sock.close()
 
     def close(self) -> None:
         pass
@@ -1107,20 +1101,22 @@ class _Connection(io.RawIOBase):
         self.kept, self.ended = self.kept and not size, not size
         return size
 
-    def give_back(self, response: Any) -> None:
-        """Keep the connection for the next call if it is in order."""
+    def release(self, response: Any = None) -> None:
+        """Keep it for the next call if the answer is at its end, or close."""
         self.idle_since, self.kept = time.monotonic(), False
-        self.deadline = min(self.deadline, self.idle_since + WAIT_SECONDS)
-        # A stream ends with [DONE], but its body with one empty chunk more,
-        # which may be late, or never come: then the connection is dropped.
-        with contextlib.suppress(*NETWORK_ERRORS):
-            self.kept = response is not None and not (
-                self.unsent or response.will_close or response.length
-                or response.status < 200 or response.read1(READ_SIZE))
-        if not self.kept:
-            return self.discard()
-        with _lock:
-            _idle.append(self)
+        if response is not None:
+            self.deadline = min(self.deadline, self.idle_since + WAIT_SECONDS)
+            # A stream ends with [DONE], but its body with one empty chunk
+            # more, which may be late, or never come: then it is closed.
+            with contextlib.suppress(*NETWORK_ERRORS):
+                self.kept = not (
+                    self.unsent or response.will_close or response.length
+                    or response.status < 200 or response.read1(READ_SIZE))
+        if self.kept:
+            with _lock:
+                _idle.append(self)
+        elif self.sock is not None:
+            self.sock.close()
 
 
 def dial(host: str, port: int, deadline: float) -> socket.socket:
@@ -1182,7 +1178,7 @@ def take_connection(route: Any) -> _Connection:
     with _lock:
         while _idle and (len(_idle) > MAX_IDLE or IDLE_SECONDS
                          < time.monotonic() - _idle[0].idle_since):
-            _idle.pop(0).discard()
+            _idle.pop(0).release()
         for connection in reversed(_idle):
             if connection.route == route:
                 _idle.remove(connection)
@@ -1195,7 +1191,7 @@ def close_idle() -> None:
     global _lock
     _lock = threading.RLock()  # another thread may have held it at the fork
     while _idle:
-        _idle.pop().discard()
+        _idle.pop().release()
 
 
 atexit.register(close_idle)
@@ -1232,7 +1228,7 @@ class _Call(collections.namedtuple(
                 # A kept connection that ends before a byte of the answer was
                 # closed while it was idle: no failed try, but made anew.
                 stale = connection.kept
-                connection.give_back(self.response)
+                connection.release(self.response)
                 error = self.complete(exc, outer)
                 wait = 0.0 if stale else retry_wait(error, tries)
                 tries += not stale
@@ -1241,7 +1237,7 @@ class _Call(collections.namedtuple(
                         or self.elapsed + wait >= self.timeout):
                     raise error
             except BaseException:
-                connection.discard()
+                connection.release()
                 raise
             time.sleep(wait)
 
@@ -1268,7 +1264,7 @@ class _Call(collections.namedtuple(
     def reply(self) -> Reply:
         """Return the whole answer."""
         reply = Reply(self.read_answer(), self.response.headers, self.elapsed)
-        self.connection.give_back(self.response)
+        self.connection.release(self.response)
         return reply
 
     def stream(self) -> Stream:
@@ -1313,9 +1309,9 @@ class _Call(collections.namedtuple(
                     break
             if not answer.whole:
                 raise http.client.HTTPException("the stream ended early")
-            self.connection.give_back(self.response)
+            self.connection.release(self.response)
         except BaseException as exc:
-            self.connection.discard()
+            self.connection.release()
             lost = isinstance(exc, NETWORK_ERRORS)
             # What proves an answer whole proves it also before a reset.
             if not (answer.whole and lost and self.elapsed < self.timeout):
