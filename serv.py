@@ -42,7 +42,6 @@ from __future__ import annotations
 import atexit
 import collections
 import contextlib
-import copy
 import functools
 import http.client
 import io
@@ -178,12 +177,11 @@ STATUS_ERRORS: dict[int, type[APIStatusError]] = {400: BadRequestError,
     401: AuthenticationError, 402: BillingError, 403: PermissionDeniedError,
     404: NotFoundError, 429: RateLimitError, 500: InternalServerError}
 # https://docs.anthropic.com/en/api/errors, and what OpenAI's servers send
-STATUS_OF_TYPE = {
-    "invalid_request_error": 400, "authentication_error": 401,
+STATUS_OF_TYPE = {"invalid_request_error": 400, "authentication_error": 401,
     "billing_error": 402, "permission_error": 403, "not_found_error": 404,
-    "request_too_large": 413, "rate_limit_error": 429,
-    "insufficient_quota": 429, "api_error": 500, "server_error": 500,
-    "timeout_error": 504, "overloaded_error": 529}
+    "request_too_large": 413, "rate_limit_error": 429, "api_error": 500,
+    "insufficient_quota": 429, "server_error": 500, "timeout_error": 504,
+    "overloaded_error": 529}
 ADVICE = {401: "; check SERV_API_KEY", 402: "; add credits to the account",
           404: "; check the model's name and SERV_BASE_URL"}
 
@@ -343,8 +341,7 @@ class Reply(dict):  # type: ignore[type-arg]
     @property
     def stop_reason(self) -> str | None:
         """``finish_reason`` or ``stop_reason``, as sent."""
-        return (self._choice().get("finish_reason")
-                or self.get("stop_reason") or None)
+        return self._choice().get("finish_reason") or self.get("stop_reason")
 
     @property
     def refusal(self) -> str | None:
@@ -506,18 +503,15 @@ def build_json(body: JSONDict) -> bytes:
 @functools.lru_cache(maxsize=32)
 def build_url(url: Any) -> str:
     """Return a base URL without its end, ``/v1`` or a slash."""
-    name = "base_url, or SERV_BASE_URL"
-    require(isinstance(url, str), name + ": expected a str", TypeError)
+    wrong = "base_url, or SERV_BASE_URL: expected http[s]://host[:port][/path]"
+    require(isinstance(url, str), wrong, TypeError)
     # What is kept of the path is as short as possible, so that none of the
-    # end stays.  urlsplit() alone would drop a tab, and take a password.
+    # end stays.  urlsplit() would drop a tab, and take a password.
     found = require(url.isprintable() and re.fullmatch(
-        r"(?i:https?)(?!.*[?#])(://[^\s/@\\]+(?:/[!-~]*?)??)(?:/v1)?/*", url),
-        name + ": expected http[s]://host[:port][/path] and nothing more")
-    with contextlib.suppress(ValueError):
-        parts = urllib.parse.urlsplit(url)
-        if parts.hostname and parts.port != 0:
-            return str(parts.scheme + found[1])
-    raise ValueError(name + ": no host, or a bad port, in the URL")
+        r"((?i:https?)://(?:[^]\s/@\\:?#[]+|\[[\da-fA-F:.]+])(?::(\d{0,5}))?"
+        r"(?:/(?:(?![?#])[!-~])*?)??)(?:/v1)?/*", url), wrong)
+    require(0 < int(found[2] or 80) < 65536, wrong)
+    return str(found[1])
 
 
 def build_key(api_key: Any) -> str:
@@ -593,10 +587,9 @@ def parse_input(given: Any, partial: bool) -> Any:
 
 def expect(value: Any, kind: type[T]) -> T:
     """Return a value that is of a kind, or an empty one for nothing."""
-    if isinstance(value, kind):
-        return value
-    require(value is None, f"not a {kind.__name__}: a {type(value).__name__}")
-    return kind()
+    good = value is None or isinstance(value, kind)
+    require(good, f"expected a {kind.__name__}; got a {type(value).__name__}")
+    return value or kind()
 
 
 def _dict(value: Any) -> JSONDict:
@@ -703,16 +696,15 @@ def shown(text: str) -> str:
 
 
 def redact(value: Any, secret: Pattern[str]) -> Any:
-    """Return a copy of a value in which the secret is not to be found."""
+    """Return a value out of which, in place, the secret has been cut."""
     if isinstance(value, str):
         return secret.sub("[api key]", value)
     if type(value) in (list, tuple):
         return type(value)([redact(entry, secret) for entry in value])
     if isinstance(value, (dict, http.client.HTTPMessage)):
-        value = copy.copy(value)
         # Headers are no items of their object, but hide in an attribute.
-        for part in value, getattr(value, "__dict__", {}):
-            for key in list(part) if isinstance(part, dict) else ():
+        for part in map(_dict, (value, getattr(value, "__dict__", None))):
+            for key in [*part]:
                 part[redact(key, secret)] = redact(part.pop(key), secret)
     return value
 
