@@ -1100,7 +1100,7 @@ class _Connection(io.RawIOBase):
             self.deadline = min(self.deadline, self.idle_since + WAIT_SECONDS)
             # A stream ends with [DONE], but its body with one empty chunk
             # more, which may be late, or never come: then it is closed.
-            with contextlib.suppress(*NETWORK_ERRORS):
+            with response, contextlib.suppress(*NETWORK_ERRORS):
                 self.kept = not (
                     self.unsent or response.will_close or response.length
                     or response.status < 200 or response.read1(READ_SIZE))
