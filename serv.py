@@ -623,7 +623,7 @@ def find_request_id(headers: Headers) -> str | None:
     return next(filter(None, map(headers.get, names)), None)
 
 
-def find_error(name: str, event: JSONDict) -> bool:
+def is_error(name: str, event: JSONDict) -> bool:
     """Whether a decoded answer or event is an error, in any known shape.
 
     An ``error`` field; ``type`` or ``object`` or the event's name "error"
@@ -1285,9 +1285,8 @@ class _Call(collections.namedtuple(
                 if (event := parse_event(name, data)) is None:
                     continue
                 # All errors but a bare message have the word in them.
-                told = "choices" not in event and "type" not in event or (
-                    "error" in data or name == "error")
-                if told and find_error(name, event):
+                bare = not ("choices" in event or "type" in event)
+                if (bare or "error" in name + data) and is_error(name, event):
                     raise self.refused(200, event)
                 text = answer.add(event)
                 if half or not text.isascii():
@@ -1299,8 +1298,7 @@ class _Call(collections.namedtuple(
                 outer = sys.exc_info()[1]
                 if answer.done:
                     break
-            if not answer.whole:
-                raise http.client.HTTPException("the stream ended early")
+            require(answer.whole, "it ended early", http.client.HTTPException)
             self.connection.release(self.response)
         except BaseException as exc:
             self.connection.release()
@@ -1325,7 +1323,7 @@ class _Call(collections.namedtuple(
                 raise
         text = data.getvalue().decode("utf-8", "replace").lstrip("\ufeff")
         answer = parse_json(text)
-        if not good or find_error("", _dict(answer)):
+        if not good or is_error("", _dict(answer)):
             raise self.refused(self.response.status, answer)
         found = _dict(answer).get("choices" if self.chat else "content")
         require(isinstance(found, list) and (found or not self.chat),
