@@ -770,8 +770,8 @@ def parse_event(name: str, data: str) -> JSONDict | None:
             return None  # a keep-alive, or a vendor's own event
         require(name == "error", "not one JSON object, or nested too deeply")
         event = {"message": data}
-    if name != "message" and "choices" not in event:
-        event.setdefault("type", name)
+    if name != "message" and not ("type" in event or "choices" in event):
+        event["type"] = name
     return event
 
 
@@ -1281,7 +1281,8 @@ class _Call(collections.namedtuple(
             outer = sys.exc_info()[1]
             for name, data in pairs:
                 answer.elapsed = time.monotonic() - self.started
-                require(answer.elapsed < self.timeout, "still coming", OSError)
+                if answer.elapsed >= self.timeout:
+                    raise OSError("still coming")
                 if (event := parse_event(name, data)) is None:
                     continue
                 # All errors but a bare message have the word in them.
@@ -1340,7 +1341,8 @@ class _Call(collections.namedtuple(
                     f"{name} {coding}, not asked for", APIResponseError)
         while data := response.read1(READ_SIZE):
             limit -= len(data)
-            require(limit >= 0, "answer too large", APIResponseError)
+            if limit < 0:
+                raise APIResponseError("answer too large")
             yield data
         # http.client ends a body that was cut by its length in silence.
         if response.length:
