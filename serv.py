@@ -82,7 +82,7 @@ TIMEOUT = 600.0         # seconds for a whole call; answers of 298 s were seen
 CONNECT_TIMEOUT = 10.0  # seconds for one address of a host
 IDLE_SECONDS = 50.0     # load balancers drop silent connections after 60 s
 MAX_IDLE = 100          # kept connections in all: a large thread pool's
-KEEPALIVE = 60          # seconds between TCP probes; NATs forget after 350
+KEEPALIVE = 60          # seconds to a TCP probe; NATs forget after 350
 WAIT_SECONDS = 0.1      # for a stream's last bytes, for a stalled upload
 
 READ_SIZE = 1 << 16     # bytes asked of a connection at a time
@@ -274,8 +274,6 @@ class ToolCall(collections.namedtuple("ToolCall", "id name arguments")):
     ``arguments`` is a dict; text that is no JSON object, and what has come
     of a call in a cut stream, stays the ``str`` that it was.
     """
-
-    __slots__ = ()
 
 
 class Reply(dict):  # type: ignore[type-arg]
@@ -1126,10 +1124,9 @@ def dial(host: str, port: int, deadline: float) -> socket.socket:
             break
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):
-        if hasattr(socket, name):  # not on every system
-            option = getattr(socket, name)
-            sock.setsockopt(socket.IPPROTO_TCP, option, KEEPALIVE)
+    # Systems have one or the other: after how long a silence to probe.
+    for name in vars(socket).keys() & {"TCP_KEEPIDLE", "TCP_KEEPALIVE"}:
+        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), KEEPALIVE)
     return sock
 
 
@@ -1328,8 +1325,7 @@ class _Call(collections.namedtuple(
             raise self.refused(self.response.status, answer)
         found = _dict(answer).get("choices" if self.chat else "content")
         require(isinstance(found, list) and (found or not self.chat),
-                f"expected a JSON answer; got {text or 'nothing'}",
-                APIResponseError)
+                f"not a JSON answer: {text or 'nothing'}", APIResponseError)
         return _dict(answer)
 
     def iter_body(self, limit: int) -> Iterator[bytes]:
