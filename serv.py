@@ -882,7 +882,7 @@ class _Answer:
         # delta, which holds the text; and to what the text was added.
         self.repeats: Any = ({}, {}, None)
         # Where the block of an index is; of None, the one begun last.
-        self.places: dict[Any, int] = {}
+        self.places: dict[Any, tuple[int, int]] = {}
         self.done, self.elapsed = False, 0.0  # at the last event; seconds
         self.error: BaseException | None = None  # that ended it
 
@@ -950,10 +950,12 @@ class _Answer:
             return ""
         delta = expect(event.get("content_block" if starts else "delta"), dict)
         index = find_index(event, len(self.parts) if starts else None)
-        # Some gateways count every block as 0: begun again, it is another.
+        # Some gateways count every block as 0: begun again, it is another,
+        # behind those whose index is new.
         if starts or index not in self.places:
             require(len(self.parts) < MAX_PARTS, "too many parts")
-            self.places[index] = self.places[None] = len(self.parts)
+            self.places[index] = self.places[None] = (
+                (index in self.places) * len(self.parts), index or 0)
         place = self.places[index]
         block = dict(delta)
         block["type"] = str(block.get("type") or "").replace("_delta", "")

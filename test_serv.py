@@ -5336,6 +5336,26 @@ def test_blocks_that_are_all_counted_as_0():
         {"type": "tool_use", "id": "t", "name": "f", "input": {"a": 1}}]
 
 
+@pytest.mark.parametrize("begun, order", [
+    ([0, 1, 2], "ABC"), ([2, 0, 1], "BCA"), ([1, 7, 4], "ACB"),
+    ([0, 0, 0], "ABC"), ([0, 1, 0, 1, 0, 1], "ABCDEF"),
+    ([None, None, None], "ABC"), ([0, None, None], "ABC"),
+    ([None, 1, None], "ABC")])
+def test_blocks_stand_by_their_index_or_as_they_are_begun(begun, order):
+    events = []
+    for index, text in zip(begun, "ABCDEF"):
+        where = {} if index is None else {"index": index}
+        events += [
+            {"type": "content_block_start", **where,
+             "content_block": {"type": "text", "text": ""}},
+            {"type": "content_block_delta", **where,
+             "delta": {"type": "text_delta", "text": text}},
+            {"type": "content_block_stop", **where}]
+    reply = stream_read(stream_answer(*events, {"type": "message_stop"}),
+                        "messages")[1]
+    assert [block["text"] for block in reply["content"]] == [*order]
+
+
 @pytest.mark.parametrize("headers", [[("a", "b")], "a: b", 5])
 def test_headers_are_a_mapping(headers, standin):
     with pytest.raises(TypeError, match="headers"):
@@ -5507,12 +5527,19 @@ def test_an_entry_that_is_no_object_is_not_gone_on_with():
     assert len(reply.message["tool_calls"]) == 2
 
 
-def test_a_chat_calls_object_does_not_look_finished_in_a_cut_stream():
+@pytest.mark.parametrize("given, shown", [
+    ({"a": 1}, '{"a": 1}'), ([1], "[1]"), ({}, ""), ([], ""), (None, "")])
+def test_a_calls_object_does_not_look_finished_in_a_cut_stream(given, shown):
     call = {"index": 0, "id": "a", "type": "function", "function": {
-        "name": "f", "arguments": {"a": 1}}}
+        "name": "f", "arguments": given}}
     error = stream_error(
         stream_answer(stream_chunk({"tool_calls": [call]})))[1]
-    assert error.reply.tool_calls == [("a", "f", '{"a": 1}')]
+    assert error.reply.tool_calls == [("a", "f", shown)]
+    events = stream_said("x") + [{
+        "type": "content_block_start", "index": 1, "content_block": {
+            "type": "tool_use", "id": "a", "name": "f", "input": given}}]
+    error = stream_error(stream_answer(*events), "messages")[1]
+    assert error.reply.tool_calls == [("a", "f", shown)]
 
 
 @pytest.mark.parametrize("given", [
