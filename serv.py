@@ -17,13 +17,14 @@ What this file does with your key: it is read from ``api_key`` or from
 SERV_API_KEY at each call, sent in the Authorization header of requests to
 ``base_url``, and kept nowhere else.  It is cut out of every error; only
 what records the local variables of a traceback may see it there.  No
-redirect is followed, certificates are always checked, the key is written
-to no disk, and no other host is spoken to but a proxy that you have set.
+redirect is followed, certificates are always checked (a plain ``http://``
+has none, and sends the key as it is), the key is written to no disk, and
+no other host is spoken to but a proxy that you have set.
 
 From top to bottom; whoever stops at a banner has understood all above it:
 constants, errors, the three calls, Reply and Stream, building requests,
-reading answers, server-sent events, putting a stream together (pure: they
-read variables of the environment at most), the network, the command line.
+reading answers, server-sent events, putting a stream together (no I/O: at
+most they read variables of the environment), the network, the command line.
 
 Errors::
 
@@ -81,17 +82,17 @@ USER_AGENT = f"serv.py/{__version__} Python/{sys.version.split()[0]}"
 TIMEOUT = 600.0         # seconds for a whole call; answers of 298 s were seen
 CONNECT_TIMEOUT = 10.0  # seconds for one address of a host
 IDLE_SECONDS = 50.0     # load balancers drop silent connections after 60 s
-MAX_IDLE = 100          # kept connections in all: a large thread pool's
+MAX_IDLE = 100          # kept connections; a call beyond drops the oldest
 KEEPALIVE = 60          # seconds to a TCP probe; NATs forget after 350
 WAIT_SECONDS = 0.1      # for a stream's last bytes, for a stalled upload
 
-READ_SIZE = 1 << 16     # bytes asked of a connection at a time
+READ_SIZE = 1 << 16     # bytes asked of a connection, or given, at a time
 MAX_BODY = 1 << 25      # bytes of one JSON answer, or of one event: 32 MiB
 MAX_STREAM = 1 << 28    # bytes of a whole stream: a million events
 MAX_ERROR = 1 << 18     # bytes kept of an error's body
 MAX_DEPTH = 150         # of nested JSON, so that all of it can be recursed
-MAX_PARTS = 10000       # of one answer; an empty one takes a kilobyte
-MAX_SHOWN = 400         # characters of the server's words in a message
+MAX_PARTS = 10000       # of one list; an empty one takes a kilobyte
+MAX_SHOWN = 400         # characters of a message, but for URL and request id
 
 
 # ---------------------------------------------------------------------------
@@ -101,8 +102,9 @@ MAX_SHOWN = 400         # characters of the server's words in a message
 class ServError(Exception):
     """The base of every error about a call; by itself, no usable key.
 
-    ``str()`` is one line: what happened, the URL, the request id.  ``reply``
-    is a ``Reply`` of what had arrived if a stream had begun, else ``None``.
+    ``str()`` is one line: what happened and, of a request that was tried,
+    the URL and the request id.  ``reply`` is a ``Reply`` of what had arrived
+    if a stream had begun, else ``None``.
     """
 
     reply: Reply | None = None
@@ -212,7 +214,8 @@ def chat(messages: Content, *, model: str | None = None,
         wait, the last byte; default SERV_TIMEOUT, else 600.  Looking up a
         host name is the operating system's and alone not bounded by it.
     :param max_retries: how often a failed try is repeated: connection
-        failures, 408, 409, 429 and 5xx, or as ``x-should-retry`` says.
+        failures (but no refused certificate), 408, 409, 429 (but no
+        ``insufficient_quota``) and 5xx, or as ``x-should-retry`` says.
     :param headers: added to the request; they replace ours of that name.
     :param params: anything else goes into the JSON body untouched.
     :return: a ``Reply``, the service's JSON with ``text`` and more on top.
@@ -258,8 +261,8 @@ def stream(messages: Content, *, endpoint: str = "chat",
     ``endpoint`` is ``"chat"`` or ``"messages"``; the latter requires
     ``max_tokens``.  The stream is open when this returns: a refused request
     raises here.  ``timeout`` bounds it up to its last event, and runs on
-    while the caller holds a piece.  A stream is not retried once its answer
-    has begun.  All else, and every exception, is as for ``chat()``.
+    while the caller holds a piece.  Once this has returned, nothing is
+    retried.  All else, and every exception, is as for ``chat()``.
     """
     return build_request(streaming=True, **locals()).run(_Call.stream)
 
@@ -271,8 +274,8 @@ def stream(messages: Content, *, endpoint: str = "chat",
 class ToolCall(collections.namedtuple("ToolCall", "id name arguments")):
     """A call that the model asks for.
 
-    ``arguments`` is a dict; text that is no JSON object, and what has come
-    of a call in a cut stream, stays the ``str`` that it was.
+    ``arguments`` is a dict; text that is no JSON object stays the ``str``
+    that it was, and of a call in a cut stream it is always a ``str``.
     """
 
 
@@ -421,7 +424,7 @@ def build_request(endpoint: str, streaming: bool, params: JSONDict,
                   headers: Any = None, api_key: Any = None,
                   base_url: Any = None, timeout: Any = None,
                   max_retries: int = 2, **asked: Any) -> _Call:
-    """Return a call that is ready to be sent, or raise as it does."""
+    """Return a call that is ready to be sent; raise what chat() does."""
     require(endpoint in PATHS, 'endpoint: expected "chat" or "messages"')
     # repr() tells 2 from "2" and from True.
     require(repr(max_retries).isdigit(), "max_retries: expected 0, 1, 2 ...")
@@ -450,7 +453,10 @@ def require(good: Any, wrong: str, kind: type[Exception] = ValueError) -> Any:
 
 
 def find_setting(name: str, value: Any, default: Any = None) -> Any:
-    """Return the argument, else its environment variable; empty is unset."""
+    """Return the argument, else its variable, else the default.
+
+    What is empty counts as not set.
+    """
     unset = value is None or value == ""
     return os.environ.get("SERV_" + name) or default if unset else value
 
@@ -507,7 +513,7 @@ def build_url(url: Any) -> str:
     # end stays.  urlsplit() would drop a tab, and take a password.
     found = require(url.isprintable() and re.fullmatch(
         r"((?i:https?)://(?:[^]\s/@\\:?#[]+|\[[\da-fA-F:.]+])(?::(\d{0,5}))?"
-        r"(?:/(?:(?![?#])[!-~])*?)??)(?:/v1)?/*", url), wrong)
+        r"(?:/(?:(?![?#])[!-~])*?)??)(?:/v1)?/*", url, re.A), wrong)
     require(0 < int(found[2] or 80) < 65536, wrong)
     return str(found[1])
 
@@ -525,7 +531,7 @@ def build_key(api_key: Any) -> str:
 def build_headers(headers: Any) -> dict[str, str]:
     """Return the caller's headers, Names-Like-This; no value is ever shown.
 
-    Names are tokens and values hold no control characters:
+    Names are tokens and values hold no control characters but tabs:
     https://www.rfc-editor.org/rfc/rfc9110#section-5.5
     """
     given, wrong = {}, "headers: expected a dict of str names and values"
@@ -543,9 +549,10 @@ def build_headers(headers: Any) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------
-# Reading answers.  Pure: JSON, text, headers and errors in, values out.
+# Reading answers.  No I/O: JSON, text, headers and errors in, values out.
 # Tolerant of what is there: a field of another kind than expected counts as
 # absent, so that no answer, however odd, ends in a TypeError or a KeyError.
+# Only in a stream, where text would be lost, expect() refuses it.
 # ---------------------------------------------------------------------------
 
 # Some servers send raw control characters in JSON strings: not strict.
@@ -564,7 +571,7 @@ def parse_json(text: str, kind: Any = object) -> Any:
     except (StopIteration, RecursionError, ValueError):
         return text
     # What is short, or has few brackets, cannot be deep: no need to look.
-    if end > 2 * MAX_DEPTH < 2 * (whole.count("[") + whole.count("{")):
+    if end > 2 * MAX_DEPTH and whole.count("[") + whole.count("{") > MAX_DEPTH:
         level = [value]
         for _ in range(MAX_DEPTH + 1):
             level = [child for node in level if isinstance(node, (dict, list))
@@ -694,7 +701,7 @@ def shown(text: str) -> str:
 
 
 def redact(value: Any, secret: Pattern[str]) -> Any:
-    """Return a value out of which, in place, the secret has been cut."""
+    """Cut the secret out of a value; change dicts and headers in place."""
     if isinstance(value, str):
         return secret.sub("[api key]", value)
     if type(value) in (list, tuple):
@@ -774,11 +781,11 @@ def parse_event(name: str, data: str) -> JSONDict | None:
 
 
 # ---------------------------------------------------------------------------
-# Putting a stream together.  Pure.  What has come is a tree, in which a text
-# that grows is a StringIO, a list that grows a _Grown, and the list of the
-# choices or blocks a dict by their places: each event adds to it in place, so
-# that time is linear in the length of the stream and memory is that of the
-# answer.  build() makes plain JSON of it, on demand.
+# Putting a stream together.  No I/O.  What has come is a tree, in which a text
+# that grows is a StringIO, a list whose entries come in pieces a _Grown, and
+# the list of the choices or blocks a dict by their places: each event adds to
+# it in place, so that time is linear in the length of the stream and memory
+# is that of the answer.  build() makes plain JSON of it, on demand.
 # ---------------------------------------------------------------------------
 
 # What is said once of an entry, however often it is repeated.
@@ -791,8 +798,9 @@ GROWS: Any = {"message": (str, list), "input": (), "arguments": ()}
 def merge(whole: JSONDict, piece: Any, grows: Any = (str, list)) -> None:
     """Add what a piece says to an object, in place.
 
-    What is empty erases nothing, and what is new replaces what was there,
-    but for values of the kinds that grow: those go behind one another.
+    None and "" erase nothing, and a label stays what it was first.  All else
+    that is new replaces what was there, but for values of the kinds that
+    grow: those go behind one another.
     """
     for key, value in piece.items():
         old = whole.get(key)
@@ -939,7 +947,7 @@ class _Answer:
             inner = top.pop("message", top.pop("delta", None))
             top.update(expect(inner, dict))
             merge(self.top, top, ())
-            # The blocks that it has are begun by it.
+            # The blocks that it has are added as if an event began each.
             return "".join([self._add_event({
                 "type": "content_block_start",
                 "content_block": {"type": "text", **expect(block, dict)}})
@@ -1002,9 +1010,10 @@ class _Answer:
 
 
 # ---------------------------------------------------------------------------
-# Network: the only I/O.  http.client speaks HTTP, over a socket on which
-# every wait ends with the call's deadline.  Whatever goes wrong comes out as
-# a ServError; a connection is kept only after an answer read to its end.
+# Network: the only I/O but the command line's.  http.client speaks HTTP, over
+# a socket on which every wait ends with the call's deadline.  Whatever fails
+# there comes out as a ServError; a connection is kept only after an answer
+# that was read to its end.
 #
 # From the bottom up: a connection with its deadline; where connections go
 # (address, proxy, CA); the kept ones; and a call, which makes its tries, each
@@ -1020,19 +1029,20 @@ class _Connection(io.RawIOBase):
     """A connection that serves one call at a time, and then the next.
 
     To http.client it is a socket and, through a buffer, its file.  That
-    closes both as soon as an answer has begun, which does nothing here.
+    closes both when it is done with them, which does nothing here: release()
+    does it.
     """
 
     def __init__(self, route: Any) -> None:
-        # Kept is what an earlier call left, while it is silent in this one.
+        # Kept: an earlier call left it, and nothing has come in this one.
         self.route, self.pid, self.kept = route, os.getpid(), False
         self.sock: Any = None  # the real socket, or TLS
 
     def open(self, client: Any, deadline: float) -> None:
         """Let an HTTPConnection speak over it, for a call until deadline.
 
-        What nobody asked for (a 408, say) is no answer to the next request:
-        with that, or the end, waiting on a kept connection, it is made anew.
+        A kept connection on which something waits (the end, or a 408 that
+        nobody asked for) is made anew: that is no answer to this request.
         """
         self.unsent: Any = b""
         self.deadline, self.wanted = deadline, True
@@ -1060,7 +1070,10 @@ class _Connection(io.RawIOBase):
         return io.BufferedReader(self, READ_SIZE)
 
     def ready(self, at_most: float) -> Any:
-        """Return the real socket, its timeout set to what is left."""
+        """Return the real socket, to wait for at_most, or what is left.
+
+        Raise socket.timeout if nothing is.
+        """
         left = self.deadline - time.monotonic()
         # Parent and child would both read parts of one answer.
         if left <= 0 or self.pid != os.getpid():
@@ -1074,12 +1087,13 @@ class _Connection(io.RawIOBase):
     def readinto(self, buffer: Any) -> Any:
         """Send what is to be sent, head and body at once, and read."""
         while self.unsent and self.wanted:
-            sock = self.ready(WAIT_SECONDS)  # which ends a stalled upload
+            sock = self.ready(WAIT_SECONDS)
             with contextlib.suppress(OSError):
                 self.unsent = self.unsent[sock.send(self.unsent[:READ_SIZE]):]
             # The answer (413, say) tells more than the broken pipe.
             if self.unsent and (size := self.receive(buffer, 0)) is not None:
-                self.wanted = bytes(buffer[9:10]) == b"1"  # HTTP/1.1 100
+                # Only 1xx still wants the rest: "HTTP/1.1 100 Continue"
+                self.wanted = bytes(buffer[9:10]) == b"1"
                 return size
         return self.receive(buffer)
 
@@ -1134,7 +1148,10 @@ def dial(host: str, port: int, deadline: float) -> socket.socket:
 
 @functools.lru_cache(maxsize=None)
 def get_tls_context(*authority: str | None) -> ssl.SSLContext:
-    """Return the context for a CA setting; it costs tens of milliseconds."""
+    """Return the context for a CA setting, which only tells them apart.
+
+    It costs tens of milliseconds.
+    """
     return ssl.create_default_context()
 
 
@@ -1153,10 +1170,9 @@ def find_route(url: str) -> Any:
         require(re.fullmatch(r"(?i)(http://)?([^/]*@)?([^\s/:@]+|"
                              r"\[[\da-f:.]+])(:\d{1,5})?(/.*)?|", found),
                 name + ": expected http://[user:password@]host:port")
-        # urllib's own handler reads it, and says what it would change.
-        asked, handler = request.Request(url), request.ProxyHandler(
-            {parts.scheme: found} if found else {})
-        getattr(handler, parts.scheme + "_open", str)(asked)
+        asked = request.Request(url)
+        if found:  # urllib's own handler turns the request to the proxy
+            request.ProxyHandler({}).proxy_open(asked, found, parts.scheme)
         if asked.host != parts.netloc:
             proxy, login = (asked.host,), asked.headers
     return (tls, parts.hostname, parts.port or (443 if tls else 80), proxy,
@@ -1194,7 +1210,7 @@ class _Call(collections.namedtuple(
         "_Call", "chat url headers body secret timeout max_retries")):
     """One call: its request, its deadline, its tries, its errors.
 
-    ``connection`` is that of this try, ``response`` is there once begun.
+    ``connection`` is that of this try, ``response`` None until one begins.
     """
 
     __repr__ = object.__repr__  # the other one would show the key
@@ -1248,7 +1264,8 @@ class _Call(collections.namedtuple(
         while 101 < response.status < 200:  # http.client skips only 100
             response.headers = None  # begin() reads an answer just once
             response.begin()
-        # The end of the connection is a blank line to http.client.
+        response.headers.defects.clear()  # they may quote a line with the key
+        # http.client takes the end of the connection for that of the header.
         require(not connection.ended, "closed inside the header", OSError)
         return response
 
@@ -1284,9 +1301,9 @@ class _Call(collections.namedtuple(
                     raise OSError("still coming")
                 if (event := parse_event(name, data)) is None:
                     continue
-                # All errors but a bare message have the word in them.
-                bare = not ("choices" in event or "type" in event)
-                if (bare or "error" in name + data) and is_error(name, event):
+                # Errors have the word in them (Error, too), or are bare.
+                bare = event.get("choices") is None and "type" not in event
+                if (bare or "rror" in name + data) and is_error(name, event):
                     raise self.refused(200, event)
                 text = answer.add(event)
                 if half or not text.isascii():
@@ -1318,7 +1335,7 @@ class _Call(collections.namedtuple(
         try:
             data.writelines(self.iter_body(MAX_BODY if good else MAX_ERROR))
         except (ServError, *NETWORK_ERRORS):
-            self.response.will_close = True
+            self.response.will_close = True  # not to be kept
             if good:  # else the status is the news, even without its body
                 raise
         text = data.getvalue().decode("utf-8", "replace").lstrip("\ufeff")
@@ -1342,7 +1359,7 @@ class _Call(collections.namedtuple(
             if limit < 0:
                 raise APIResponseError("answer too large")
             yield data
-        # http.client ends a body that was cut by its length in silence.
+        # http.client is silent of a body shorter than its Content-Length.
         if response.length:
             raise http.client.IncompleteRead(b"", response.length)
 
@@ -1512,13 +1529,14 @@ def iter_pairs(options: list[str], sign: str) -> Iterator[tuple[str, str]]:
 def build_curl(call: _Call) -> str:
     """Return the curl command that sends a call; the shell has the key."""
     from shlex import quote
-    # curl takes "Name;" for an empty header
+    ours = "Authorization: Bearer $SERV_API_KEY"
     parts = ["curl -gsSN --path-as-is " + quote(call.url)]
     for name, text in call.headers.items():
-        parts.append("-H " + quote(f"{name}: {text}" if text else name + ";"))
+        # curl takes "Name;" for an empty header
+        line = f"{name}: {text}" if text else name + ";"
+        parts.append("-H " + (f'"{line}"' if line == ours else quote(line)))
     parts.append("--data-raw " + quote(call.body.decode()))
-    ours = "'Authorization: Bearer $SERV_API_KEY'"
-    return " \\\n  ".join(parts).replace(ours, ours.replace("'", '"'))
+    return " \\\n  ".join(parts)
 
 
 def answer(args: Any, call: _Call) -> int:

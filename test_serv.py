@@ -754,6 +754,7 @@ BAD_URLS = [
     "ftp://127.0.0.1", "file:///etc/passwd", "127.0.0.1", "127.0.0.1:80",
     "//127.0.0.1", "localhost", "http:", "http://", "http:///v1",
     "http://:80", "https://?", "http://h:port", "http://h:65536", "http://h:0",
+    "http://h:\u0663",
     "http://h:-1", "http://h?", "http://h?a=b", "http://h/v1?a=b",
     "http://h#", "http://h/#a", "http://h/a b", " http://h", "http://h ",
     "http://h\n", "http://h/\r\nX: y", "http://h\t", "http://h/\u2028",
@@ -1752,7 +1753,9 @@ needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
     ["-e", "messages", "-n", "9", "-s", "'$HOME'\n", "--no-stream", "Hi"],
     ["-H", "User-Agent: mine", "-H", "X-Empty:", "Hi"],
     ["-m", "a/b'c", "-H", "Accept: */*", "Hi"],
-    ["-H", "authorization: Bearer " + KEY, "Hi"]])
+    ["-H", "authorization: Bearer " + KEY, "Hi"],
+    ["What is 'Authorization: Bearer $SERV_API_KEY' in it?"],
+    ["-H", "X-Too: Authorization: Bearer $SERV_API_KEY", "Hi"]])
 def test_a_dry_run_prints_what_curl_then_sends(argv, cli, standin, tmp_path,
                                                monkeypatch):
     assert cli(*argv)[0] == 0
@@ -3007,6 +3010,9 @@ STREAM_TOLD = [
      stream_told(400, kind="BadRequestError", code=400)),
     ('data: {"object": "error", "message": "No.", "type": "t"}',
      stream_told(500, kind="t")),
+    ('data: {"message": "No.", "type": "BadRequestError", "code": 400}',
+     stream_told(400, kind="BadRequestError", code=400)),
+    ('data: {"message": "No.", "choices": null}', stream_told(500)),
     # OpenRouter's has choices too.
     ('data: {"id": "c1", "error": {"code": 502, "message": "No."}, "choices":'
      ' [{"index": 0, "delta": {"content": ""}, "finish_reason": "error"}]}',
@@ -4739,6 +4745,8 @@ def test_the_key_is_in_one_header_only(call):
 
 
 NET_TELLTALES = [
+    b"HTTP/1.1 401 No\r\n folded " + KEY.encode() +
+    b"\r\nContent-Length: 2\r\n\r\n{}",
     http_answer({"error": {"message": "Bearer " + KEY, "type": KEY,
                            "code": KEY, "param": KEY, KEY: [KEY]}}, "401 No"),
     http_answer({"detail": ["x" * 380 + KEY]}, "422 No"),
