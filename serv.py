@@ -1092,8 +1092,8 @@ class _Connection(io.RawIOBase):
                 self.unsent = self.unsent[sock.send(self.unsent[:READ_SIZE]):]
             # The answer (413, say) tells more than the broken pipe.
             if self.unsent and (size := self.receive(buffer, 0)) is not None:
-                # Only 1xx still wants the rest: "HTTP/1.1 100 Continue"
-                self.wanted = bytes(buffer[9:10]) == b"1"
+                # An interim answer, or a part of one, still wants the rest.
+                self.wanted = not re.match(b"HTTP/1.. [2-5]", buffer[:size])
                 return size
         return self.receive(buffer)
 
@@ -1119,6 +1119,7 @@ class _Connection(io.RawIOBase):
                     self.unsent or response.will_close or response.length
                     or response.status < 200 or response.read1(READ_SIZE))
         if self.kept:
+            self.unsent = b""  # what is sent still holds the whole request
             with _lock:
                 _idle.append(self)
         elif self.sock is not None:
@@ -1446,6 +1447,7 @@ SERV_API_KEY holds the key; SERV_BASE_URL, SERV_MODEL and SERV_TIMEOUT
 nobody reads, 2 wrong usage, 3 blocked or cut off by the token limit, 130
 interrupted.
 """
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # if it was closed
     for file in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
         getattr(file, "reconfigure", dict)(errors="replace")
     try:

@@ -1775,6 +1775,16 @@ def run_shell(command, home):
     assert (shell.returncode, shell.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("key, said, status", [
+    (KEY, b'You said: "Hi"\n', 0), ("", b"", 1)])
+def test_standard_error_may_be_closed(key, said, status, standin):
+    shell = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, SCRIPT, "Hi"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=20,
+        env={**os.environ, "SERV_API_KEY": key, "SERV_BASE_URL": standin.url})
+    assert (shell.stdout, shell.returncode) == (said, status)
+
+
 @needs_curl
 @pytest.mark.parametrize("path", ["/it's/$HOME", "/{a,b}/[1-2]", "/a/../b"])
 def test_a_dry_run_of_a_base_url_with_odd_characters(path, cli, tmp_path,
@@ -5482,6 +5492,13 @@ def test_a_whole_message_in_a_stream_is_read_once(events):
     assert ("".join(pieces), reply.text) == ("hello", "hello")
 
 
+def test_a_kept_connection_does_not_keep_the_request():
+    with Server([http_answer(REPLY)]) as server:
+        net_chat(server, "x" * (1 << 20))
+        assert not serv._idle[-1].unsent
+        assert isinstance(serv._idle[-1].unsent, bytes)
+
+
 def test_each_choice_may_come_as_a_whole_message():
     events = [{"choices": [dict(STREAM_AT_ONCE, index=index, message={
         "content": text})]} for index, text in enumerate("AB")]
@@ -5574,14 +5591,20 @@ def test_an_error_event_is_one_whatever_stands_beside_it():
 
 
 @net_calls
-@pytest.mark.parametrize("interim", ["100 Continue", "103 Early Hints"])
-def test_an_interim_answer_does_not_end_an_upload(call, interim):
+@pytest.mark.parametrize("parts", [
+    ["HTTP/1.1 100 Continue\r\n\r\n"], ["HTTP/1.1 103 Early Hints\r\n\r\n"],
+    ["H", "TTP/1.1 100 Continue\r\n\r\n"],
+    ["HTTP/1.1 103 E\r\n", "Link: </a>; rel=preload\r\n", "\r\n"]])
+def test_an_interim_answer_does_not_end_an_upload(call, parts):
     def answer(wire):
         with wire.makefile("rb") as reader:
             lines = list(iter(reader.readline, b"\r\n"))
-            wire.sendall(b"HTTP/1.1 %s\r\n\r\n" % interim.encode())
-            reader.read(*(int(line.split(b":")[1]) for line in lines
-                          if line.lower().startswith(b"content-length:")))
+            [left] = [int(line.split(b":")[1]) for line in lines
+                      if line.lower().startswith(b"content-length:")]
+            for part in parts:
+                wire.sendall(part.encode())
+                left -= len(reader.read(1 << 21))  # the part is seen by then
+            reader.read(left)
         wire.sendall(NET_OK)
 
     with NetRaw(answer) as server:
