@@ -43,6 +43,7 @@ from __future__ import annotations
 import atexit
 import collections
 import contextlib
+import copy
 import functools
 import http.client
 import io
@@ -512,8 +513,9 @@ def build_url(url: Any) -> str:
     # What is kept of the path is as short as possible, so that none of the
     # end stays.  urlsplit() would drop a tab, and take a password.
     found = require(url.isprintable() and re.fullmatch(
-        r"((?i:https?)://(?:[^]\s/@\\:?#[]+|\[[\da-fA-F:.]+])(?::(\d{0,5}))?"
-        r"(?:/(?:(?![?#])[!-~])*?)??)(?:/v1)?/*", url, re.A), wrong)
+        r"((?i:https?)://(?:[^]\s/@\\:?#[]+|\[[\da-fA-F:.]+(?:%\w+)?])"
+        r"(?::(\d{0,5}))?(?:/(?:(?![?#])[!-~])*?)??)(?:/v1)?/*", url, re.A),
+        wrong)
     require(0 < int(found[2] or 80) < 65536, wrong)
     return str(found[1])
 
@@ -701,12 +703,13 @@ def shown(text: str) -> str:
 
 
 def redact(value: Any, secret: Pattern[str]) -> Any:
-    """Cut the secret out of a value; change dicts and headers in place."""
+    """Return a copy of a value in which the secret is not to be found."""
     if isinstance(value, str):
         return secret.sub("[api key]", value)
     if type(value) in (list, tuple):
         return type(value)([redact(entry, secret) for entry in value])
     if isinstance(value, (dict, http.client.HTTPMessage)):
+        value = copy.copy(value)  # it may be a caller's
         # Headers are no items of their object, but hide in an attribute.
         for part in map(_dict, (value, getattr(value, "__dict__", None))):
             for key in [*part]:
@@ -941,7 +944,7 @@ class _Answer:
         return text
 
     def _add_event(self, event: JSONDict) -> str:
-        kind = event.get("type")
+        kind = event.get("type") or "message"
         if kind in ("message", "message_start", "message_delta"):
             top = dict(event)
             inner = top.pop("message", top.pop("delta", None))
@@ -951,7 +954,8 @@ class _Answer:
             return "".join([self._add_event({
                 "type": "content_block_start",
                 "content_block": {"type": "text", **expect(block, dict)}})
-                for block in expect(top.get("content"), list)])
+                for block in expect(top.get("content"), list)
+                if block != {"type": "text", "text": ""}])
         self.done = self.done or kind == "message_stop"
         starts = kind == "content_block_start"
         if not starts and kind != "content_block_delta":

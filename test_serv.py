@@ -5406,18 +5406,21 @@ def test_a_stream_that_was_interrupted_does_not_end_in_silence():
         wire.sendall(NET_SSE + chunk(sse(stream_chunk({"content": "a"}))))
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1)).start()
 
+    config = {"key": KEY}
+
     def interrupt(*_):
-        raise KeyError("interrupted")
+        raise LookupError(config)
 
     before = signal.signal(signal.SIGUSR1, interrupt)
     try:
         with Server(answer) as server:
             stream = stream_open(server)
-            with pytest.raises(KeyError):
+            with pytest.raises(LookupError):
                 list(stream)
             with pytest.raises(serv.APIConnectionError) as caught:
                 list(stream)
         assert caught.value.reply.text == "a"
+        assert config == {"key": KEY}  # the caller's own
     finally:
         signal.signal(signal.SIGUSR1, before)
 
@@ -5497,6 +5500,21 @@ def test_a_kept_connection_does_not_keep_the_request():
         net_chat(server, "x" * (1 << 20))
         assert not serv._idle[-1].unsent
         assert isinstance(serv._idle[-1].unsent, bytes)
+
+
+def test_a_whole_message_may_lack_its_type():
+    answer = {"role": "assistant", "content": [text_block("Hello!")],
+              "stop_reason": "end_turn"}
+    pieces, reply = stream_read(http_answer(answer), "messages")
+    assert (pieces, reply.text, reply.partial) == (["Hello!"], "Hello!", False)
+
+
+def test_a_message_may_start_with_an_empty_block():
+    start = {"type": "message_start", "message": {
+        "role": "assistant", "content": [text_block("")]}}
+    events = [start, *stream_block(0, text_block("Hi"))] + stream_end()
+    reply = stream_read(stream_answer(*events), "messages")[1]
+    assert reply["content"] == [text_block("Hi")]
 
 
 def test_each_choice_may_come_as_a_whole_message():
