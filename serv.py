@@ -737,13 +737,13 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
     #parsing-an-event-stream: an event ends with a blank line, one without
     any ``data`` line is none, and what is pending at the end is discarded.
 
-    :raise ValueError: an event grows beyond MAX_BODY bytes.
+    :raise ValueError: an event in pieces grows beyond MAX_BODY bytes.
     """
-    held, after_cr, wrong = bytearray(), False, "an event over MAX_BODY bytes"
+    held, after_cr, between = bytearray(), False, False
     codec = "utf-8-sig"  # for the first, which drops one byte order mark
     for chunk in filter(None, chunks):
         # Nearly always a chunk is one event, which C can read as a whole.
-        if codec == "utf-8" and not (held or after_cr or 13 in chunk):  # CR
+        if between and 13 not in chunk:  # CR
             if event := ONE_EVENT.fullmatch(chunk.decode(codec, "replace")):
                 yield event[1] or "message", event[2]
                 continue
@@ -753,12 +753,12 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
         if b"\n\n" in held[-len(chunk) - 1:]:
             *blocks, held = held.split(b"\n\n")
             for block in blocks:
-                require(len(block) <= MAX_BODY, wrong)
                 text, codec = "\n" + block.decode(codec, "replace"), "utf-8"
                 if data := DATA.findall(text):
                     name = ["", *NAMES.findall(text)][-1] or "message"
                     yield name, "\n".join(data)
-        require(len(held) <= MAX_BODY, wrong)
+        require(len(held) <= MAX_BODY, "an event over MAX_BODY bytes")
+        between = not (held or after_cr)
 
 
 def parse_event(name: str, data: str) -> JSONDict | None:
@@ -1307,7 +1307,7 @@ class _Call(collections.namedtuple(
                 if (event := parse_event(name, data)) is None:
                     continue
                 # Errors have the word in them (Error, too), or are bare.
-                bare = event.get("choices") is None and "type" not in event
+                bare = "type" not in event and event.get("choices") is None
                 if (bare or "rror" in name + data) and is_error(name, event):
                     raise self.refused(200, event)
                 text = answer.add(event)
