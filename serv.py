@@ -510,12 +510,12 @@ def build_url(url: Any) -> str:
     """Return a base URL without its end, ``/v1`` or a slash."""
     wrong = "base_url, or SERV_BASE_URL: expected http[s]://host[:port][/path]"
     require(isinstance(url, str), wrong, TypeError)
-    # What is kept of the path is as short as possible, so that none of the
-    # end stays.  urlsplit() would drop a tab, and take a password.
+    # The path is printable ASCII but for # and ?; what is kept of it is as
+    # short as possible, so that none of the end stays.  urlsplit() would drop
+    # a tab, and take a password.
     found = require(url.isprintable() and re.fullmatch(
         r"((?i:https?)://(?:[^]\s/@\\:?#[]+|\[[\da-fA-F:.]+(?:%\w+)?])"
-        r"(?::(\d{0,5}))?(?:/(?:(?![?#])[!-~])*?)??)(?:/v1)?/*", url, re.A),
-        wrong)
+        r"(?::(\d{0,5}))?(?:/[!\"$->@-~]*?)??)(?:/v1)?/*", url, re.A), wrong)
     require(0 < int(found[2] or 80) < 65536, wrong)
     return str(found[1])
 
