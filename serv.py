@@ -876,8 +876,7 @@ class _Grown:
 
 def find_index(entry: JSONDict, default: Any) -> Any:
     """Return the ``index`` of a choice, block or call, else the default."""
-    index = entry.get("index")
-    index = index if isinstance(index, int) else default
+    index = entry["index"] if isinstance(entry.get("index"), int) else default
     require(index is None or 0 <= index < MAX_PARTS, "an index out of range")
     return index
 
@@ -892,8 +891,8 @@ class _Answer:
         # The event that came last, if it did no more than add a text; its
         # delta, which holds the text; and to what the text was added.
         self.repeats: Any = ({}, {}, None)
-        # Where the block of an index is; of None, the one begun last.
-        self.places: dict[Any, tuple[int, int]] = {}
+        # Where the block of an index is; of None, the hindmost.
+        self.places: dict[Any, int] = {}
         self.done, self.elapsed = False, 0.0  # at the last event; seconds
         self.error: BaseException | None = None  # that ended it
 
@@ -963,11 +962,12 @@ class _Answer:
         delta = expect(event.get("content_block" if starts else "delta"), dict)
         index = find_index(event, len(self.parts) if starts else None)
         # Some gateways count every block as 0: begun again, it is another,
-        # behind those whose index is new.
+        # behind all that are there.
         if starts or index not in self.places:
             require(len(self.parts) < MAX_PARTS, "too many parts")
-            self.places[index] = self.places[None] = (
-                (index in self.places) * len(self.parts), index or 0)
+            place, hindmost = index or 0, self.places.get(None, -1)
+            place = hindmost + 1 if place in self.parts else place
+            self.places.update({index: place, None: max(place, hindmost)})
         place = self.places[index]
         block = dict(delta)
         block["type"] = str(block.get("type") or "").replace("_delta", "")

@@ -5357,6 +5357,7 @@ def test_blocks_that_are_all_counted_as_0():
 @pytest.mark.parametrize("begun, order", [
     ([0, 1, 2], "ABC"), ([2, 0, 1], "BCA"), ([1, 7, 4], "ACB"),
     ([0, 0, 0], "ABC"), ([0, 1, 0, 1, 0, 1], "ABCDEF"),
+    ([0, 0, 1], "ABC"), ([0, 0, 1, 1, 2], "ABCDE"), ([1, 0, 0], "BAC"),
     ([None, None, None], "ABC"), ([0, None, None], "ABC"),
     ([None, 1, None], "ABC")])
 def test_blocks_stand_by_their_index_or_as_they_are_begun(begun, order):
