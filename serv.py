@@ -81,9 +81,9 @@ EXAMPLES = {"chat": "gpt-5.4-mini", "messages": "claude-haiku-4.5"}
 USER_AGENT = f"serv.py/{__version__} Python/{sys.version.split()[0]}"
 
 TIMEOUT = 600.0         # seconds for a whole call; answers of 298 s were seen
-CONNECT_TIMEOUT = 10.0  # seconds for one address of a host
+CONNECT_TIMEOUT = 10.0  # seconds for one address of a host, for a handshake
 IDLE_SECONDS = 50.0     # load balancers drop silent connections after 60 s
-MAX_IDLE = 100          # kept connections; a call beyond drops the oldest
+MAX_IDLE = 100          # kept connections; of more, a call drops the oldest
 KEEPALIVE = 60          # seconds to a TCP probe; NATs forget after 350
 WAIT_SECONDS = 0.1      # for a stream's last bytes, for a stalled upload
 
@@ -681,7 +681,7 @@ def parse_retry_after(headers: Headers, now: float) -> float | None:
 def retry_wait(error: ServError, attempt: int) -> float | None:
     """Return the seconds to wait before one more try; None for no more.
 
-    ``attempt`` counts the tries that failed before this one.
+    ``attempt`` counts the failed tries before the one of this error.
     """
     again = isinstance(error, APIConnectionError) and not isinstance(
         error.__cause__, ssl.SSLCertVerificationError)
@@ -747,7 +747,7 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
             if event := ONE_EVENT.fullmatch(chunk.decode(codec, "replace")):
                 yield event[1] or "message", event[2]
                 continue
-        # of a CRLF that was cut in two
+        # the second half of a CRLF that was cut in two
         skip, after_cr = after_cr and chunk[:1] == b"\n", chunk[-1:] == b"\r"
         held += chunk[skip:].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         if b"\n\n" in held[-len(chunk) - 1:]:
@@ -1533,7 +1533,7 @@ def iter_pairs(options: list[str], sign: str) -> Iterator[tuple[str, str]]:
 
 
 def build_curl(call: _Call) -> str:
-    """Return the curl command that sends a call; the shell has the key."""
+    """Return the curl command of a call; the shell puts the key in."""
     from shlex import quote
     ours = "Authorization: Bearer $SERV_API_KEY"
     parts = ["curl -gsSN --path-as-is " + quote(call.url)]
