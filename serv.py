@@ -406,7 +406,7 @@ class Stream:
     @property
     def reply(self) -> Reply:
         """What has arrived so far, in the shape of a whole answer."""
-        return self._answer.reply
+        return self._answer.build()
 
     def close(self, *_: object) -> None:
         """End the stream early; what had arrived stays in ``reply``."""
@@ -807,71 +807,74 @@ def merge(whole: JSONDict, piece: Any, grows: Any = (str, list)) -> None:
     """
     for key, value in piece.items():
         old = whole.get(key)
-        if value is None or value == "":
+        if isinstance(value, dict):
+            whole[key] = _dict(old)
+            merge(whole[key], value, GROWS.get(key, grows))
+        elif value is None or value == "" or old and grows and key in LABELS:
             whole[key] = value if old is None else old
-        elif isinstance(value, dict):
-            if not isinstance(old, dict):
-                old = whole[key] = {}
-            merge(old, value, GROWS.get(key, grows))
-        elif grows and key in LABELS:
-            whole[key] = old or value
-        elif not isinstance(value, grows):
+        elif not isinstance(value, grows) or key in LABELS:
             whole[key] = value
         elif isinstance(value, list) and not (key in PLACED and str in grows):
-            if not isinstance(old, list):
-                old = whole[key] = []
-            old.extend(value)
+            whole[key] = old if isinstance(old, list) else []
+            whole[key].extend(value)
         else:
             kind = io.StringIO if isinstance(value, str) else _Grown
             if not isinstance(old, (kind, _Grown)):
                 whole[key] = kind()
-                if isinstance(old, io.StringIO):
-                    whole[key].write(old.getvalue())
+                whole[key].write(getattr(old, "getvalue", str)())
             whole[key].write(value)
 
 
 class _Grown:
-    """A list that comes in pieces; each entry is known by a label.
+    """A list whose entries come in pieces: choices, blocks, calls, parts.
 
-    That is its ``index``, or lacking that (Mistral) its ``id``; lacking both,
-    that of the last, if it is first in its list and either a call's next
-    piece or text of the same type.
+    Each is known by its ``index``, or lacking that (Mistral) by its ``id``;
+    lacking both, it is the hindmost, if the piece is first in its list and
+    either a call's next or text of the same type.
     """
 
     def __init__(self) -> None:
-        self.entries: Any = {}
+        self.entries: Any = {}  # by their places in the list
+        # Where the entry of an index or id is; of None, the hindmost.
+        self.places: dict[Any, int] = {}
+
+    def put(self, label: Any, begins: Any, entry: Any,
+            grows: Any = (str, list)) -> Any:
+        """Add to what has a label, or begin it; return what it is then.
+
+        It begins where its index says, or if that is taken behind all.
+        """
+        place, behind = self.places.get(label), self.places.get(None, -1) + 1
+        if begins or place is None:
+            require(len(self.entries) < MAX_PARTS, "too many parts")
+            taken = not isinstance(label, int) or label in self.entries
+            place = behind if taken else label
+            self.places.update({label: place, None: max(place, behind - 1)})
+        merge(self.entries, {place: entry}, grows)
+        return self.entries[place]
 
     def write(self, value: Any) -> None:
         """Add the entries of a list; a str is one text part."""
         if isinstance(value, str):
-            value = [{"type": "text", "text": value}]
+            value = [{"type": "text", "text": value}] if value else []
         for number, entry in enumerate(value):
-            require(len(self.entries) <= MAX_PARTS, "too many parts")
-            label = self.find_label(_dict(entry), number == 0)
-            merge(self.entries, {label: entry})
-
-    def find_label(self, entry: JSONDict, first: bool) -> Any:
-        """Return the label of the entry that this one goes on with."""
-        new: Any = (len(self.entries),)
-        index, label = find_index(entry, None), entry.get("id")
-        name = _dict(entry.get("function")).get("name")
-        if index is not None:
+            piece = _dict(entry)
+            label, known = find_index(piece, None), piece.get("id") or None
+            name = _dict(piece.get("function")).get("name")
+            before = _dict(self.entries.get(self.places.get(label, -1)))
             # Gemini counts every call as 0: a new id and name is a new call.
-            known = self.entries.get(index, {}).get("id") or label
-            if label and name and label != known:
-                self.entries[new] = self.entries.pop(index)
-            return index
-        last = next(reversed(self.entries), new)
-        before = _dict(self.entries.get(last))
-        goes_on = before and ("function" in entry and not name or before.get(
-            "type") == entry.get("type") in ("text", "thinking"))
-        # in a tuple, so that none of them is the name of a field
-        return (str(label),) if label else last if first and goes_on else new
+            begins = known and name and known != (before.get("id") or known)
+            if label is None:
+                text = before.get("type") == piece.get("type") in (
+                    "text", "thinking")
+                goes_on = before and (text or "function" in piece and not name)
+                begins = not known and (number > 0 or not goes_on)
+                label = known and str(known)
+            self.put(label, begins, entry)
 
     def getvalue(self) -> list[Any]:
-        """Return the entries, those with an index where that puts them."""
-        order = sorted(self.entries, key=lambda it: isinstance(it, int) and it)
-        return [self.entries[label] for label in order]
+        """Return the entries in order."""
+        return [self.entries[place] for place in sorted(self.entries)]
 
 
 def find_index(entry: JSONDict, default: Any) -> Any:
@@ -887,19 +890,17 @@ class _Answer:
     def __init__(self, chat: bool, headers: Headers) -> None:
         self.chat, self.headers = chat, headers
         self.top: JSONDict = {}  # the answer, but for its choices or blocks
-        self.parts: Any = {}  # these, by their places in it
+        self.parts = _Grown()  # these
         # The event that came last, if it did no more than add a text; its
         # delta, which holds the text; and to what the text was added.
         self.repeats: Any = ({}, {}, None)
-        # Where the block of an index is; of None, the hindmost.
-        self.places: dict[Any, int] = {}
         self.done, self.elapsed = False, 0.0  # at the last event; seconds
         self.error: BaseException | None = None  # that ended it
 
     @property
     def whole(self) -> bool:
         """Whether what has arrived proves that nothing is missing."""
-        ends = [choice["finish_reason"] for choice in self.parts.values()
+        ends = [choice["finish_reason"] for choice in self.parts.getvalue()
                 ] if self.chat else [self.top.get("stop_reason")]
         return bool(ends) and (self.done or all(ends))
 
@@ -927,19 +928,19 @@ class _Answer:
         for number, choice in enumerate(listed):
             entry = {"finish_reason": None, **expect(choice, dict)}
             delta, index = entry.pop("delta", None), find_index(entry, number)
-            if delta is None and index not in self.parts:
+            if delta is None and index not in self.parts.places:
                 delta = entry.get("message")  # a whole answer as one event
             message = {"role": None, "content": None, **expect(delta, dict)}
             whole = {**entry, "index": index, "message": message}
-            merge(self.parts, {index: whole}, (list,))
+            part = self.parts.put(index, False, whole, (list,))
             text += find_text(message["content"]) * (index == 0)
         merge(self.top, top, ())
         if (text and len(listed) == 1 and [*(delta or ())] == ["content"]
                 and {dict, list}.isdisjoint(map(type, [
                     *entry.values(), *top.values()]))):
-            last = {**chunk, "choices": [{**choice, "delta": dict(delta)}]}
-            grown = self.parts[0]["message"]["content"]
-            self.repeats = last, last["choices"][0]["delta"], grown
+            delta = dict(delta)
+            last = {**chunk, "choices": [{**choice, "delta": delta}]}
+            self.repeats = last, delta, part["message"]["content"]
         return text
 
     def _add_event(self, event: JSONDict) -> str:
@@ -960,57 +961,43 @@ class _Answer:
         if not starts and kind != "content_block_delta":
             return ""
         delta = expect(event.get("content_block" if starts else "delta"), dict)
-        index = find_index(event, len(self.parts) if starts else None)
-        # Some gateways count every block as 0: begun again, it is another,
-        # behind all that are there.
-        if starts or index not in self.places:
-            require(len(self.parts) < MAX_PARTS, "too many parts")
-            place, hindmost = index or 0, self.places.get(None, -1)
-            place = hindmost + 1 if place in self.parts else place
-            self.places.update({index: place, None: max(place, hindmost)})
-        place = self.places[index]
+        index = find_index(event, len(self.parts.entries) if starts else None)
         block = dict(delta)
         block["type"] = str(block.get("type") or "").replace("_delta", "")
         if "citation" in block:
             block["citations"] = [block.pop("citation")]
         if "partial_json" in block:
             block["input"] = block.pop("partial_json")
-        merge(self.parts, {place: block})
-        text = find_text([block])
+        # Some gateways count every block as 0: begun again, it is another.
+        part, text = self.parts.put(index, starts, block), find_text([block])
         if text and not starts and len(block) == 2:
-            last = {**event, "delta": dict(delta)}
-            grown = self.parts[place]["text"]
-            self.repeats = last, last["delta"], grown
+            delta = dict(delta)
+            self.repeats = {**event, "delta": delta}, delta, part["text"]
         return text
 
-    @property
-    def reply(self) -> Reply:
-        """What has come, as the call without streaming would return it."""
-        whole = self.whole and self.error is None
-        return Reply(self.build(whole), self.headers, self.elapsed, not whole)
+    def build(self) -> Reply:
+        """Return what has come, as the call without streaming would.
 
-    def build(self, whole: bool) -> JSONDict:
-        """Return the JSON of what has come.
-
-        Until it is ``whole`` a tool's input stays text, so that half an
-        input is never taken for one.
+        Until it is whole a tool's input stays text, so that half an input is
+        never taken for one.
         """
-        parts = [self.parts[place] for place in sorted(self.parts)]
-        tree = {**self.top, "choices" if self.chat else "content": parts}
+        partial = not self.whole or self.error is not None
+        tree = {**self.top, "choices" if self.chat else "content": self.parts}
         top: JSONDict = json.loads(clean_text(json.dumps(
             tree, ensure_ascii=False, default=lambda node: node.getvalue())))
         if self.chat:
-            for choice in top["choices"]:
-                entry = choice["message"]
+            top["object"] = "chat.completion"
+            for entry in [choice["message"] for choice in top["choices"]]:
                 entry["role"] = entry["role"] or "assistant"
                 for call in _dicts(entry.get("tool_calls")):
                     call.pop("index", None)
                     call.setdefault("type", "function")
-            return {**top, "object": "chat.completion"}
-        for block in top["content"]:
-            if "input" in block:  # which is {} where nothing came of it
-                block["input"] = parse_input(block["input"] or {}, not whole)
-        return {"role": "assistant", **top, "type": "message"}
+        else:
+            top = {"role": "assistant", **top, "type": "message"}
+            for block in [it for it in top["content"] if "input" in it]:
+                # which is {} where nothing came of it
+                block["input"] = parse_input(block["input"] or {}, partial)
+        return Reply(top, self.headers, self.elapsed, partial)
 
 
 # ---------------------------------------------------------------------------
@@ -1329,7 +1316,7 @@ class _Call(collections.namedtuple(
             if not (answer.whole and lost and self.elapsed < self.timeout):
                 if not isinstance(exc, GeneratorExit):
                     answer.error = exc  # so that what is there is not whole
-                    answer.error = self.complete(exc, outer, answer.reply)
+                    answer.error = self.complete(exc, outer, answer.build())
                 known = lost or isinstance(exc, (ServError, ValueError))
                 raise answer.error if known and answer.error else exc
         yield DONE, clean_text(half)
