@@ -180,11 +180,10 @@ STATUS_ERRORS: dict[int, type[APIStatusError]] = {400: BadRequestError,
     401: AuthenticationError, 402: BillingError, 403: PermissionDeniedError,
     404: NotFoundError, 429: RateLimitError, 500: InternalServerError}
 # https://docs.anthropic.com/en/api/errors, and what OpenAI's servers send
-STATUS_OF_TYPE = {"invalid_request_error": 400, "authentication_error": 401,
-    "billing_error": 402, "permission_error": 403, "not_found_error": 404,
-    "request_too_large": 413, "rate_limit_error": 429, "api_error": 500,
-    "insufficient_quota": 429, "server_error": 500, "timeout_error": 504,
-    "overloaded_error": 529}
+STATUS_OF_TYPE = dict(invalid_request_error=400, authentication_error=401,
+    billing_error=402, permission_error=403, not_found_error=404,
+    request_too_large=413, rate_limit_error=429, insufficient_quota=429,
+    api_error=500, server_error=500, timeout_error=504, overloaded_error=529)
 ADVICE = {401: "; check SERV_API_KEY", 402: "; add credits to the account",
           404: "; check the model's name and SERV_BASE_URL"}
 
@@ -351,9 +350,8 @@ class Reply(dict):  # type: ignore[type-arg]
 
         The refusal's text, else ``"content_filter"`` or ``"refusal"``.
         """
-        reason = self.stop_reason
-        return self._said("refusal") or (
-            reason if reason in ("content_filter", "refusal") else None)
+        blocked = self.stop_reason in ("content_filter", "refusal")
+        return self._said("refusal") or (self.stop_reason if blocked else None)
 
     @property
     def truncated(self) -> bool:
@@ -430,7 +428,7 @@ def build_request(endpoint: str, streaming: bool, params: JSONDict,
     # repr() tells 2 from "2" and from True.
     require(repr(max_retries).isdigit(), "max_retries: expected 0, 1, 2 ...")
     body = build_body(endpoint == "chat", streaming, {**asked, **params})
-    url = build_url(find_setting("BASE_URL", base_url, BASE_URL))
+    url = build_url(str(find_setting("BASE_URL", base_url, BASE_URL)))
     given = build_headers(headers)
     # The caller's own Authorization is as secret as the key.
     own = given.get("Authorization")
@@ -471,14 +469,13 @@ def build_body(chat: bool, streaming: bool, asked: JSONDict) -> bytes:
             "max_tokens: the Messages endpoint requires it", TypeError)
     require(asked.get("stream") in (None, streaming),
             "stream: call stream() for a stream, and only for a stream")
-    require(isinstance(system or "", (str, list, tuple)),
-            "system: expected a str or a list of text blocks", TypeError)
+    for name, value in ("messages", messages), ("system", system or ""):
+        require(isinstance(value, str) or isinstance(value, (list, tuple))
+                and all(isinstance(it, dict) and not isinstance(it, Reply)
+                        for it in value), f"{name}: expected a str or a list "
+                "of dicts (append reply.message, not the reply)", TypeError)
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    require(isinstance(messages, (list, tuple)) and all(
-        isinstance(entry, dict) and not isinstance(entry, Reply)
-        for entry in messages), "messages: expected a str or a list of dicts "
-        "(append reply.message, not the reply)", TypeError)
     first = [{"role": "system", "content": system}] if system else []
     entries = [*first, *messages] if chat else first
     prompts = [entry["content"] for entry in entries if entry.get("content")
@@ -506,10 +503,9 @@ def build_json(body: JSONDict) -> bytes:
 
 
 @functools.lru_cache(maxsize=32)
-def build_url(url: Any) -> str:
+def build_url(url: str) -> str:
     """Return a base URL without its end, ``/v1`` or a slash."""
     wrong = "base_url, or SERV_BASE_URL: expected http[s]://host[:port][/path]"
-    require(isinstance(url, str), wrong, TypeError)
     # The path is printable ASCII but for # and ?; what is kept of it is as
     # short as possible, so that none of the end stays.  urlsplit() would drop
     # a tab, and take a password.
@@ -771,11 +767,10 @@ def parse_event(name: str, data: str) -> JSONDict | None:
     event: JSONDict | str = parse_json(data, dict)
     if isinstance(event, str):
         text = data.strip()
-        if text == "[DONE]":
-            return DONE
-        ours = text[:1] == "{" or re.match("message|error|content_block", name)
-        if not text or not ours:
-            return None  # a keep-alive, or a vendor's own event
+        if text in ("", "[DONE]"):
+            return DONE if text else None  # a keep-alive
+        if text[0] != "{" and not re.match("message|error|content_", name):
+            return None  # a vendor's own event
         require(name == "error", "not one JSON object, or nested too deeply")
         event = {"message": data}
     if name != "message" and not ("type" in event or "choices" in event):
@@ -1039,7 +1034,6 @@ class _Connection(io.RawIOBase):
         self.deadline, self.wanted = deadline, True
         if self.kept and self.receive(bytearray(1), 0) is not None:
             self.release()
-        client.sock = self
         if not self.kept:
             tls, host, _, proxy, _, *authority = self.route
             self.sock = dial(client.host, client.port, deadline)
@@ -1245,11 +1239,12 @@ class _Call(collections.namedtuple(
         tls, host, port, proxy, login, *_ = connection.route
         client: Any = http.client.HTTPConnection(*(proxy or (host, port)))
         url, headers = "/" + self.url.split("/", 3)[3], self.headers
-        client.default_port = 443 if tls else 80  # the Host header omits it
         if proxy and tls:
             client.set_tunnel(host, port, login)
         elif proxy:
             url, headers = self.url, {**headers, **login}
+        # The Host header omits the default port.
+        client.default_port, client.sock = 443 if tls else 80, connection
         connection.open(client, self.started + self.timeout)
         client.request("POST", url, self.body, headers)
         response = client.getresponse()
@@ -1496,27 +1491,23 @@ def build_call(args: Any) -> _Call:
     params: JSONDict = {} if chat else {"max_tokens": 4096}
     if args.verbose and chat and args.streaming:  # it tells the tokens
         params["stream_options"] = {"include_usage": True}
-    for name, text in iter_pairs(args.option, "="):
-        params[name] = parse_json(text)
-    if args.max_tokens is not None:
-        limit = "max_completion_tokens" if chat else "max_tokens"
-        params[limit] = args.max_tokens
-    headers = {key: text.strip() for key, text in iter_pairs(args.header, ":")}
+    params.update(iter_pairs(args.option, "=", parse_json))
+    limit = "max_completion_tokens" if chat else "max_tokens"
+    params.update({} if args.max_tokens is None else {limit: args.max_tokens})
+    headers = dict(iter_pairs(args.header, ":", str.strip))
     args.model = find_setting("MODEL", args.model, EXAMPLES[args.endpoint])
     return build_request(args.endpoint, args.streaming, params, headers,
                          "$SERV_API_KEY" * args.dry_run, model=args.model,
                          system=args.system, messages=clean_text(prompt))
 
 
-def iter_pairs(options: list[str], sign: str) -> Iterator[tuple[str, str]]:
-    """Yield the two sides of each NAME=VALUE or NAME: VALUE."""
+def iter_pairs(options: list[str], sign: str, read: Any) -> Iterator[Any]:
+    """Yield the name and the value read of each NAME=VALUE or NAME: VALUE."""
     for name, found, text in (option.partition(sign) for option in options):
         # Not shown: what stands there may be a key.
         require(name and found, f"an option lacks its NAME{sign}VALUE")
-        require(sign == ":" or name not in (
-            "api_key", "messages", "model", "system", "stream"),
-            f"-o {name}: has an option of its own, or is not yours to set")
-        yield name, text
+        require(sign == ":" or name != "api_key", "api_key: use SERV_API_KEY")
+        yield name, read(text)
 
 
 def build_curl(call: _Call) -> str:
