@@ -90,7 +90,6 @@ WAIT_SECONDS = 0.1      # for a stream's last bytes, for a stalled upload
 READ_SIZE = 1 << 16     # bytes asked of a connection, or given, at a time
 MAX_BODY = 1 << 25      # bytes of one JSON answer, or of one event: 32 MiB
 MAX_STREAM = 1 << 28    # bytes of a whole stream: a million events
-MAX_ERROR = 1 << 18     # bytes kept of an error's body
 MAX_DEPTH = 150         # of nested JSON, so that all of it can be recursed
 MAX_PARTS = 10000       # of one list; an empty one takes a kilobyte
 MAX_SHOWN = 400         # characters of a message, but for URL and request id
@@ -374,6 +373,7 @@ class Stream:
 
     def __init__(self, answer: _Answer, source: Any) -> None:
         self._answer, self._source = answer, source
+        next(source)  # from here on its end is the connection's
 
     def __iter__(self) -> Stream:
         return self
@@ -476,14 +476,12 @@ def build_body(chat: bool, streaming: bool, asked: JSONDict) -> bytes:
                 "of dicts (append reply.message, not the reply)", TypeError)
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    first = [{"role": "system", "content": system}] if system else []
-    entries = [*first, *messages] if chat else first
-    prompts = [entry["content"] for entry in entries if entry.get("content")
-               and entry.get("role") in ("system", "developer")]
-    require(any(not isinstance(text, str) or text.strip() for text in prompts),
-            "no system prompt, and SERV requires one: pass system=...")
+    entries = [{"role": "system", "content": system}, *messages * chat]
+    prompts = [str(entry["content"]).strip() for entry in entries if entry.get(
+        "content") and entry.get("role") in ("system", "developer")]
+    require(any(prompts), "a system prompt is required: pass system=...")
     asked.update({"stream": True} if streaming else {})
-    place = {"messages": entries} if chat else {
+    place = {"messages": entries if system else messages} if chat else {
         "messages": messages, "system": system}
     return build_json({"model": model, **place, **asked})
 
@@ -521,9 +519,8 @@ def build_key(api_key: Any) -> str:
     key = find_setting("API_KEY", api_key, "")
     require(isinstance(key, str), "api_key: expected a str", TypeError)
     key = require(key.strip(), "no API key: set SERV_API_KEY", ServError)
-    require(key.isascii() and key.isprintable(), "the API key has a character "
-            "that no header can carry; is it a placeholder still?", ServError)
-    return str(key)
+    return str(require(key.isascii() and key.isprintable() and key, "the API "
+        "key is not plain ASCII; is it a placeholder still?", ServError))
 
 
 def build_headers(headers: Any) -> dict[str, str]:
@@ -574,8 +571,7 @@ def parse_json(text: str, kind: Any = object) -> Any:
         for _ in range(MAX_DEPTH + 1):
             level = [child for node in level if isinstance(node, (dict, list))
                      for child in getattr(node, "values", node.__iter__)()]
-        if level:
-            return text
+        value = text if level else value
     return value if end == len(whole) and isinstance(value, kind) else text
 
 
@@ -609,9 +605,8 @@ def _dicts(value: Any) -> list[JSONDict]:
 def find_text(content: Any) -> str:
     """Return the text of a str, or of a list of parts, blocks or deltas."""
     return content if isinstance(content, str) else "".join([
-        part["text"] for part in _dicts(content)
-        if isinstance(part.get("text"), str)
-        and part.get("type", "text") in ("text", "output_text")])
+        part["text"] for part in _dicts(content) if part.get("type", "text") in
+        ("text", "output_text") and isinstance(part.get("text"), str)])
 
 
 def clean_text(text: str) -> str:
@@ -942,8 +937,7 @@ class _Answer:
         kind = event.get("type") or "message"
         if kind in ("message", "message_start", "message_delta"):
             top = dict(event)
-            inner = top.pop("message", top.pop("delta", None))
-            top.update(expect(inner, dict))
+            top.update(expect(top.pop("message", top.pop("delta", {})), dict))
             merge(self.top, top, ())
             # The blocks that it has are added as if an event began each.
             return "".join([self._add_event({
@@ -1100,9 +1094,8 @@ class _Connection(io.RawIOBase):
             # A stream ends with [DONE], but its body with one empty chunk
             # more, which may be late, or never come: then it is closed.
             with response, contextlib.suppress(*NETWORK_ERRORS):
-                self.kept = not (
-                    self.unsent or response.will_close or response.length
-                    or response.status < 200 or response.read1(READ_SIZE))
+                self.kept = not (self.unsent or response.will_close
+                                 or response.length or response.read1(9))
         if self.kept:
             self.unsent = b""  # what is sent still holds the whole request
             with _lock:
@@ -1248,7 +1241,7 @@ class _Call(collections.namedtuple(
         connection.open(client, self.started + self.timeout)
         client.request("POST", url, self.body, headers)
         response = client.getresponse()
-        while 101 < response.status < 200:  # http.client skips only 100
+        while response.status < 200:  # http.client skips only 100
             response.headers = None  # begin() reads an answer just once
             response.begin()
         response.headers.defects.clear()  # they may quote a line with the key
@@ -1272,9 +1265,7 @@ class _Call(collections.namedtuple(
         if self.response.status // 100 != 2 or kind != "text/event-stream":
             pairs = iter([("message", json.dumps(self.read_answer()))])
             answer.done = True
-        source = self.iter_stream(answer, pairs)
-        next(source)  # from here on its end is the connection's
-        return Stream(answer, source)
+        return Stream(answer, self.iter_stream(answer, pairs))
 
     def iter_stream(self, answer: _Answer, pairs: Any) -> Iterator[Any]:
         """Yield events and what each adds to the text, up to a proven end."""
@@ -1320,7 +1311,7 @@ class _Call(collections.namedtuple(
         """Read a whole JSON answer; raise the error that it is, if it is."""
         good, data = 200 <= self.response.status < 300, io.BytesIO()
         try:
-            data.writelines(self.iter_body(MAX_BODY if good else MAX_ERROR))
+            data.writelines(self.iter_body(MAX_BODY))
         except (ServError, *NETWORK_ERRORS):
             self.response.will_close = True  # not to be kept
             if good:  # else the status is the news, even without its body
@@ -1336,19 +1327,18 @@ class _Call(collections.namedtuple(
 
     def iter_body(self, limit: int) -> Iterator[bytes]:
         """Yield the bytes of a body as they come, up to its proven end."""
-        response = self.response
         for name in "content-encoding", "transfer-encoding":
-            coding = str(response.headers.get(name) or "identity")
+            coding = str(self.response.headers.get(name) or "identity")
             require(coding.lower() in ("identity", "chunked"),
                     f"{name} {coding}, not asked for", APIResponseError)
-        while data := response.read1(READ_SIZE):
+        while data := self.response.read1(READ_SIZE):
             limit -= len(data)
             if limit < 0:
                 raise APIResponseError("answer too large")
             yield data
         # http.client is silent of a body shorter than its Content-Length.
-        if response.length:
-            raise http.client.IncompleteRead(b"", response.length)
+        if self.response.length:
+            raise http.client.IncompleteRead(b"", self.response.length)
 
     def refused(self, status: int, body: Any) -> ServError:
         """Return the error for a status, or for an error object in a 200."""
@@ -1514,13 +1504,12 @@ def build_curl(call: _Call) -> str:
     """Return the curl command of a call; the shell puts the key in."""
     from shlex import quote
     ours = "Authorization: Bearer $SERV_API_KEY"
-    parts = ["curl -gsSN --path-as-is " + quote(call.url)]
-    for name, text in call.headers.items():
-        # curl takes "Name;" for an empty header
-        line = f"{name}: {text}" if text else name + ";"
-        parts.append("-H " + (f'"{line}"' if line == ours else quote(line)))
-    parts.append("--data-raw " + quote(call.body.decode()))
-    return " \\\n  ".join(parts)
+    # curl takes "Name;" for an empty header
+    lines = [f"{name}: {text}" if text else name + ";"
+             for name, text in call.headers.items()]
+    return " \\\n  ".join(["curl -gsSN --path-as-is " + quote(call.url), *[
+        "-H " + (f'"{line}"' if line == ours else quote(line))
+        for line in lines], "--data-raw " + quote(call.body.decode())])
 
 
 def answer(args: Any, call: _Call) -> int:
