@@ -175,9 +175,9 @@ class InternalServerError(APIStatusError):
     """5xx: the service or the model behind it failed."""
 
 
-STATUS_ERRORS: dict[int, type[APIStatusError]] = {400: BadRequestError,
-    401: AuthenticationError, 402: BillingError, 403: PermissionDeniedError,
-    404: NotFoundError, 429: RateLimitError, 500: InternalServerError}
+# in the order of the classes above
+STATUS_ERRORS = dict(zip((400, 401, 402, 403, 404, 429, 500),
+                         APIStatusError.__subclasses__()))
 # https://docs.anthropic.com/en/api/errors, and what OpenAI's servers send
 STATUS_OF_TYPE = dict(invalid_request_error=400, authentication_error=401,
     billing_error=402, permission_error=403, not_found_error=404,
@@ -575,13 +575,12 @@ def parse_json(text: str, kind: Any = object) -> Any:
     return value if end == len(whole) and isinstance(value, kind) else text
 
 
-def parse_input(given: Any, partial: bool) -> Any:
+def parse_input(data: Any, partial: bool) -> Any:
     """Return a tool's input decoded, {} for none; a partial one as text."""
-    if isinstance(given, str):
-        return given if partial else parse_json(given, dict)
     if partial:  # no half may look like a whole
-        return json.dumps(given) if given else ""
-    return {} if given is None else given
+        return data if isinstance(data, str) else json.dumps(data) * bool(data)
+    data = parse_json(data, dict) if isinstance(data, str) else data
+    return {} if data is None else data
 
 
 def expect(value: Any, kind: type[T]) -> T:
@@ -964,13 +963,13 @@ class _Answer:
             self.repeats = {**event, "delta": delta}, delta, part["text"]
         return text
 
-    def build(self) -> Reply:
+    def build(self, failed: bool = False) -> Reply:
         """Return what has come, as the call without streaming would.
 
         Until it is whole a tool's input stays text, so that half an input is
         never taken for one.
         """
-        partial = not self.whole or self.error is not None
+        partial = failed or not self.whole or self.error is not None
         tree = {**self.top, "choices" if self.chat else "content": self.parts}
         top: JSONDict = json.loads(clean_text(json.dumps(
             tree, ensure_ascii=False, default=lambda node: node.getvalue())))
@@ -1181,8 +1180,7 @@ def close_idle() -> None:
 
 
 atexit.register(close_idle)
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=close_idle)
+getattr(os, "register_at_fork", dict)(after_in_child=close_idle)  # not Windows
 
 
 class _Call(collections.namedtuple(
@@ -1194,14 +1192,10 @@ class _Call(collections.namedtuple(
 
     __repr__ = object.__repr__  # the other one would show the key
 
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the call began."""
-        return time.monotonic() - self.started
-
     def run(self, read: Callable[[_Call], T]) -> T:
         """Return what ``read`` makes of the answer, after some tries."""
         self.started, outer = time.monotonic(), sys.exc_info()[1]
+        self.deadline = self.started + self.timeout
         tries, stale = 0, False
         while True:
             take = _Connection if stale else take_connection
@@ -1215,12 +1209,12 @@ class _Call(collections.namedtuple(
                 # closed while it was idle: no failed try, but made anew.
                 stale = connection.kept
                 connection.release(self.response)
-                error = self.complete(exc, outer)
+                error = self.explain(exc, outer)
                 wait = 0.0 if stale else retry_wait(error, tries)
                 tries += not stale
                 # Without room for the wait there is no use in waiting.
                 if (wait is None or tries > self.max_retries
-                        or self.elapsed + wait >= self.timeout):
+                        or time.monotonic() + wait >= self.deadline):
                     raise error
             except BaseException:
                 connection.release()
@@ -1238,7 +1232,7 @@ class _Call(collections.namedtuple(
             url, headers = self.url, {**headers, **login}
         # The Host header omits the default port.
         client.default_port, client.sock = 443 if tls else 80, connection
-        connection.open(client, self.started + self.timeout)
+        connection.open(client, self.deadline)
         client.request("POST", url, self.body, headers)
         response = client.getresponse()
         while response.status < 200:  # http.client skips only 100
@@ -1251,7 +1245,8 @@ class _Call(collections.namedtuple(
 
     def reply(self) -> Reply:
         """Return the whole answer."""
-        reply = Reply(self.read_answer(), self.response.headers, self.elapsed)
+        reply = Reply(self.read_answer(), self.response.headers)
+        reply.elapsed = time.monotonic() - self.started
         self.connection.release(self.response)
         return reply
 
@@ -1297,13 +1292,12 @@ class _Call(collections.namedtuple(
             self.connection.release(self.response)
         except BaseException as exc:
             self.connection.release()
-            lost = isinstance(exc, NETWORK_ERRORS)
+            cut = isinstance(exc, NETWORK_ERRORS)
             # What proves an answer whole proves it also before a reset.
-            if not (answer.whole and lost and self.elapsed < self.timeout):
+            if not (answer.whole and cut and time.monotonic() < self.deadline):
                 if not isinstance(exc, GeneratorExit):
-                    answer.error = exc  # so that what is there is not whole
-                    answer.error = self.complete(exc, outer, answer.build())
-                known = lost or isinstance(exc, (ServError, ValueError))
+                    answer.error = self.explain(exc, outer, answer.build(True))
+                known = cut or isinstance(exc, (ServError, ValueError))
                 raise answer.error if known and answer.error else exc
         yield DONE, clean_text(half)
 
@@ -1337,8 +1331,8 @@ class _Call(collections.namedtuple(
                 raise APIResponseError("answer too large")
             yield data
         # http.client is silent of a body shorter than its Content-Length.
-        if self.response.length:
-            raise http.client.IncompleteRead(b"", self.response.length)
+        if left := self.response.length:
+            raise http.client.IncompleteRead(b"", left)
 
     def refused(self, status: int, body: Any) -> ServError:
         """Return the error for a status, or for an error object in a 200."""
@@ -1356,7 +1350,7 @@ class _Call(collections.namedtuple(
                            retry_after=parse_retry_after(headers, time.time()))
         return error
 
-    def complete(self, exc: Any, outer: Any, reply: Any = None) -> ServError:
+    def explain(self, exc: Any, outer: Any, reply: Any = None) -> ServError:
         """Return what was raised as an error of this call, without the key.
 
         The key is cut out of all that the error is chained to as well, up to
@@ -1368,7 +1362,7 @@ class _Call(collections.namedtuple(
             kind: type[ServError] = APIConnectionError
             found = "the answer was cut" if self.response else "no answer" + (
                 " through the proxy" if self.connection.route[3] else "")
-            if self.elapsed >= self.timeout:
+            if time.monotonic() >= self.deadline:
                 kind, found = APITimeoutError, f"not within {self.timeout:g} s"
             elif isinstance(exc, ssl.SSLCertVerificationError):
                 what += "; for a CA of your own, set SSL_CERT_FILE to its PEM"
@@ -1437,11 +1431,10 @@ interrupted.
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (KeyboardInterrupt, ServError, OSError, ValueError,
-            TypeError) as exc:
-        say(str(exc) or "interrupted")
-        return (130 if isinstance(exc, KeyboardInterrupt) else
-                1 if isinstance(exc, (ServError, OSError)) else 2)
+    except (KeyboardInterrupt, ServError, OSError, ValueError, TypeError) as e:
+        say(str(e) or "interrupted")
+        return (130 if isinstance(e, KeyboardInterrupt) else
+                1 if isinstance(e, (ServError, OSError)) else 2)
 
 
 def say(text: str) -> None:
