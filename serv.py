@@ -1017,19 +1017,27 @@ class _Connection(io.RawIOBase):
         self.route, self.pid, self.kept = route, os.getpid(), False
         self.sock: Any = None  # the real socket, or TLS
 
-    def open(self, client: Any, deadline: float) -> None:
-        """Let an HTTPConnection speak over it, for a call until deadline.
+    def send(self, call: _Call) -> Any:
+        """Send a call's request; return the answer, of which the head is read.
 
         A kept connection on which something waits (the end, or a 408 that
         nobody asked for) is made anew: that is no answer to this request.
         """
         self.unsent: Any = b""
-        self.deadline, self.wanted = deadline, True
+        self.deadline, self.wanted = call.deadline, True
         if self.kept and self.receive(bytearray(1), 0) is not None:
             self.release()
+        tls, host, port, proxy, login, *authority = self.route
+        client: Any = http.client.HTTPConnection(*(proxy or (host, port)))
+        url, headers = "/" + call.url.split("/", 3)[3], call.headers
+        if proxy and tls:
+            client.set_tunnel(host, port, login)
+        elif proxy:
+            url, headers = call.url, {**headers, **login}
+        # The Host header omits the default port.
+        client.default_port, client.sock = 443 if tls else 80, self
         if not self.kept:
-            tls, host, _, proxy, _, *authority = self.route
-            self.sock = dial(client.host, client.port, deadline)
+            self.sock = dial(client.host, client.port, self.deadline)
             if proxy and tls:
                 client._tunnel()
             if tls:
@@ -1037,6 +1045,15 @@ class _Connection(io.RawIOBase):
                     context = get_tls_context(*authority)
                 self.sock = context.wrap_socket(self.ready(CONNECT_TIMEOUT),
                                                 server_hostname=host)
+        client.request("POST", url, call.body, headers)
+        response = client.getresponse()
+        while response.status < 200:  # http.client skips only 100
+            response.headers = None  # begin() reads an answer just once
+            response.begin()
+        response.headers.defects.clear()  # they may quote a line with the key
+        # http.client takes the end of the connection for that of the header.
+        require(not self.ended, "closed inside the header", OSError)
+        return response
 
     def close(self) -> None:
         pass
@@ -1202,7 +1219,7 @@ class _Call(collections.namedtuple(
             connection = self.connection = take(find_route(self.url))
             self.response: Any = None
             try:
-                self.response = self.send(connection)
+                self.response = connection.send(self)
                 return read(self)
             except (ServError, *NETWORK_ERRORS) as exc:
                 # A kept connection that ends before a byte of the answer was
@@ -1220,28 +1237,6 @@ class _Call(collections.namedtuple(
                 connection.release()
                 raise
             time.sleep(wait)
-
-    def send(self, connection: _Connection) -> Any:
-        """Send the request; return the answer, of which the head is read."""
-        tls, host, port, proxy, login, *_ = connection.route
-        client: Any = http.client.HTTPConnection(*(proxy or (host, port)))
-        url, headers = "/" + self.url.split("/", 3)[3], self.headers
-        if proxy and tls:
-            client.set_tunnel(host, port, login)
-        elif proxy:
-            url, headers = self.url, {**headers, **login}
-        # The Host header omits the default port.
-        client.default_port, client.sock = 443 if tls else 80, connection
-        connection.open(client, self.deadline)
-        client.request("POST", url, self.body, headers)
-        response = client.getresponse()
-        while response.status < 200:  # http.client skips only 100
-            response.headers = None  # begin() reads an answer just once
-            response.begin()
-        response.headers.defects.clear()  # they may quote a line with the key
-        # http.client takes the end of the connection for that of the header.
-        require(not connection.ended, "closed inside the header", OSError)
-        return response
 
     def reply(self) -> Reply:
         """Return the whole answer."""
