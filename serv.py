@@ -893,21 +893,26 @@ class _Answer:
                 ] if self.chat else [self.top.get("stop_reason")]
         return bool(ends) and (self.done or all(ends))
 
-    def add(self, event: JSONDict) -> str:
-        """Add an event; return what it adds to the (first choice's) text."""
+    def add(self, name: str, event: JSONDict) -> str | None:
+        """Add an event, but for an error, of which None is returned.
+
+        Else return what it adds to the (first choice's) text.
+        """
         if event is DONE:
             self.done = self.chat or self.whole
         # Nearly every event repeats the last one, but for its text.
-        name = "content" if self.chat else "text"
+        key = "content" if self.chat else "text"
         last, delta, grown = self.repeats
         try:
             place = event["choices"][0] if self.chat else event
-            text = delta[name] = place["delta"][name]
+            text = delta[key] = place["delta"][key]
             if event == last and type(text) is str:
                 grown.write(text)
                 return text
         except (LookupError, TypeError):
             pass  # another kind of event
+        if is_error(name, event):
+            return None
         self.repeats = {}, {}, None
         return self._add_chunk(event) if self.chat else self._add_event(event)
 
@@ -1269,11 +1274,8 @@ class _Call(collections.namedtuple(
                     raise OSError("still coming")
                 if (event := parse_event(name, data)) is None:
                     continue
-                # Errors have the word in them (Error, too), or are bare.
-                bare = "type" not in event and event.get("choices") is None
-                if (bare or "rror" in name + data) and is_error(name, event):
+                if (text := answer.add(name, event)) is None:
                     raise self.refused(200, event)
-                text = answer.add(event)
                 if half or not text.isascii():
                     starts = event.get("type") == "content_block_start"
                     text = (clean_text(half) if starts else half) + text
