@@ -175,9 +175,9 @@ class InternalServerError(APIStatusError):
     """5xx: the service or the model behind it failed."""
 
 
-# in the order of the classes above
-STATUS_ERRORS = dict(zip((400, 401, 402, 403, 404, 429, 500),
-                         APIStatusError.__subclasses__()))
+STATUS_ERRORS: dict[int, type[APIStatusError]] = {400: BadRequestError,
+    401: AuthenticationError, 402: BillingError, 403: PermissionDeniedError,
+    404: NotFoundError, 429: RateLimitError, 500: InternalServerError}
 # https://docs.anthropic.com/en/api/errors, and what OpenAI's servers send
 STATUS_OF_TYPE = dict(invalid_request_error=400, authentication_error=401,
     billing_error=402, permission_error=403, not_found_error=404,
