@@ -774,10 +774,10 @@ def parse_event(name: str, data: str) -> JSONDict | None:
 
 # ---------------------------------------------------------------------------
 # Putting a stream together.  No I/O.  What has come is a tree, in which a text
-# that grows is a StringIO, a list whose entries come in pieces a _Grown, and
-# the list of the choices or blocks a dict by their places: each event adds to
-# it in place, so that time is linear in the length of the stream and memory
-# is that of the answer.  build() makes plain JSON of it, on demand.
+# that grows is a StringIO, and a list whose entries come in pieces a _Grown:
+# each event adds to it in place, so that time is linear in the length of the
+# stream and memory is that of the answer.  build() makes plain JSON of it, on
+# demand.
 # ---------------------------------------------------------------------------
 
 # What is said once of an entry, however often it is repeated.
