@@ -1279,8 +1279,8 @@ class _Call(collections.namedtuple(
                 if half or not text.isascii():
                     starts = event.get("type") == "content_block_start"
                     text = (clean_text(half) if starts else half) + text
-                    cut = len(text) - ("\ud800" <= text[-1:] <= "\udbff")
-                    text, half = clean_text(text[:cut]), text[cut:]
+                    end = len(text) - ("\ud800" <= text[-1:] <= "\udbff")
+                    text, half = clean_text(text[:end]), text[end:]
                 yield event, text
                 outer = sys.exc_info()[1]
                 if answer.done:
