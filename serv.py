@@ -15,8 +15,9 @@ Usage::
 
 What this file does with your key: it is read from ``api_key`` or from
 SERV_API_KEY at each call, sent in the Authorization header of requests to
-``base_url``, and kept nowhere else.  It is cut out of every error; only
-what records the local variables of a traceback may see it there.  No
+``base_url``, and kept nowhere else.  It is cut out of every error (but for
+a part of it at the very end of an answer that was itself cut); only what
+records the local variables of a traceback may see it there.  No
 redirect is followed, certificates are always checked (a plain ``http://``
 has none, and sends the key as it is), the key is written to no disk, and
 no other host is spoken to but a proxy that you have set.
@@ -61,8 +62,8 @@ from email.utils import mktime_tz, parsedate_tz
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing costs more than importing this file
-    from typing import (Any, Callable, Iterable, Iterator, Mapping, Pattern,
-                        Sequence, TypeVar, Union)
+    from typing import (Any, Callable, Iterable, Iterator, Mapping, Sequence,
+                        TypeVar, Union)
     JSONDict = dict[str, Any]
     Content = Union[str, Sequence[Mapping[str, Any]]]
     Headers = http.client.HTTPMessage
@@ -85,13 +86,14 @@ CONNECT_TIMEOUT = 10.0  # seconds for one address of a host, for a handshake
 IDLE_SECONDS = 50.0     # load balancers drop silent connections after 60 s
 MAX_IDLE = 100          # kept connections; of more, a call drops the oldest
 KEEPALIVE = 60          # seconds to a TCP probe; NATs forget after 350
+STALE_SECONDS = 1.0     # from a request to the news that all was closed before
 WAIT_SECONDS = 0.1      # for a stream's last bytes, for a stalled upload
 
 READ_SIZE = 1 << 16     # bytes asked of a connection, or given, at a time
 MAX_BODY = 1 << 25      # bytes of one JSON answer, or of one event: 32 MiB
 MAX_STREAM = 1 << 28    # bytes of a whole stream: a million events
 MAX_DEPTH = 150         # of nested JSON, so that all of it can be recursed
-MAX_PARTS = 10000       # of one list; an empty one takes a kilobyte
+MAX_PARTS = 10000       # of one list; each takes up to a kilobyte
 MAX_SHOWN = 400         # characters of a message, but for URL and request id
 
 
@@ -104,7 +106,8 @@ class ServError(Exception):
 
     ``str()`` is one line: what happened and, of a request that was tried,
     the URL and the request id.  ``reply`` is a ``Reply`` of what had arrived
-    if a stream had begun, else ``None``.
+    if a stream had begun, else ``None``; ``request_id`` the id that the
+    service's staff ask for, or ``None``.
     """
 
     reply: Reply | None = None
@@ -133,8 +136,8 @@ class APIStatusError(ServError):
     A redirect is such a status, and an error event in a stream such an object.
     ``status`` is the HTTP status, or the one that the error's type stands
     for; ``type``, ``code``, ``param`` and ``message`` are the server's own;
-    ``body`` is its decoded JSON, else its text; ``retry_after`` the seconds
-    that it asks to wait, or ``None``.
+    ``body`` is its decoded JSON, else its text; ``headers`` are the answer's;
+    ``retry_after`` the seconds that it asks to wait, or ``None``.
     """
 
     status: int = 0
@@ -215,11 +218,14 @@ def chat(messages: Content, *, model: str | None = None,
     :param max_retries: how often a failed try is repeated: connection
         failures (but no refused certificate), 408, 409, 429 (but no
         ``insufficient_quota``) and 5xx, or as ``x-should-retry`` says.
-    :param headers: added to the request; they replace ours of that name.
+    :param headers: added to the request; they replace ours of that name, in
+        any case.  With an ``Authorization`` no key is needed.
     :param params: anything else goes into the JSON body untouched.
     :return: a ``Reply``, the service's JSON with ``text`` and more on top.
     :raise ValueError: the input cannot be sent (also ``TypeError``): no
-        model, no system prompt, a bad URL, what JSON cannot say.
+        model, no system prompt, a bad URL, timeout or ``max_retries``, a
+        ``stream`` parameter, what JSON or a header cannot say, a
+        ``Content-Length``, ``Transfer-Encoding`` or ``Host`` of your own.
     :raise APIStatusError: the server said no; see its subclasses.
     :raise APIConnectionError: no whole answer; ``APITimeoutError``: not
         within ``timeout``.
@@ -239,9 +245,9 @@ def message(messages: Content, *, max_tokens: int, model: str | None = None,
         reply = serv.message("Hello!", model="claude-haiku-4.5",
                              system="Be brief.", max_tokens=1024)
 
-    ``max_tokens`` bounds the answer and is required.  ``system`` (a ``str``
-    or a list of text blocks) is the only place for the system prompt.  All
-    else, and every exception, is as for ``chat()``.
+    ``max_tokens``, the longest answer in tokens, is required.  ``system`` (a
+    ``str`` or a list of text blocks) is the only place for the system prompt.
+    All else, and every exception, is as for ``chat()``.
     """
     return build_request("messages", False, **locals()).run(_Call.reply)
 
@@ -273,8 +279,9 @@ def stream(messages: Content, *, endpoint: str = "chat",
 class ToolCall(collections.namedtuple("ToolCall", "id name arguments")):
     """A call that the model asks for.
 
-    ``arguments`` is a dict; text that is no JSON object stays the ``str``
-    that it was, and of a call in a cut stream it is always a ``str``.
+    ``arguments`` is a dict; text that is no JSON object (also "") stays the
+    ``str`` that it was, and of a call in a cut stream it is always a ``str``.
+    What a server sends as neither is left as it is.
     """
 
 
@@ -326,7 +333,7 @@ class Reply(dict):  # type: ignore[type-arg]
 
     @property
     def tool_calls(self) -> list[ToolCall]:
-        """The calls that the caller is to run."""
+        """The calls that the caller is to run; ``[]`` if there are none."""
         entry, found = self.message, []
         blocks = [block for block in _dicts(entry.get("content"))
                   if block.get("type") == "tool_use"]
@@ -396,9 +403,7 @@ class Stream:
         :raise APIResponseError: an event is broken, or too large.
             Each has what had arrived in its ``reply``.
         """
-        for event, _ in self._source:
-            if event is not DONE:
-                yield event
+        yield from (event for event, _ in self._source if event is not DONE)
         next(self, None)  # a second loop raises what ended the first
 
     @property
@@ -407,7 +412,10 @@ class Stream:
         return self._answer.build()
 
     def close(self, *_: object) -> None:
-        """End the stream early; what had arrived stays in ``reply``."""
+        """End the stream early; what had arrived stays in ``reply``.
+
+        Not while another thread reads from it: that is a ``ValueError``.
+        """
         self._source.close()
 
     __exit__ = close
@@ -567,6 +575,7 @@ def parse_json(text: str, kind: Any = object) -> Any:
         return text
     # What is short, or has few brackets, cannot be deep: no need to look.
     if end > 2 * MAX_DEPTH and whole.count("[") + whole.count("{") > MAX_DEPTH:
+        # the values of a dict, the entries of a list; then theirs, and so on
         level = [value]
         for _ in range(MAX_DEPTH + 1):
             level = [child for node in level if isinstance(node, (dict, list))
@@ -576,7 +585,7 @@ def parse_json(text: str, kind: Any = object) -> Any:
 
 
 def parse_input(data: Any, partial: bool) -> Any:
-    """Return a tool's input decoded, {} for none; a partial one as text."""
+    """Return a tool's input decoded, {} for None; a partial one as text."""
     if partial:  # no half may look like a whole
         return data if isinstance(data, str) else json.dumps(data) * bool(data)
     data = parse_json(data, dict) if isinstance(data, str) else data
@@ -692,18 +701,18 @@ def shown(text: str) -> str:
     return line[:MAX_SHOWN] + "..." * (len(line) > MAX_SHOWN)
 
 
-def redact(value: Any, secret: Pattern[str]) -> Any:
-    """Return a copy of a value in which the secret is not to be found."""
+def redact(value: Any, regex: str) -> Any:
+    """Return a copy of a value in which nothing matches the regex."""
     if isinstance(value, str):
-        return secret.sub("[api key]", value)
+        return re.sub(regex, "[api key]", value)
     if type(value) in (list, tuple):
-        return type(value)([redact(entry, secret) for entry in value])
+        return type(value)([redact(entry, regex) for entry in value])
     if isinstance(value, (dict, http.client.HTTPMessage)):
         value = copy.copy(value)  # it may be a caller's
         # Headers are no items of their object, but hide in an attribute.
         for part in map(_dict, (value, getattr(value, "__dict__", None))):
             for key in [*part]:
-                part[redact(key, secret)] = redact(part.pop(key), secret)
+                part[redact(key, regex)] = redact(part.pop(key), regex)
     return value
 
 
@@ -716,7 +725,7 @@ ONE_EVENT = re.compile(r"(?:event: ?(.*)\n)?data: ?(.*)\n\n")
 # Each finds the values of a field, on lines that begin with their line feed.
 NAMES, DATA = (re.compile(rf"\n{field}(?:: ?(.*))?$", re.MULTILINE)
                for field in ("event", "data"))
-DONE: JSONDict = {}  # what parse_event() makes of [DONE]
+DONE: JSONDict = {}  # made of [DONE]; it also stands where there is no event
 
 
 def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
@@ -894,9 +903,9 @@ class _Answer:
         return bool(ends) and (self.done or all(ends))
 
     def add(self, name: str, event: JSONDict) -> str | None:
-        """Add an event, but for an error, of which None is returned.
+        """Add an event; return what it adds to the (first choice's) text.
 
-        Else return what it adds to the (first choice's) text.
+        Of an error nothing is added, and None is returned.
         """
         if event is DONE:
             self.done = self.chat or self.whole
@@ -1030,6 +1039,7 @@ class _Connection(io.RawIOBase):
         """
         self.unsent: Any = b""
         self.deadline, self.wanted = call.deadline, True
+        self.soon = time.monotonic() + STALE_SECONDS
         if self.kept and self.receive(bytearray(1), 0) is not None:
             self.release()
         tls, host, port, proxy, login, *authority = self.route
@@ -1077,7 +1087,7 @@ class _Connection(io.RawIOBase):
         left = self.deadline - time.monotonic()
         # Parent and child would both read parts of one answer.
         if left <= 0 or self.pid != os.getpid():
-            raise socket.timeout("out of time, or in another process")
+            raise socket.timeout("time is up, or it was opened before a fork")
         self.sock.settimeout(min(left, at_most))
         return self.sock
 
@@ -1098,8 +1108,10 @@ class _Connection(io.RawIOBase):
         return self.receive(buffer)
 
     def receive(self, buffer: Any, at_most: float = 86400.0) -> Any:
-        """Return how many bytes came, 0 at their end, None for not yet."""
-        # poll(), beneath the timeout, takes no more than 24 days
+        """Return how many bytes came, 0 at their end, None for not yet.
+
+        No wait is above a day: poll(), beneath, takes no more than 24.
+        """
         try:
             size = self.ready(at_most).recv_into(buffer)
         except (BlockingIOError, ssl.SSLWantReadError):
@@ -1227,9 +1239,10 @@ class _Call(collections.namedtuple(
                 self.response = connection.send(self)
                 return read(self)
             except (ServError, *NETWORK_ERRORS) as exc:
-                # A kept connection that ends before a byte of the answer was
-                # closed while it was idle: no failed try, but made anew.
-                stale = connection.kept
+                # A kept connection that ends at once, before a byte of the
+                # answer, was closed while it was idle: no failed try, but made
+                # anew.  Later, the request was read, and may be billed.
+                stale = connection.kept and time.monotonic() < connection.soon
                 connection.release(self.response)
                 error = self.explain(exc, outer)
                 wait = 0.0 if stale else retry_wait(error, tries)
@@ -1369,12 +1382,12 @@ class _Call(collections.namedtuple(
             error.__cause__ = exc
         headers: Any = getattr(self.response, "headers", {})
         error.reply, error.request_id = reply, find_request_id(headers)
-        # "x" or "local" is also a word
-        found = r"(?<!\w)%s(?!\w)" if len(self.secret) < 8 else "%s"
-        secret = re.compile(found % (re.escape(self.secret) or "(?!)"))
+        # "x" or "local" is also a word, and repr() doubles a backslash
+        key = r"(?<!\w)%s(?!\w)" if len(self.secret) < 8 else "%s"
+        regex = key % (re.escape(self.secret).replace(r"\\", r"\\+") or "(?!)")
         link: Any = error
         while link is not None and link is not outer:
-            link.args, link.__dict__ = redact((link.args, vars(link)), secret)
+            link.args, link.__dict__ = redact((link.args, vars(link)), regex)
             link = link.__cause__ or link.__context__
         told = error.request_id and f", request id {shown(error.request_id)}"
         error.args = (f"{shown(error.args[0])} (POST {self.url}{told or ''})",)
@@ -1422,7 +1435,7 @@ interrupted.
         # Neither the help nor the version reads standard input.
         text = args.told or args.dry_run and build_curl(build_call(args))
         if not text:
-            return answer(args, build_call(args))
+            return print_answer(args, build_call(args))
         print(text.strip(), flush=True)
         return 0
     except BrokenPipeError:
@@ -1502,7 +1515,7 @@ def build_curl(call: _Call) -> str:
         for line in lines], "--data-raw " + quote(call.body.decode())])
 
 
-def answer(args: Any, call: _Call) -> int:
+def print_answer(args: Any, call: _Call) -> int:
     """Print the answer to a call; return the exit status."""
     note = f"serv: waiting for {args.model}" * sys.stderr.isatty()
     # as wide as the note, and the ^C that a terminal may have put behind it

@@ -5295,6 +5295,19 @@ def test_an_authorization_of_the_callers_own_is_secret(value, monkeypatch):
     assert_no_key(caught.value, secret)
 
 
+@pytest.mark.parametrize("form", [
+    "HTTP/1.1 %s OK\r\n\r\n", http_head(
+        transfer_encoding="chunked").decode() + "%s\r\n"],
+    ids=["status", "chunk"])
+@pytest.mark.parametrize("key", [r"own\secret\012", r"\\own.secret", r"o\x"])
+def test_a_key_with_a_backslash_is_cut_out_of_what_quotes_it(form, key):
+    with Server((form % key).encode()) as server:
+        with pytest.raises(serv.APIConnectionError) as caught:
+            net_chat(server, api_key=key)
+    assert_no_key(caught.value, key)
+    assert_no_key(caught.value, repr(key)[1:-1])
+
+
 def test_every_choice_of_a_json_answer_to_a_stream_is_there():
     answer = {"object": "chat.completion", "choices": [
         {"index": i, "finish_reason": "stop", "message": {
@@ -5467,6 +5480,14 @@ def test_a_connection_reset_while_idle_is_replaced():
         select.select([serv._idle[-1].sock], [], [], 5)
         assert net_chat(server, max_retries=0) == "Hi"
         assert server.connections == 2
+
+
+def test_a_request_that_was_read_is_not_sent_again(monkeypatch):
+    monkeypatch.setattr(serv, "STALE_SECONDS", 0)  # as if it came later
+    with Server([NET_OK, net_hang_up, NET_OK]) as server:
+        net_chat(server)
+        net_error(serv.APIConnectionError, net_chat, server, max_retries=0)
+        assert len(server.requests) == 2
 
 
 def test_a_lost_request_is_sent_once_more_not_to_every_kept_connection():
@@ -5989,6 +6010,7 @@ def test_count_code():
                       '            2)\n') == 3
 
 
+@in_checkout
 def test_file_is_small():
     claimed = re.search(r"in one Python file: (\d+) lines of code", README)[1]
     assert count_code(SOURCE) <= int(claimed) == 900
