@@ -93,9 +93,9 @@ WAIT_SECONDS = 0.1      # for a stream's last bytes, for a stalled upload
 READ_SIZE = 1 << 16     # bytes asked of a connection, or given, at a time
 MAX_BODY = 1 << 25      # bytes of one JSON answer, or of one event: 32 MiB
 MAX_STREAM = 1 << 28    # bytes of a whole stream: a million events
+MAX_ERROR = 1 << 18     # bytes kept of an error's body
 MAX_DEPTH = 150         # of nested JSON, so that all of it can be recursed
 MAX_PARTS = 10000       # of one list; each takes up to a kilobyte
-MAX_SHOWN = 400         # characters of a message, but for URL and request id
 
 
 # ---------------------------------------------------------------------------
@@ -187,8 +187,7 @@ STATUS_OF_TYPE = dict(invalid_request_error=400, authentication_error=401,
     billing_error=402, permission_error=403, not_found_error=404,
     request_too_large=413, rate_limit_error=429, insufficient_quota=429,
     api_error=500, server_error=500, timeout_error=504, overloaded_error=529)
-ADVICE = {401: "; check SERV_API_KEY", 402: "; add credits to the account",
-          404: "; check the model's name and SERV_BASE_URL"}
+ADVICE = {401: "; check the key", 402: "; add credits", 404: "; which model?"}
 
 
 # ---------------------------------------------------------------------------
@@ -433,7 +432,7 @@ def build_request(endpoint: str, streaming: bool, params: JSONDict,
                   base_url: Any = None, timeout: Any = None,
                   max_retries: int = 2, **asked: Any) -> _Call:
     """Return a call that is ready to be sent; raise what chat() does."""
-    require(endpoint in PATHS, 'endpoint: expected "chat" or "messages"')
+    require(endpoint in [*PATHS], 'endpoint: expected "chat" or "messages"')
     # repr() tells 2 from "2" and from True.
     require(repr(max_retries).isdigit(), "max_retries: expected 0, 1, 2 ...")
     body = build_body(endpoint == "chat", streaming, {**asked, **params})
@@ -638,11 +637,12 @@ def is_error(name: str, event: JSONDict) -> bool:
     message where choices should be (FastAPI).
     """
     kind, choices = event.get("type"), event.get("choices")
-    bare = choices is None and event.get("message", event.get("detail"))
+    bare = choices is None and (event.get("message") or event.get("detail"))
     return "error" in (name, kind, event.get("object")) or any([
         part.get("error") or part.get("finish_reason") == "error"
         for part in [event, *_dicts(choices)]]) or isinstance(
-            bare, str) and str(kind or "error").lower().endswith("error")
+            bare, (str, list)) and str(kind or "error").lower().endswith(
+                ("error", "quota", "large"))
 
 
 def parse_error(body: Any) -> JSONDict:
@@ -695,11 +695,11 @@ def retry_wait(error: ServError, attempt: int) -> float | None:
     return None if not again else wait if asked is None else asked
 
 
-def shown(text: str) -> str:
+def shown(text: str, most: int = 400) -> str:
     """Return one line of a text, short, and safe for a terminal."""
     line = "".join(char if char.isprintable() else " " for char in text[:1000])
     line = " ".join(line.split())
-    return line[:MAX_SHOWN] + "..." * (len(line) > MAX_SHOWN)
+    return line[:most] + "..." * (len(line) > most)
 
 
 def redact(value: Any, regex: str) -> Any:
@@ -771,9 +771,9 @@ def parse_event(name: str, data: str) -> JSONDict | None:
     event: JSONDict | str = parse_json(data, dict)
     if isinstance(event, str):
         text = data.strip()
-        if text in ("", "[DONE]"):
+        if text in ("", "[DONE]") and name != "error":
             return DONE if text else None  # a keep-alive
-        if text[0] != "{" and not re.match("message|error|content_", name):
+        if text[:1] != "{" and not re.match("message|error|content_", name):
             return None  # a vendor's own event
         require(name == "error", "not one JSON object, or nested too deeply")
         event = {"message": data}
@@ -792,28 +792,29 @@ def parse_event(name: str, data: str) -> JSONDict | None:
 
 # What is said once of an entry, however often it is repeated.
 LABELS = frozenset(("id", "index", "type", "name", "role", "format"))
-PLACED = "content", "tool_calls", "thinking"  # their entries come in pieces
-# Of which kinds the values are that grow in these; none in a tool's objects.
-GROWS: Any = {"message": (str, list), "input": (), "arguments": ()}
+# In these the entries come in pieces, where a dict is among what grows: ...
+PLACED = "content", "tool_calls", "thinking"
+# ... the kinds of the values that grow in these; none in a tool's objects.
+GROWS: Any = {"message": (str, list, dict), "input": (), "arguments": ()}
 
 
 def merge(whole: JSONDict, piece: Any, grows: Any = (str, list)) -> None:
     """Add what a piece says to an object, in place.
 
-    None and "" erase nothing, and a label stays what it was first.  All else
-    that is new replaces what was there, but for values of the kinds that
+    None, "" and {} erase nothing, and a label stays what it was first.  All
+    else that is new replaces what was there, but for values of the kinds that
     grow: those go behind one another.
     """
     for key, value in piece.items():
         old = whole.get(key)
-        if isinstance(value, dict):
+        if isinstance(value, dict) and (value or not old):
             whole[key] = _dict(old)
-            merge(whole[key], value, GROWS.get(key, grows))
-        elif value is None or value == "" or old and grows and key in LABELS:
+            merge(whole[key], value, grows and GROWS.get(key, grows))
+        elif value in (None, "", {}) or old and grows and key in LABELS:
             whole[key] = value if old is None else old
         elif not isinstance(value, grows) or key in LABELS:
             whole[key] = value
-        elif isinstance(value, list) and not (key in PLACED and str in grows):
+        elif isinstance(value, list) and not (key in PLACED and dict in grows):
             whole[key] = old if isinstance(old, list) else []
             whole[key].extend(value)
         else:
@@ -869,7 +870,7 @@ class _Grown:
                 goes_on = before and (text or "function" in piece and not name)
                 begins = not known and (number > 0 or not goes_on)
                 label = known and str(known)
-            self.put(label, begins, entry)
+            self.put(label, begins, entry, GROWS["message"])
 
     def getvalue(self) -> list[Any]:
         """Return the entries in order."""
@@ -916,7 +917,7 @@ class _Answer:
         try:
             place = event["choices"][0] if self.chat else event
             text = delta[key] = place["delta"][key]
-            if event == last and type(text) is str:
+            if event == last and type(text) is str and name != "error":
                 grown.write(text)
                 return text
         except (LookupError, TypeError):
@@ -932,7 +933,7 @@ class _Answer:
         for number, choice in enumerate(listed):
             entry = {"finish_reason": None, **expect(choice, dict)}
             delta, index = entry.pop("delta", None), find_index(entry, number)
-            if delta is None and index not in self.parts.places:
+            if delta in (None, {}) and index not in self.parts.places:
                 delta = entry.get("message")  # a whole answer as one event
             message = {"role": None, "content": None, **expect(delta, dict)}
             whole = {**entry, "index": index, "message": message}
@@ -955,8 +956,7 @@ class _Answer:
             merge(self.top, top, ())
             # The blocks that it has are added as if an event began each.
             return "".join([self._add_event({
-                "type": "content_block_start",
-                "content_block": {"type": "text", **expect(block, dict)}})
+                "type": "content_block_start", "content_block": block})
                 for block in expect(top.get("content"), list)
                 if block != {"type": "text", "text": ""}])
         self.done = self.done or kind == "message_stop"
@@ -966,7 +966,7 @@ class _Answer:
         delta = expect(event.get("content_block" if starts else "delta"), dict)
         index = find_index(event, len(self.parts.entries) if starts else None)
         block = dict(delta)
-        block["type"] = str(block.get("type") or "").replace("_delta", "")
+        block["type"] = str(block.get("type") or "text").replace("_delta", "")
         if "citation" in block:
             block["citations"] = [block.pop("citation")]
         if "partial_json" in block:
@@ -1066,7 +1066,8 @@ class _Connection(io.RawIOBase):
         while response.status < 200:  # http.client skips only 100
             response.headers = None  # begin() reads an answer just once
             response.begin()
-        response.headers.defects.clear()  # they may quote a line with the key
+        # What is defective in the header may quote a line with the key.
+        vars(response.headers).update(defects=[], _payload=None)
         # http.client takes the end of the connection for that of the header.
         require(not self.ended, "closed inside the header", OSError)
         return response
@@ -1316,7 +1317,7 @@ class _Call(collections.namedtuple(
         """Read a whole JSON answer; raise the error that it is, if it is."""
         good, data = 200 <= self.response.status < 300, io.BytesIO()
         try:
-            data.writelines(self.iter_body(MAX_BODY))
+            data.writelines(self.iter_body(MAX_BODY if good else MAX_ERROR))
         except (ServError, *NETWORK_ERRORS):
             self.response.will_close = True  # not to be kept
             if good:  # else the status is the news, even without its body
@@ -1486,6 +1487,8 @@ def build_call(args: Any) -> _Call:
     if args.verbose and chat and args.streaming:  # it tells the tokens
         params["stream_options"] = {"include_usage": True}
     params.update(iter_pairs(args.option, "=", parse_json))
+    bad = params.keys() & {"api_key", "messages", "model", "stream", "system"}
+    require(not bad, f"-o sets no {' or '.join(bad)}; see --help")
     limit = "max_completion_tokens" if chat else "max_tokens"
     params.update({} if args.max_tokens is None else {limit: args.max_tokens})
     headers = dict(iter_pairs(args.header, ":", str.strip))
@@ -1500,7 +1503,6 @@ def iter_pairs(options: list[str], sign: str, read: Any) -> Iterator[Any]:
     for name, found, text in (option.partition(sign) for option in options):
         # Not shown: what stands there may be a key.
         require(name and found, f"an option lacks its NAME{sign}VALUE")
-        require(sign == ":" or name != "api_key", "api_key: use SERV_API_KEY")
         yield name, read(text)
 
 
@@ -1518,20 +1520,20 @@ def build_curl(call: _Call) -> str:
 
 def print_answer(args: Any, call: _Call) -> int:
     """Print the answer to a call; return the exit status."""
-    note = f"serv: waiting for {args.model}" * sys.stderr.isatty()
+    tty: Any = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    print("serv: waiting for", args.model, end="", file=tty, flush=True)
     # as wide as the note, and the ^C that a terminal may have put behind it
-    blank, text = f"\r{' ' * (len(note) + 2)}\r" * bool(note), ""
-    print(note, end="", file=sys.stderr, flush=True)
+    blank, text = f"\r{' ' * (len(args.model) + 20)}\r", ""
     try:
         found: Any = call.run(_Call.stream if args.streaming else _Call.reply)
         for piece in found if args.streaming else [found]:
-            print(blank, end="", file=sys.stderr, flush=True)
+            print(blank, end="", file=tty, flush=True)
             text = str(piece) if not args.json else json.dumps(
                 piece, indent=2, ensure_ascii=False)
             print(text, end="", flush=True)
             blank = ""
     finally:
-        print(blank, end="", file=sys.stderr, flush=True)
+        print(blank, end="", file=tty, flush=True)
         print(end="\n" if text[-1:] not in ("", "\n") else "", flush=True)
     reply = found.reply if args.streaming else found
     wrong = ("blocked: " + shown(reply.refusal) if reply.refusal else
