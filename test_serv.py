@@ -1787,6 +1787,15 @@ def test_standard_error_may_be_closed(key, said, status, standin):
     assert (shell.stdout, shell.returncode) == (said, status)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="not on this one")
+def test_standard_error_may_be_full(standin):
+    run = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>/dev/full', "sh", sys.executable, SCRIPT,
+         "Hi"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=20,
+        env={**os.environ, "SERV_BASE_URL": standin.url})
+    assert (run.stdout, run.returncode) == (b'You said: "Hi"\n', 0)
+
+
 @needs_curl
 @pytest.mark.parametrize("path", ["/it's/$HOME", "/{a,b}/[1-2]", "/a/../b"])
 def test_a_dry_run_of_a_base_url_with_odd_characters(path, cli, tmp_path,
@@ -4770,6 +4779,8 @@ NET_TELLTALES = [
     KEY.encode() + b"\r\n", b"HTTP/1.1 " + KEY.encode() + b"\r\n\r\n",
     NET_CHUNKED + KEY.encode() + b"\r\n",
     http_head(content_length=99) + KEY.encode(),
+    b"HTTP/1.1 401 No\r\nContent-Type: multipart/mixed; boundary=b\r\nno\r\n"
+    b"--b\r\n " + KEY.encode() + b"\r\n\r\n",
     NET_SSE + chunk(sse({"error": {"message": KEY, "type": KEY}})),
     NET_SSE + chunk(b"data: {" + KEY.encode() + b"\n\n"),
     NET_SSE + chunk(sse(net_delta(KEY))),
@@ -5314,6 +5325,98 @@ def test_every_choice_of_a_json_answer_to_a_stream_is_there():
     assert (pieces, reply) == (["A"], answer)
 
 
+def test_an_empty_object_erases_nothing():
+    call = {"index": 0, "id": "a", "function": {
+        "name": "f", "arguments": '{"q": 1}'}}
+    pieces, reply = stream_read(stream_answer(
+        stream_chunk({"content": "abc", "tool_calls": [call]}),
+        stream_chunk({"content": {}, "tool_calls": [
+            {"index": 0, "function": {"arguments": {}}}]}),
+        stream_chunk({"tool_calls": {}}, "tool_calls"), "[DONE]"))
+    assert (pieces, reply.text) == (["abc"], "abc")
+    assert reply.tool_calls == [("a", "f", {"q": 1})]
+
+
+def test_an_empty_object_does_not_erase_a_tools_input():
+    events = stream_block(0, {"type": "tool_use", "id": "a", "name": "f"}, *(
+        {"type": "input_json_delta", "partial_json": part}
+        for part in ('{"q": 1}', {})))
+    reply = stream_read(stream_answer(*events, *stream_end()), "messages")[1]
+    assert reply.tool_calls == [("a", "f", {"q": 1})]
+
+
+@pytest.mark.parametrize("endpoint, events", STREAM_OPENINGS,
+                         ids=["chat", "messages"])
+def test_a_named_error_that_repeats_the_last_event_is_one(endpoint, events):
+    last = [each for each in events if "lo" in json.dumps(each)][-1]
+    wire = http_head(kind="text/event-stream") + sse(*events) + (
+        "event: error\ndata: %s\n\n" % json.dumps(last)).encode()
+    pieces, error = stream_error(stream_closing(wire), endpoint)
+    assert ("".join(pieces), error.reply.text) == ("Hello", "Hello")
+    assert isinstance(error, serv.InternalServerError)
+
+
+@each_endpoint
+@pytest.mark.parametrize("data", ["", "[DONE]", "x"])
+def test_a_named_error_is_one_whatever_its_data(endpoint, data):
+    events = dict(STREAM_OPENINGS)[endpoint]
+    wire = http_head(kind="text/event-stream") + sse(*events) + (
+        "event: error\ndata: %s\n\n" % data).encode() + sse("[DONE]")
+    pieces, error = stream_error(stream_closing(wire), endpoint)
+    assert ("".join(pieces), error.status) == ("Hello", 500)
+
+
+@pytest.mark.parametrize("entries", [
+    [{"id": "d", "url": "a"}, {"id": "d", "url": "b"}],
+    [{"index": 20000, "url": "a"}, {"index": -1, "url": "b"}]])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_list_in_a_block_is_kept_as_it_comes(entries, streamed):
+    block = {"type": "web_search_tool_result", "tool_use_id": "s",
+             "content": entries}
+    answer = http_answer(stream_message([block]))
+    if streamed:
+        answer = stream_answer(*stream_said(), *stream_block(1, block),
+                               *stream_end())
+    reply = stream_read(answer, "messages")[1]
+    assert reply["content"][-1] == block
+
+
+def test_a_tools_input_named_message_is_kept_as_it_comes():
+    given = {"message": {"text": "hi", "content": [
+        {"index": 1, "a": 1}, {"index": 1, "a": 2}, {"index": -1}]}}
+    events = stream_block(0, {"type": "tool_use", "id": "a", "name": "f",
+                              "input": given})
+    reply = stream_read(stream_answer(*events, *stream_end()), "messages")[1]
+    assert reply.tool_calls == [("a", "f", given)]
+
+
+def test_a_whole_message_beside_an_empty_delta_is_read():
+    whole = stream_whole({"content": "hello"})
+    whole["choices"][0]["delta"] = {}
+    pieces, reply = stream_read(stream_answer(whole, "[DONE]"))
+    assert (pieces, reply.text) == (["hello"], "hello")
+
+
+@pytest.mark.parametrize("event, told", [
+    ({"type": "insufficient_quota", "message": "over"}, "over"),
+    ({"type": "request_too_large", "message": "big"}, "big"),
+    ({"message": None, "detail": "no"}, "no"),
+    ({"detail": [{"msg": "no"}]}, '[{"msg": "no"}]')])
+@each_endpoint
+def test_a_flat_error_is_one(event, told, endpoint):
+    wire = stream_answer(*dict(STREAM_OPENINGS)[endpoint], "%s" % json.dumps(
+        event), "[DONE]")
+    pieces, error = stream_error(wire, endpoint)
+    assert ("".join(pieces), error.message) == ("Hello", told)
+
+
+def test_text_without_a_type_comes_in_pieces():
+    events = stream_block(0, {}, {"text": "Hel"}, {"text": "lo"})
+    pieces, reply = stream_read(
+        stream_answer(*events, *stream_end()), "messages")
+    assert (pieces, reply.text) == (["Hel", "lo"], "Hello")
+
+
 @pytest.mark.parametrize("entries", [
     [{"type": "a", "index": 9, "file": "x"}, {"type": "a", "index": 9,
                                               "file": "y"}],
@@ -5467,6 +5570,16 @@ def test_a_costly_event_does_not_stretch_the_budget():
     begun = time.monotonic()
     with Server(NET_SSE + chunk(event) + chunk(b"")) as server:
         net_error(serv.ServError, net_read, server, timeout=1.0)
+    assert time.monotonic() - begun <= 1.5
+
+
+def test_a_costly_error_does_not_stretch_the_budget():
+    body = b'{"error": {"message": "no"}, "x": [' + b"[], " * 3000000 + b"0]}"
+    begun = time.monotonic()
+    with Server(http_answer(body, "500 No")) as server:
+        error = net_error(serv.InternalServerError, net_chat, server,
+                          timeout=1.0)
+    assert len(error.body) <= serv.MAX_ERROR
     assert time.monotonic() - begun <= 1.5
 
 
