@@ -86,7 +86,7 @@ CONNECT_TIMEOUT = 10.0  # seconds for one address of a host, for a handshake
 IDLE_SECONDS = 50.0     # load balancers drop silent connections after 60 s
 MAX_IDLE = 100          # kept connections; of more, a call drops the oldest
 KEEPALIVE = 60          # seconds to a TCP probe; NATs forget after 350
-STALE_SECONDS = 1.0     # from a request to the news that all was closed before
+STALE_SECONDS = 1.0     # a kept connection that ends later took the request
 WAIT_SECONDS = 0.1      # for a stream's last bytes, for a stalled upload
 
 # In memory, what comes may take fifty times its bytes.
