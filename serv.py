@@ -485,8 +485,9 @@ def build_body(chat: bool, streaming: bool, asked: JSONDict) -> bytes:
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     entries = [{"role": "system", "content": system}, *messages * chat]
-    prompts = [str(entry["content"]).strip() for entry in entries if entry.get(
-        "content") and entry.get("role") in ("system", "developer")]
+    # What cannot be stripped is a list of parts, which counts.
+    prompts = [getattr(it["content"], "strip", object)() for it in entries if
+               it.get("content") and it.get("role") in ("system", "developer")]
     require(any(prompts), "a system prompt is required: pass system=...")
     asked.update({"stream": True} if streaming else {})
     place = {"messages": entries if system else messages} if chat else {
@@ -641,8 +642,8 @@ def is_error(name: str, event: JSONDict) -> bool:
     return "error" in (name, kind, event.get("object")) or any([
         part.get("error") or part.get("finish_reason") == "error"
         for part in [event, *_dicts(choices)]]) or isinstance(
-            bare, (str, list)) and str(kind or "error").lower().endswith(
-                ("error", "quota", "large"))
+            bare or None, (str, list)) and (str(kind) in STATUS_OF_TYPE or
+            str(kind or "error").lower().endswith("error"))
 
 
 def parse_error(body: Any) -> JSONDict:
@@ -773,7 +774,7 @@ def parse_event(name: str, data: str) -> JSONDict | None:
         text = data.strip()
         if text in ("", "[DONE]") and name != "error":
             return DONE if text else None  # a keep-alive
-        if text[:1] != "{" and not re.match("message|error|content_", name):
+        if text[:1] != "{" and not re.match("message|error|content_b", name):
             return None  # a vendor's own event
         require(name == "error", "not one JSON object, or nested too deeply")
         event = {"message": data}
@@ -1067,7 +1068,7 @@ class _Connection(io.RawIOBase):
             response.headers = None  # begin() reads an answer just once
             response.begin()
         # What is defective in the header may quote a line with the key.
-        vars(response.headers).update(defects=[], _payload=None)
+        vars(response.headers).update(defects=[], _payload="")
         # http.client takes the end of the connection for that of the header.
         require(not self.ended, "closed inside the header", OSError)
         return response
@@ -1384,9 +1385,9 @@ class _Call(collections.namedtuple(
             error.__cause__ = exc
         headers: Any = getattr(self.response, "headers", {})
         error.reply, error.request_id = reply, find_request_id(headers)
-        # "x" or "local" is also a word, and repr() doubles a backslash
-        key = r"(?<!\w)%s(?!\w)" if len(self.secret) < 8 else "%s"
-        regex = key % (re.escape(self.secret).replace(r"\\", r"\\+") or "(?!)")
+        # repr() doubles a backslash, and "x" or "local" is also a word
+        key = re.sub(r"(\\\\)+", r"(?<!\\\\)\\\\+", re.escape(self.secret))
+        regex = key if self.secret[7:] else rf"(?<!\w){key or '(?!)'}(?!\w)"
         link: Any = error
         while link is not None and link is not outer:
             link.args, link.__dict__ = redact((link.args, vars(link)), regex)

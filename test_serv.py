@@ -5316,6 +5316,33 @@ def test_a_key_with_a_backslash_is_cut_out_of_what_quotes_it(form, key):
     assert_no_key(caught.value, repr(key)[1:-1])
 
 
+def test_a_key_of_backslashes_is_looked_for_in_linear_time():
+    body = {"error": {"message": "\\" * 100000}}
+    with Server(http_answer(body, "400 No")) as server:
+        with pytest.raises(serv.BadRequestError):
+            net_chat(server, api_key="\\\\leading")
+
+
+def test_the_headers_of_an_answer_in_parts_can_be_shown():
+    kind = "multipart/mixed; boundary=x"
+    with Server(http_answer({"error": "no"}, "400 No", kind)) as server:
+        error = net_error(serv.BadRequestError, net_chat, server)
+    assert str(error.headers).startswith("Content-")
+
+
+@pytest.mark.parametrize("place", ["system", "messages"])
+def test_a_system_prompt_that_is_too_deep_is_named(place):
+    deep = []
+    for _ in range(100000):
+        deep = [deep]
+    said = dict({"messages": "Hi", "system": [{"type": "text", "text": deep}]},
+                **{place: [{"role": "system", "content": deep}]})
+    with pytest.raises(ValueError, match="messages: JSON cannot say it"):
+        serv.chat(model="m", api_key=KEY, **said)
+    while deep:  # or its garbage would be as deep
+        deep = deep.pop()
+
+
 def test_every_choice_of_a_json_answer_to_a_stream_is_there():
     answer = {"object": "chat.completion", "choices": [
         {"index": i, "finish_reason": "stop", "message": {
@@ -5408,6 +5435,20 @@ def test_a_flat_error_is_one(event, told, endpoint):
         event), "[DONE]")
     pieces, error = stream_error(wire, endpoint)
     assert ("".join(pieces), error.message) == ("Hello", told)
+
+
+@pytest.mark.parametrize("name, event", [
+    ("quota", {"message": "50 left"}), ("", {"detail": [], "usage": {}}),
+    ("content_filter", "ok"), ("", {"detail": ""})])
+@each_endpoint
+def test_a_notice_is_no_error(name, event, endpoint):
+    wire = http_head(kind="text/event-stream") + sse(
+        *dict(STREAM_OPENINGS)[endpoint])
+    wire += ("event: %s\ndata: %s\n\n" % (name, json.dumps(
+        event) if isinstance(event, dict) else event)).encode()
+    wire += sse(*([stream_chunk({}, "stop"), "[DONE]"]
+                  if endpoint == "chat" else stream_end()))
+    assert "".join(stream_read(stream_closing(wire), endpoint)[0]) == "Hello"
 
 
 def test_text_without_a_type_comes_in_pieces():
