@@ -5325,8 +5325,9 @@ def test_a_key_of_backslashes_is_looked_for_in_linear_time():
     assert time.monotonic() - begun < 5  # cubic time is three times that
 
 
-def test_the_headers_of_an_answer_in_parts_can_be_shown():
-    kind = "multipart/mixed; boundary=x"
+@pytest.mark.parametrize("kind", [
+    "multipart/mixed; boundary=x", "message/rfc822"])
+def test_the_headers_of_any_kind_of_answer_can_be_shown(kind):
     with Server(http_answer({"error": "no"}, "400 No", kind)) as server:
         error = net_error(serv.BadRequestError, net_chat, server)
     assert str(error.headers).startswith("Content-")
