@@ -89,7 +89,7 @@ KEEPALIVE = 60          # seconds to a TCP probe; NATs forget after 350
 STALE_SECONDS = 1.0     # a kept connection that ends later took the request
 WAIT_SECONDS = 0.1      # for a stream's last bytes, for a stalled upload
 
-# In memory, what comes may take fifty times its bytes.
+# In memory, what comes may take eighty times its bytes.
 READ_SIZE = 1 << 16     # bytes asked of a connection, or given, at a time
 MAX_BODY = 1 << 25      # bytes of one JSON answer, or of one event: 32 MiB
 MAX_STREAM = 1 << 28    # bytes of a whole stream: a million events
