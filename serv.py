@@ -14,13 +14,13 @@ Usage::
     serv.message("Hello!", system=system, max_tokens=99)    # /v1/messages
 
 What this file does with your key: it is read from ``api_key`` or from
-SERV_API_KEY at each call, sent in the Authorization header of requests to
-``base_url``, and kept nowhere else.  It is cut out of every error (but for
-a part of it at the very end of an answer that was itself cut); only what
-records the local variables of a traceback may see it there.  No
-redirect is followed, certificates are always checked (a plain ``http://``
-has none, and sends the key as it is), the key is written to no disk, and
-no other host is spoken to but a proxy that you have set.
+SERV_API_KEY at each call, and sent in the Authorization header of requests
+to ``base_url``, and nowhere else.  It is cut out of every error (but for a
+part of it at the very end of an answer that was itself cut); only what
+records the local variables of a traceback may see it there.  No redirect is
+followed, certificates are always checked (a plain ``http://`` has none, and
+sends the key as it is), the key is written to no disk, and no other host is
+spoken to but a proxy that you have set.
 
 From top to bottom; whoever stops at a banner has understood all above it:
 constants, errors, the three calls, Reply and Stream, building requests,
@@ -187,7 +187,7 @@ STATUS_OF_TYPE = dict(invalid_request_error=400, authentication_error=401,
     billing_error=402, permission_error=403, not_found_error=404,
     request_too_large=413, rate_limit_error=429, insufficient_quota=429,
     api_error=500, server_error=500, timeout_error=504, overloaded_error=529)
-ADVICE = {401: "; check the key", 402: "; add credits", 404: "; which model?"}
+ADVICE = {401: "; check key", 402: "; add credits", 404: "; check model, URL"}
 
 
 # ---------------------------------------------------------------------------
@@ -484,8 +484,9 @@ def build_body(chat: bool, streaming: bool, asked: JSONDict) -> bytes:
                 "of dicts (append reply.message, not the reply)", TypeError)
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
+    # In chat a prompt may also stand among the messages; one that cannot be
+    # stripped is a list of parts, which counts.
     entries = [{"role": "system", "content": system}, *messages * chat]
-    # What cannot be stripped is a list of parts, which counts.
     prompts = [getattr(it["content"], "strip", object)() for it in entries if
                it.get("content") and it.get("role") in ("system", "developer")]
     require(any(prompts), "a system prompt is required: pass system=...")
@@ -529,7 +530,7 @@ def build_key(api_key: Any) -> str:
     require(isinstance(key, str), "api_key: expected a str", TypeError)
     key = require(key.strip(), "no API key: set SERV_API_KEY", ServError)
     return str(require(key.isascii() and key.isprintable() and key, "the API "
-        "key is not plain ASCII; is it a placeholder still?", ServError))
+        "key is not printable ASCII; is it still a placeholder?", ServError))
 
 
 def build_headers(headers: Any) -> dict[str, str]:
@@ -697,7 +698,7 @@ def retry_wait(error: ServError, attempt: int) -> float | None:
 
 
 def shown(text: str, most: int = 400) -> str:
-    """Return one line of a text, short, and safe for a terminal."""
+    """Return one line of a text, cut short, and safe for a terminal."""
     line = "".join(char if char.isprintable() else " " for char in text[:1000])
     line = " ".join(line.split())
     return line[:most] + "..." * (len(line) > most)
@@ -793,9 +794,9 @@ def parse_event(name: str, data: str) -> JSONDict | None:
 
 # What is said once of an entry, however often it is repeated.
 LABELS = frozenset(("id", "index", "type", "name", "role", "format"))
-# In these the entries come in pieces, where a dict is among what grows: ...
+# Of which kinds the values are that grow in an object of this name; none in a
+# tool's.  A dict among them tells that the lists PLACED come in pieces, too.
 PLACED = "content", "tool_calls", "thinking"
-# ... the kinds of the values that grow in these; none in a tool's objects.
 GROWS: Any = {"message": (str, list, dict), "input": (), "arguments": ()}
 
 
@@ -1131,7 +1132,7 @@ class _Connection(io.RawIOBase):
             # more, which may be late, or never come: then it is closed.
             with response, contextlib.suppress(*NETWORK_ERRORS):
                 self.kept = not (self.unsent or response.will_close
-                                 or response.length or response.read1(9))
+                                 or response.length or response.read1(1))
         if self.kept:
             self.unsent = b""  # what is sent still holds the whole request
             with _lock:
@@ -1280,9 +1281,9 @@ class _Call(collections.namedtuple(
 
     def iter_stream(self, answer: _Answer, pairs: Any) -> Iterator[Any]:
         """Yield events and what each adds to the text, up to a proven end."""
-        half = ""  # a surrogate that waits for its other half
+        half, outer = "", None  # half a character, waiting for its other half
         try:
-            yield DONE, ""
+            yield DONE, ""  # for Stream(), so that close() is seen from now on
             outer = sys.exc_info()[1]
             for name, data in pairs:
                 answer.elapsed = time.monotonic() - self.started
@@ -1489,7 +1490,7 @@ def build_call(args: Any) -> _Call:
         params["stream_options"] = {"include_usage": True}
     params.update(iter_pairs(args.option, "=", parse_json))
     bad = params.keys() & {"api_key", "messages", "model", "stream", "system"}
-    require(not bad, f"-o sets no {' or '.join(bad)}; see --help")
+    require(not bad, f"-o sets no {' or '.join(sorted(bad))}; see --help")
     limit = "max_completion_tokens" if chat else "max_tokens"
     params.update({} if args.max_tokens is None else {limit: args.max_tokens})
     headers = dict(iter_pairs(args.header, ":", str.strip))
