@@ -44,7 +44,6 @@ from __future__ import annotations
 import atexit
 import collections
 import contextlib
-import copy
 import functools
 import http.client
 import io
@@ -55,9 +54,8 @@ import re
 import socket
 import ssl
 import sys
-import threading
 import time
-import urllib.parse
+from _thread import RLock  # threading's, without the rest of it
 from email.utils import mktime_tz, parsedate_tz
 
 TYPE_CHECKING = False
@@ -298,8 +296,9 @@ class Reply(dict):  # type: ignore[type-arg]
                  elapsed: float = 0.0, partial: bool = False) -> None:
         super().__init__(data)
         self.headers: Headers = headers or http.client.HTTPMessage()
-        self.request_id = find_request_id(self.headers)
         self.elapsed, self.partial = elapsed, partial
+
+    request_id = property(lambda self: find_request_id(self.headers))
 
     def __str__(self) -> str:
         return self.text
@@ -436,7 +435,7 @@ def build_request(endpoint: str, streaming: bool, params: JSONDict,
     # repr() tells 2 from "2" and from True.
     require(repr(max_retries).isdigit(), "max_retries: expected 0, 1, 2 ...")
     body = build_body(endpoint == "chat", streaming, {**asked, **params})
-    url = build_url(str(find_setting("BASE_URL", base_url, BASE_URL)))
+    url, *place = build_url(str(find_setting("BASE_URL", base_url, BASE_URL)))
     given = build_headers(headers)
     # The caller's own Authorization is as secret as the key.
     own = given.get("Authorization")
@@ -448,8 +447,8 @@ def build_request(endpoint: str, streaming: bool, params: JSONDict,
     seconds = str(find_setting("TIMEOUT", timeout, TIMEOUT))
     good = re.fullmatch(r"[0-9]*\.?[0-9]+(e[+-]?[0-9]+)?", seconds)
     require(good and float(seconds), "timeout (SERV_TIMEOUT): seconds above 0")
-    return _Call(endpoint == "chat", url + PATHS[endpoint], {**ours, **given},
-                 body, secret, float(seconds), max_retries)
+    return _Call(endpoint == "chat", url + PATHS[endpoint], place, {
+        **ours, **given}, body, secret, float(seconds), max_retries)
 
 
 def require(good: Any, wrong: str, kind: type[Exception] = ValueError) -> Any:
@@ -511,17 +510,21 @@ def build_json(body: JSONDict) -> bytes:
 
 
 @functools.lru_cache(maxsize=32)
-def build_url(url: str) -> str:
-    """Return a base URL without its end, ``/v1`` or a slash."""
+def build_url(url: str) -> tuple[str, bool, str, int]:
+    """Return a base URL without its end, ``/v1`` or a slash, and its place.
+
+    That is whether it asks for TLS, its host, and its port.
+    """
     wrong = "base_url, or SERV_BASE_URL: expected http[s]://host[:port][/path]"
     # The path is printable ASCII but for # and ?; what is kept of it is as
     # short as possible, so that none of the end stays.  urlsplit() would drop
     # a tab, and take a password.
     found = require(url.isprintable() and re.fullmatch(
-        r"((?i:https?)://(?:[^]\s/@\\:?#[]+|\[[\da-fA-F:.]+(?:%\w+)?])"
+        r"((?i:http(s)?)://(?:([^]\s/@\\:?#[]+)|\[([\da-fA-F:.]+(?:%\w+)?)])"
         r"(?::(\d{0,5}))?(?:/[!\"$->@-~]*?)??)(?:/v1)?/*", url, re.A), wrong)
-    require(0 < int(found[2] or 80) < 65536, wrong)
-    return str(found[1])
+    port = int(found[5] or (443 if found[2] else 80))
+    require(0 < port < 65536, wrong)
+    return found[1], bool(found[2]), found[3] or found[4], port
 
 
 def build_key(api_key: Any) -> str:
@@ -711,7 +714,8 @@ def redact(value: Any, regex: str) -> Any:
     if type(value) in (list, tuple):
         return type(value)([redact(entry, regex) for entry in value])
     if isinstance(value, (dict, http.client.HTTPMessage)):
-        value = copy.copy(value)  # it may be a caller's
+        from copy import copy  # loaded only where something failed
+        value = copy(value)  # it may be a caller's
         # Headers are no items of their object, but hide in an attribute.
         for part in map(_dict, (value, getattr(value, "__dict__", None))):
             for key in [*part]:
@@ -724,10 +728,9 @@ def redact(value: Any, regex: str) -> Any:
 # at again only with the blank line that ends it, so that time is linear.
 # ---------------------------------------------------------------------------
 
-ONE_EVENT = re.compile(r"(?:event: ?(.*)\n)?data: ?(.*)\n\n")
+ONE_EVENT = r"(?:event: ?(.*)\n)?data: ?(.*)\n\n"
 # Each finds the values of a field, on lines that begin with their line feed.
-NAMES, DATA = (re.compile(rf"\n{field}(?:: ?(.*))?$", re.MULTILINE)
-               for field in ("event", "data"))
+NAMES, DATA = r"(?m)\nevent(?:: ?(.*))?$", r"(?m)\ndata(?:: ?(.*))?$"
 DONE: JSONDict = {}  # made of [DONE]; it also stands where there is no event
 
 
@@ -743,10 +746,11 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
     """
     held, after_cr, between = bytearray(), False, False
     codec = "utf-8-sig"  # for the first, which drops one byte order mark
+    one_event, names, fields = map(re.compile, (ONE_EVENT, NAMES, DATA))
     for chunk in filter(None, chunks):
         # Nearly always a chunk is one event, which C can read as a whole.
         if between and 13 not in chunk:  # CR
-            if event := ONE_EVENT.fullmatch(chunk.decode(codec, "replace")):
+            if event := one_event.fullmatch(chunk.decode(codec, "replace")):
                 yield event[1] or "message", event[2]
                 continue
         # the second half of a CRLF that was cut in two
@@ -756,8 +760,8 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
             *blocks, held = held.split(b"\n\n")
             for block in blocks:
                 text, codec = "\n" + block.decode(codec, "replace"), "utf-8"
-                if data := DATA.findall(text):
-                    name = ["", *NAMES.findall(text)][-1] or "message"
+                if data := fields.findall(text):
+                    name = ["", *names.findall(text)][-1] or "message"
                     yield name, "\n".join(data)
         require(len(held) <= MAX_BODY, "an event over MAX_BODY bytes")
         between = not (held or after_cr)
@@ -1018,7 +1022,7 @@ class _Answer:
 
 NETWORK_ERRORS = OSError, UnicodeError, http.client.HTTPException
 _idle: list[_Connection] = []  # oldest first
-_lock = threading.RLock()  # a signal's handler may call, too
+_lock = RLock()  # a signal's handler may call, too
 
 
 class _Connection(io.RawIOBase):
@@ -1046,15 +1050,12 @@ class _Connection(io.RawIOBase):
         if self.kept and self.receive(bytearray(1), 0) is not None:
             self.release()
         tls, host, port, proxy, login, *authority = self.route
-        client: Any = http.client.HTTPConnection(*(proxy or (host, port)))
-        url, headers = "/" + call.url.split("/", 3)[3], call.headers
-        if proxy and tls:
-            client.set_tunnel(host, port, login)
-        elif proxy:
-            url, headers = call.url, {**headers, **login}
-        # The Host header omits the default port.
-        client.default_port, client.sock = 443 if tls else 80, self
         if not self.kept:
+            client: Any = http.client.HTTPConnection(*(proxy or (host, port)))
+            if proxy and tls:
+                client.set_tunnel(host, port, login)
+            # The Host header omits the default port.
+            client.default_port, client.sock = 443 if tls else 80, self
             self.sock = dial(client.host, client.port, self.deadline)
             if proxy and tls:
                 client._tunnel()
@@ -1063,8 +1064,12 @@ class _Connection(io.RawIOBase):
                     context = get_tls_context(*authority)
                 self.sock = context.wrap_socket(self.ready(CONNECT_TIMEOUT),
                                                 server_hostname=host)
-        client.request("POST", url, call.body, headers)
-        response = client.getresponse()
+            self.client = client
+        url, headers = "/" + call.url.split("/", 3)[3], call.headers
+        if proxy and not tls:
+            url, headers = call.url, {**headers, **login}
+        self.client.request("POST", url, call.body, headers)
+        response = self.client.getresponse()
         while response.status < 200:  # http.client skips only 100
             response.headers = None  # begin() reads an answer just once
             response.begin()
@@ -1171,28 +1176,27 @@ def get_tls_context(*authority: str | None) -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
-def find_route(url: str) -> Any:
-    """Return what connections to a URL have in common, as it is now.
+def find_route(call: _Call) -> Any:
+    """Return what connections for a call have in common, as it is now.
 
     Whether TLS is on, host, port, what http.client is to be told of a proxy
-    (where it is and, as a header, its login), and the CA setting.
+    (where it is and, as a header, its login), and for TLS the CA setting.
     """
-    parts = urllib.parse.urlsplit(url)
-    tls, proxy, login = parts.scheme == "https", None, None
-    name = parts.scheme + "_proxy"
-    if os.environ.get(name) or os.environ.get(name.upper()):
+    tls, get = call.place[0], os.environ.get
+    name, proxy, login = "https_proxy" if tls else "http_proxy", None, None
+    if get(name) or get(name.upper()):
         from urllib import request  # not loaded where there is no proxy
-        found = request.getproxies().get(parts.scheme, "")
+        asked = request.Request(call.url)
+        found = request.getproxies().get(asked.type, "")
         require(re.fullmatch(r"(?i)(http://)?([^/]*@)?([^\s/:@]+|"
                              r"\[[\da-f:.]+])(:\d{1,5})?(/.*)?|", found),
                 name + ": expected http://[user:password@]host:port")
-        asked = request.Request(url)
         if found:  # urllib's own handler turns the request to the proxy
-            request.ProxyHandler({}).proxy_open(asked, found, parts.scheme)
-        if asked.host != parts.netloc:
+            request.ProxyHandler({}).proxy_open(asked, found, asked.type)
+        if asked.host != call.url.split("/")[2]:
             proxy, login = (asked.host,), asked.headers
-    return (tls, parts.hostname, parts.port or (443 if tls else 80), proxy,
-            login, *map(os.environ.get, ("SSL_CERT_FILE", "SSL_CERT_DIR")))
+    authority = map(get, ("SSL_CERT_FILE", "SSL_CERT_DIR") * tls)
+    return (*call.place, proxy, login, *authority)
 
 
 def take_connection(route: Any) -> _Connection:
@@ -1212,7 +1216,7 @@ def take_connection(route: Any) -> _Connection:
 def close_idle() -> None:
     """Close what is kept: at exit, and in a child, whose parent keeps it."""
     global _lock
-    _lock = threading.RLock()  # another thread may have held it at the fork
+    _lock = RLock()  # another thread may have held it at the fork
     while _idle:
         _idle.pop().release()
 
@@ -1222,10 +1226,11 @@ getattr(os, "register_at_fork", dict)(after_in_child=close_idle)  # not Windows
 
 
 class _Call(collections.namedtuple(
-        "_Call", "chat url headers body secret timeout max_retries")):
+        "_Call", "chat url place headers body secret timeout max_retries")):
     """One call: its request, its deadline, its tries, its errors.
 
-    ``connection`` is that of this try, ``response`` None until one begins.
+    ``place`` is its server, as build_url() tells it; ``connection`` is that of
+    this try, ``response`` None until one begins.
     """
 
     __repr__ = object.__repr__  # the other one would show the key
@@ -1237,7 +1242,7 @@ class _Call(collections.namedtuple(
         tries, stale = 0, False
         while True:
             take = _Connection if stale else take_connection
-            connection = self.connection = take(find_route(self.url))
+            connection = self.connection = take(find_route(self))
             self.response: Any = None
             try:
                 self.response = connection.send(self)

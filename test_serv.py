@@ -126,17 +126,20 @@ class Server:
     `connections` how often a client connected.
     """
 
-    def __init__(self, answer, context=None):
+    def __init__(self, answer, context=None, host="127.0.0.1"):
         self.answers = answer if isinstance(answer, list) else [answer]
         self.context = context
         self.requests, self.connections = [], 0
         self.lock = threading.Lock()
         self.wires = set()
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.listener = socket.create_server(
+            (host, 0), backlog=128,
+            family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.port = self.listener.getsockname()[1]
-        self.url = "%s://127.0.0.1:%d" % ("https" if context else "http",
-                                          self.port)
+        self.url = "%s://%s:%d" % ("https" if context else "http",
+                                   "[%s]" % host if ":" in host else host,
+                                   self.port)
         self.threads = [threading.Thread(target=self.accept, daemon=True)]
         self.threads[0].start()
 
@@ -748,6 +751,28 @@ def test_base_url_with_a_host_by_name(name, standin):
     serv.chat("Hi", system=SYSTEM, base_url=url)
     [request] = standin.requests
     assert request.headers["host"].lower() == url[len("http://"):].lower()
+
+
+def test_base_url_with_an_ipv6_address():
+    try:
+        server = Server(http_answer(REPLY), host="::1")
+    except OSError:
+        pytest.skip("no IPv6 on this machine")
+    with server:
+        for number in 1, 2:  # the second on the connection of the first
+            serv.chat("Hi", system=SYSTEM, base_url=server.url + "/v1")
+    assert [r.headers["host"] for r in server.requests] == [
+        "[::1]:%d" % server.port] * 2
+    assert server.connections == 1
+
+
+@in_turn(("http://h", ("http://h", False, "h", 80)),
+         ("HTTPS://h/v1/", ("HTTPS://h", True, "h", 443)),
+         ("https://h:/a", ("https://h:/a", True, "h", 443)),
+         ("https://[fe80::1%lo]:8/v1", ("https://[fe80::1%lo]:8", True,
+                                        "fe80::1%lo", 8)))
+def test_the_place_of_a_base_url(url, found):
+    assert serv.build_url(url) == found
 
 
 BAD_URLS = [
@@ -6117,7 +6142,7 @@ SECTIONS = ["Errors", "The calls", "What the calls return",
             "Building requests", "Reading answers", "Server-sent events",
             "Putting a stream", "Network", "Command line"]
 IMPURE = {"socket", "ssl", "http", "urllib", "sys", "time", "print", "open",
-          "input", "threading", "os", "subprocess", "atexit"}
+          "input", "threading", "RLock", "os", "subprocess", "atexit"}
 # What is no I/O in those modules, and what is read at each call.
 PURE = ("socket.timeout", "ssl.SSLCertVerificationError", "ssl.SSLError",
         "http.client.HTTPMessage", "http.client.HTTPException",
@@ -6196,10 +6221,10 @@ def test_file_imports_only_the_standard_library():
     if hasattr(sys, "stdlib_module_names"):  # 3.10
         assert names <= sys.stdlib_module_names
     assert names <= {
-        "__future__", "argparse", "atexit", "base64", "collections",
+        "__future__", "_thread", "argparse", "atexit", "base64", "collections",
         "contextlib", "copy", "datetime", "email", "functools", "http", "io",
         "itertools", "json", "os", "random", "re", "shlex", "socket", "ssl",
-        "sys", "threading", "time", "typing", "urllib"}
+        "sys", "time", "typing", "urllib"}
 
 
 def test_file_imports_on_its_own():
