@@ -714,12 +714,12 @@ def redact(value: Any, regex: str) -> Any:
     if type(value) in (list, tuple):
         return type(value)([redact(entry, regex) for entry in value])
     if isinstance(value, (dict, http.client.HTTPMessage)):
-        from copy import copy  # loaded only where something failed
-        value = copy(value)  # it may be a caller's
+        pair = value, type(value).__new__(type(value))  # type: ignore
         # Headers are no items of their object, but hide in an attribute.
-        for part in map(_dict, (value, getattr(value, "__dict__", None))):
-            for key in [*part]:
-                part[redact(key, regex)] = redact(part.pop(key), regex)
+        for old, new in pair, [getattr(it, "__dict__", {}) for it in pair]:
+            for key in _dict(old):
+                new[redact(key, regex)] = redact(old[key], regex)
+        return pair[1]
     return value
 
 

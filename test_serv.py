@@ -759,7 +759,7 @@ def test_base_url_with_an_ipv6_address():
     except OSError:
         pytest.skip("no IPv6 on this machine")
     with server:
-        for number in 1, 2:  # the second on the connection of the first
+        for _ in range(2):  # the second on the connection of the first
             serv.chat("Hi", system=SYSTEM, base_url=server.url + "/v1")
     assert [r.headers["host"] for r in server.requests] == [
         "[::1]:%d" % server.port] * 2
@@ -6222,7 +6222,7 @@ def test_file_imports_only_the_standard_library():
         assert names <= sys.stdlib_module_names
     assert names <= {
         "__future__", "_thread", "argparse", "atexit", "base64", "collections",
-        "contextlib", "copy", "datetime", "email", "functools", "http", "io",
+        "contextlib", "datetime", "email", "functools", "http", "io",
         "itertools", "json", "os", "random", "re", "shlex", "socket", "ssl",
         "sys", "time", "typing", "urllib"}
 
@@ -6236,6 +6236,19 @@ def test_file_imports_on_its_own():
          "\nprint(serv.__version__)" % ROOT],
         stdout=subprocess.PIPE, check=True)
     assert done.stdout.decode().strip() == serv.__version__
+
+
+def test_file_loads_little_beyond_what_speaks_http():
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-W", "error", "-c",
+         "import sys\nsys.path.insert(0, %r)\nimport http.client, json\n"
+         "known = set(sys.modules)\nimport serv\n"
+         "print(*(set(sys.modules) - known))" % ROOT],
+        stdout=subprocess.PIPE, check=True)
+    assert set(done.stdout.decode().split()) <= {
+        "serv", "__future__", "atexit", "contextlib",
+        # which http.client loads itself before 3.13
+        "random", "_random", "bisect", "_bisect", "math", "_sha2"}
 
 
 def test_sections_are_in_order():
