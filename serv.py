@@ -486,8 +486,8 @@ def build_body(chat: bool, streaming: bool, asked: JSONDict) -> bytes:
     # In chat a prompt may also stand among the messages; one that cannot be
     # stripped is a list of parts, which counts.
     entries = [{"role": "system", "content": system}, *messages * chat]
-    prompts = [getattr(it["content"], "strip", object)() for it in entries if
-               it.get("content") and it.get("role") in ("system", "developer")]
+    prompts = (getattr(it["content"], "strip", object)() for it in entries if
+               it.get("content") and it.get("role") in ("system", "developer"))
     require(any(prompts), "a system prompt is required: pass system=...")
     asked.update({"stream": True} if streaming else {})
     place = {"messages": entries if system else messages} if chat else {
@@ -767,15 +767,15 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
         between = not (held or after_cr)
 
 
-def parse_event(name: str, data: str) -> JSONDict | None:
+def parse_event(name: str, data: str) -> Any:
     """Return an event's JSON object, DONE at the end, None for noise.
 
     A Messages event that lacks its ``type`` gets it from the event's name.
 
     :raise ValueError: the data is not what the format promises.
     """
-    event: JSONDict | str = parse_json(data, dict)
-    if isinstance(event, str):
+    event = parse_json(data, dict)
+    if event is data:  # no object
         text = data.strip()
         if text in ("", "[DONE]") and name != "error":
             return DONE if text else None  # a keep-alive
@@ -1340,17 +1340,17 @@ class _Call(collections.namedtuple(
 
     def iter_body(self, limit: int) -> Iterator[bytes]:
         """Yield the bytes of a body as they come, up to its proven end."""
+        response = self.response
         for name in "content-encoding", "transfer-encoding":
-            coding = str(self.response.headers.get(name) or "identity")
+            coding = str(response.headers.get(name) or "identity")
             require(coding.lower() in ("identity", "chunked"),
                     f"{name} {coding}, not asked for", APIResponseError)
-        while data := self.response.read1(READ_SIZE):
-            limit -= len(data)
-            if limit < 0:
+        while response.length != 0 and (data := response.read1(READ_SIZE)):
+            if (limit := limit - len(data)) < 0:
                 raise APIResponseError("answer too large")
             yield data
         # http.client is silent of a body shorter than its Content-Length.
-        if left := self.response.length:
+        if left := response.length:
             raise http.client.IncompleteRead(b"", left)
 
     def refused(self, status: int, body: Any) -> ServError:
