@@ -49,12 +49,12 @@ import http.client
 import io
 import json
 import os
-import random
 import re
 import socket
 import ssl
 import sys
 import time
+import urllib.parse
 from _thread import RLock  # threading's, without the rest of it
 from email.utils import mktime_tz, parsedate_tz
 
@@ -510,7 +510,7 @@ def build_json(body: JSONDict) -> bytes:
 
 
 @functools.lru_cache(maxsize=32)
-def build_url(url: str) -> tuple[str, bool, str, int]:
+def build_url(url: str) -> tuple[str, bool, str | None, int]:
     """Return a base URL without its end, ``/v1`` or a slash, and its place.
 
     That is whether it asks for TLS, its host, and its port.
@@ -520,11 +520,12 @@ def build_url(url: str) -> tuple[str, bool, str, int]:
     # short as possible, so that none of the end stays.  urlsplit() would drop
     # a tab, and take a password.
     found = require(url.isprintable() and re.fullmatch(
-        r"((?i:http(s)?)://(?:([^]\s/@\\:?#[]+)|\[([\da-fA-F:.]+(?:%\w+)?)])"
+        r"((?i:https?)://(?:[^]\s/@\\:?#[]+|\[[\da-fA-F:.]+(?:%\w+)?])"
         r"(?::(\d{0,5}))?(?:/[!\"$->@-~]*?)??)(?:/v1)?/*", url, re.A), wrong)
-    port = int(found[5] or (443 if found[2] else 80))
-    require(0 < port < 65536, wrong)
-    return found[1], bool(found[2]), found[3] or found[4], port
+    require(0 < int(found[2] or 80) < 65536, wrong)
+    parts = urllib.parse.urlsplit(url)
+    tls = parts.scheme == "https"
+    return found[1], tls, parts.hostname, parts.port or (443 if tls else 80)
 
 
 def build_key(api_key: Any) -> str:
@@ -695,7 +696,8 @@ def retry_wait(error: ServError, attempt: int) -> float | None:
                  and "insufficient_quota" not in (error.type, error.code))
         told = str(error.headers.get("x-should-retry")).lower()
         again = {"true": True, "false": False}.get(told, again)
-    wait = min(8.0, 0.5 * 2 ** min(attempt, 8)) * (1 - random.random() / 4)
+    # up to a quarter less, so that not all of many come back at once
+    wait = min(8.0, 0.5 * 2 ** min(attempt, 8)) * (1 - os.urandom(1)[0] / 1024)
     asked = getattr(error, "retry_after", None)
     return None if not again else wait if asked is None else asked
 
@@ -714,12 +716,12 @@ def redact(value: Any, regex: str) -> Any:
     if type(value) in (list, tuple):
         return type(value)([redact(entry, regex) for entry in value])
     if isinstance(value, (dict, http.client.HTTPMessage)):
-        pair = value, type(value).__new__(type(value))  # type: ignore
+        from copy import copy  # loaded only where something failed
+        value = copy(value)  # it may be a caller's
         # Headers are no items of their object, but hide in an attribute.
-        for old, new in pair, [getattr(it, "__dict__", {}) for it in pair]:
-            for key in _dict(old):
-                new[redact(key, regex)] = redact(old[key], regex)
-        return pair[1]
+        for part in map(_dict, (value, getattr(value, "__dict__", None))):
+            for key in [*part]:
+                part[redact(key, regex)] = redact(part.pop(key), regex)
     return value
 
 
@@ -807,16 +809,16 @@ GROWS: Any = {"message": (str, list, dict), "input": (), "arguments": ()}
 def merge(whole: JSONDict, piece: Any, grows: Any = (str, list)) -> None:
     """Add what a piece says to an object, in place.
 
-    None, "" and {} erase nothing, and a label stays what it was first.  All
-    else that is new replaces what was there, but for values of the kinds that
-    grow: those go behind one another.
+    None, "", {} and [] erase nothing, and a label stays what it was first.
+    All else that is new replaces what was there, but for values of the kinds
+    that grow: those go behind one another.
     """
     for key, value in piece.items():
         old = whole.get(key)
         if isinstance(value, dict) and (value or not old):
             whole[key] = _dict(old)
             merge(whole[key], value, grows and GROWS.get(key, grows))
-        elif value in (None, "", {}) or old and grows and key in LABELS:
+        elif value in (None, "", {}, []) or old and grows and key in LABELS:
             whole[key] = value if old is None else old
         elif not isinstance(value, grows) or key in LABELS:
             whole[key] = value
@@ -956,7 +958,8 @@ class _Answer:
 
     def _add_event(self, event: JSONDict) -> str:
         kind = event.get("type") or "message"
-        if kind in ("message", "message_start", "message_delta"):
+        self.done = self.done or kind == "message_stop"
+        if re.fullmatch("message(_start|_delta|_stop)?", str(kind)):
             top = dict(event)
             top.update(expect(top.pop("message", top.pop("delta", {})), dict))
             merge(self.top, top, ())
@@ -965,7 +968,6 @@ class _Answer:
                 "type": "content_block_start", "content_block": block})
                 for block in expect(top.get("content"), list)
                 if block != {"type": "text", "text": ""}])
-        self.done = self.done or kind == "message_stop"
         starts = kind == "content_block_start"
         if not starts and kind != "content_block_delta":
             return ""
@@ -1050,12 +1052,16 @@ class _Connection(io.RawIOBase):
         if self.kept and self.receive(bytearray(1), 0) is not None:
             self.release()
         tls, host, port, proxy, login, *authority = self.route
+        # Never kept: one that has closed itself dials anew, without TLS.
+        client: Any = http.client.HTTPConnection(*(proxy or (host, port)))
+        url, headers = "/" + call.url.split("/", 3)[3], call.headers
+        if proxy and tls:
+            client.set_tunnel(host, port, login)
+        elif proxy:
+            url, headers = call.url, {**headers, **login}
+        # The Host header omits the default port.
+        client.default_port, client.sock = 443 if tls else 80, self
         if not self.kept:
-            client: Any = http.client.HTTPConnection(*(proxy or (host, port)))
-            if proxy and tls:
-                client.set_tunnel(host, port, login)
-            # The Host header omits the default port.
-            client.default_port, client.sock = 443 if tls else 80, self
             self.sock = dial(client.host, client.port, self.deadline)
             if proxy and tls:
                 client._tunnel()
@@ -1064,12 +1070,8 @@ class _Connection(io.RawIOBase):
                     context = get_tls_context(*authority)
                 self.sock = context.wrap_socket(self.ready(CONNECT_TIMEOUT),
                                                 server_hostname=host)
-            self.client = client
-        url, headers = "/" + call.url.split("/", 3)[3], call.headers
-        if proxy and not tls:
-            url, headers = call.url, {**headers, **login}
-        self.client.request("POST", url, call.body, headers)
-        response = self.client.getresponse()
+        client.request("POST", url, call.body, headers)
+        response = client.getresponse()
         while response.status < 200:  # http.client skips only 100
             response.headers = None  # begin() reads an answer just once
             response.begin()
@@ -1253,13 +1255,15 @@ class _Call(collections.namedtuple(
                 # anew.  Later, the request was read, and may be billed.
                 stale = connection.kept and time.monotonic() < connection.soon
                 connection.release(self.response)
-                error = self.explain(exc, outer)
-                wait = 0.0 if stale else retry_wait(error, tries)
-                tries += not stale
-                # Without room for the wait there is no use in waiting.
-                if (wait is None or tries > self.max_retries
-                        or time.monotonic() + wait >= self.deadline):
-                    raise error
+                try:  # "as" lets go of the error, which holds this frame
+                    raise self.explain(exc, outer)
+                except ServError as error:
+                    wait = 0.0 if stale else retry_wait(error, tries)
+                    tries += not stale
+                    # Without room for the wait there is no use in waiting.
+                    if (wait is None or tries > self.max_retries
+                            or time.monotonic() + wait >= self.deadline):
+                        raise
             except BaseException:
                 connection.release()
                 raise
@@ -1340,17 +1344,16 @@ class _Call(collections.namedtuple(
 
     def iter_body(self, limit: int) -> Iterator[bytes]:
         """Yield the bytes of a body as they come, up to its proven end."""
-        response = self.response
         for name in "content-encoding", "transfer-encoding":
-            coding = str(response.headers.get(name) or "identity")
+            coding = str(self.response.headers.get(name) or "identity")
             require(coding.lower() in ("identity", "chunked"),
                     f"{name} {coding}, not asked for", APIResponseError)
-        while response.length != 0 and (data := response.read1(READ_SIZE)):
+        while data := self.response.read1(READ_SIZE):
             if (limit := limit - len(data)) < 0:
                 raise APIResponseError("answer too large")
             yield data
         # http.client is silent of a body shorter than its Content-Length.
-        if left := response.length:
+        if left := self.response.length:
             raise http.client.IncompleteRead(b"", left)
 
     def refused(self, status: int, body: Any) -> ServError:
@@ -1494,7 +1497,7 @@ def build_call(args: Any) -> _Call:
     if args.verbose and chat and args.streaming:  # it tells the tokens
         params["stream_options"] = {"include_usage": True}
     params.update(iter_pairs(args.option, "=", parse_json))
-    bad = params.keys() & {"api_key", "messages", "model", "stream", "system"}
+    bad = params.keys() & {*stream.__code__.co_varnames, "stream"}
     require(not bad, f"-o sets no {' or '.join(sorted(bad))}; see --help")
     limit = "max_completion_tokens" if chat else "max_tokens"
     params.update({} if args.max_tokens is None else {limit: args.max_tokens})
@@ -1545,13 +1548,12 @@ def print_answer(args: Any, call: _Call) -> int:
     reply = found.reply if args.streaming else found
     wrong = ("blocked: " + shown(reply.refusal) if reply.refusal else
              "cut off by the token limit" * reply.truncated)
-    if args.verbose:
-        say(f"request id {reply.request_id or 'none'}, {reply.elapsed:.1f} s, "
+    told = (f"request id {reply.request_id or 'none'}, {reply.elapsed:.1f} s, "
             f"{json.dumps(reply.usage) if reply.usage else 'tokens not told'}")
-    if reply.tool_calls and not args.json:
-        say("the answer calls tools; --json shows them")
-    if wrong:
-        say(wrong)
+    tools = reply.tool_calls and "the answer calls tools; --json shows them"
+    for line in told * args.verbose, tools * (not args.json), wrong:
+        if line:
+            say(line)
     return 3 if wrong else 0
 
 

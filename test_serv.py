@@ -775,6 +775,12 @@ def test_the_place_of_a_base_url(url, found):
     assert serv.build_url(url) == found
 
 
+def test_a_host_that_would_become_another(standin):
+    """Under NFKC this is a/c.test: a host and a path."""
+    with pytest.raises(ValueError, match="NFKC"):
+        serv.chat("Hi", system=SYSTEM, base_url="http://\u2100.test")
+
+
 BAD_URLS = [
     "ftp://127.0.0.1", "file:///etc/passwd", "127.0.0.1", "127.0.0.1:80",
     "//127.0.0.1", "localhost", "http:", "http://", "http:///v1",
@@ -1664,6 +1670,9 @@ def test_no_flag_takes_the_key(cli, standin):
     ["-H", ": a", "Hi"], ["-H", "Host: a", "Hi"], ["-s", "", "Hi"],
     ["-o", "model=m", "Hi"], ["-o", "stream=true", "Hi"],
     ["-o", "messages=[]", "Hi"], ["-o", "system=Rhyme.", "Hi"],
+    ["-o", "timeout=1", "Hi"], ["-o", "max_retries=0", "Hi"],
+    ["-o", "base_url=http://h", "Hi"], ["-o", "headers={}", "Hi"],
+    ["-o", "endpoint=messages", "Hi"],
     ["-H", "X-A: a\nX-B: b", "Hi"]])
 def test_wrong_usage(argv, cli, standin):
     status, out, err = cli(*argv)
@@ -4201,6 +4210,31 @@ def test_a_child_does_not_disturb_its_parents_stream(secure, child, net_tls):
         net_run(NET_FORK_IN_STREAM, server.url, child)
 
 
+NET_CYCLES = """
+import gc, sys, serv
+gc.disable()
+for url in sys.argv[1:]:
+    gc.collect()
+    try:
+        serv.chat("Hi", system="s", base_url=url, timeout=20.0, max_retries=1)
+    except serv.ServError as error:
+        pass
+    print(gc.collect())
+"""
+
+
+def test_a_failed_try_is_not_left_to_the_collector():
+    """It holds the whole request."""
+    bad = http_answer({"error": "no"}, "429 Too Many", retry_after=0)
+    cut = net_last(NET_OK[:-1])
+    answers = [bad, NET_OK], [bad], [net_hang_up, NET_OK], [cut]
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(Server(answer)) for answer in answers]
+        urls = [server.url for server in servers]
+        found = net_run(NET_CYCLES, *urls, SERV_API_KEY=KEY).split()
+    assert found == ["0"] * len(answers)
+
+
 NET_TIDY = """
 import gc, sys, serv
 ask = dict(system="s", base_url=sys.argv[1], timeout=20.0, max_retries=0)
@@ -5295,6 +5329,17 @@ def test_an_interim_answer_is_skipped(status):
         assert (len(server.requests), server.connections) == (2, 1)
 
 
+@pytest.mark.parametrize("secure", [False, True])
+@pytest.mark.parametrize("interim", [
+    b"HTTP/1.1 103 Early Hints\r\nConnection: close\r\n\r\n",
+    b"HTTP/1.0 102 Processing\r\n\r\n"])
+def test_an_interim_answer_that_closes(interim, secure, net_tls):
+    """http.client closes itself then, and would dial anew by itself."""
+    with Server(interim + NET_OK, net_tls if secure else None) as server:
+        assert [net_chat(server) for _ in range(3)] == ["Hello!"] * 3
+        assert (len(server.requests), server.connections) == (3, 1)
+
+
 def test_an_answer_in_an_unknown_encoding_costs_its_connection():
     bad = http_head(transfer_encoding="gzip, chunked", content_length=0)
     with Server([bad + NET_OK, NET_OK]) as server:
@@ -5733,6 +5778,22 @@ def test_a_message_may_start_with_an_empty_block():
     assert reply["content"] == [text_block("Hi")]
 
 
+def test_the_last_event_may_say_more():
+    events = stream_said("Hi") + stream_end()
+    events[-1] = {"type": "message_stop", "vendor-metrics": {"latency": 7}}
+    reply = stream_read(stream_answer(*events), "messages")[1]
+    assert (reply["vendor-metrics"], reply["type"]) == (
+        {"latency": 7}, "message")
+
+
+@pytest.mark.parametrize("key", ["content", "reasoning_content", "refusal"])
+def test_an_empty_list_erases_no_text(key):
+    events = [stream_chunk({key: "Hi"}), stream_chunk({key: []}),
+              stream_chunk({key: "!"}), stream_chunk({}, "stop")]
+    reply = stream_read(stream_answer(*events, "[DONE]"))[1]
+    assert reply.message[key] == "Hi!"
+
+
 def test_each_choice_may_come_as_a_whole_message():
     events = [{"choices": [dict(STREAM_AT_ONCE, index=index, message={
         "content": text})]} for index, text in enumerate("AB")]
@@ -6148,8 +6209,7 @@ PURE = ("socket.timeout", "ssl.SSLCertVerificationError", "ssl.SSLError",
         "http.client.HTTPMessage", "http.client.HTTPException",
         "http.client.IncompleteRead", "http.client.responses", "urllib.parse",
         "sys.version_info", "sys.version", "sys.exc_info", "os.environ",
-        "time.monotonic",
-        "time.time")
+        "os.urandom", "time.monotonic", "time.time")
 
 
 def find_docstrings(tree):
@@ -6222,7 +6282,7 @@ def test_file_imports_only_the_standard_library():
         assert names <= sys.stdlib_module_names
     assert names <= {
         "__future__", "_thread", "argparse", "atexit", "base64", "collections",
-        "contextlib", "datetime", "email", "functools", "http", "io",
+        "contextlib", "copy", "datetime", "email", "functools", "http", "io",
         "itertools", "json", "os", "random", "re", "shlex", "socket", "ssl",
         "sys", "time", "typing", "urllib"}
 
