@@ -801,8 +801,8 @@ def parse_event(name: str, data: str) -> Any:
 # What is said once of an entry, however often it is repeated.
 LABELS = frozenset(("id", "index", "type", "name", "role", "format"))
 # Of which kinds the values are that grow in an object of this name; none in a
-# tool's.  A dict among them tells that the lists PLACED come in pieces, too.
-PLACED = "content", "tool_calls", "thinking"
+# tool's.  A dict among them tells that these LISTS come in pieces, too.
+LISTS = "content tool_calls thinking thinking_blocks reasoning_details".split()
 GROWS: Any = {"message": (str, list, dict), "input": (), "arguments": ()}
 
 
@@ -822,7 +822,7 @@ def merge(whole: JSONDict, piece: Any, grows: Any = (str, list)) -> None:
             whole[key] = value if old is None else old
         elif not isinstance(value, grows) or key in LABELS:
             whole[key] = value
-        elif isinstance(value, list) and not (key in PLACED and dict in grows):
+        elif isinstance(value, list) and not (key in LISTS and dict in grows):
             whole[key] = old if isinstance(old, list) else []
             whole[key].extend(value)
         else:
@@ -868,13 +868,15 @@ class _Grown:
         for number, entry in enumerate(value):
             piece = _dict(entry)
             label, known = find_index(piece, None), piece.get("id") or None
-            name = _dict(piece.get("function")).get("name")
+            name = str(_dict(piece.get("function")).get("name") or "")
             before = _dict(self.entries.get(self.places.get(label, -1)))
-            # Gemini counts every call as 0: a new id and name is a new call.
-            begins = known and name and known != (before.get("id") or known)
+            # Another type is another entry, and so is a new id with a name:
+            # Gemini counts every call as 0.
+            begins = any(before.get(key) and piece.get(key) not in (
+                None, "", before[key]) for key in ("type", name and "id"))
             if label is None:
                 text = before.get("type") == piece.get("type") in (
-                    "text", "thinking")
+                    "text", "thinking", "reasoning.text")
                 goes_on = before and (text or "function" in piece and not name)
                 begins = not known and (number > 0 or not goes_on)
                 label = known and str(known)
@@ -1240,8 +1242,7 @@ class _Call(collections.namedtuple(
     def run(self, read: Callable[[_Call], T]) -> T:
         """Return what ``read`` makes of the answer, after some tries."""
         self.started, outer = time.monotonic(), sys.exc_info()[1]
-        self.deadline = self.started + self.timeout
-        tries, stale = 0, False
+        self.deadline, tries, stale = self.started + self.timeout, 0, False
         while True:
             take = _Connection if stale else take_connection
             connection = self.connection = take(find_route(self))
@@ -1443,6 +1444,7 @@ interrupted.
     for file in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
         getattr(file, "reconfigure", dict)(errors="replace")
     try:
+        require(sys.stdout, "standard output is closed", OSError)
         args = parse_args(argv)
         # Neither the help nor the version reads standard input.
         text = args.told or args.dry_run and build_curl(build_call(args))
@@ -1459,9 +1461,10 @@ interrupted.
                 1 if isinstance(e, (ServError, OSError)) else 2)
 
 
-def say(text: str) -> None:
-    """Print one line to standard error."""
-    print("serv: " + text, file=sys.stderr)
+def say(*lines: str) -> None:
+    """Print lines to standard error, but for empty ones."""
+    for line in filter(None, lines):
+        print("serv: " + line, file=sys.stderr)
 
 
 def parse_args(argv: Sequence[str] | None) -> Any:
@@ -1551,9 +1554,7 @@ def print_answer(args: Any, call: _Call) -> int:
     told = (f"request id {reply.request_id or 'none'}, {reply.elapsed:.1f} s, "
             f"{json.dumps(reply.usage) if reply.usage else 'tokens not told'}")
     tools = reply.tool_calls and "the answer calls tools; --json shows them"
-    for line in told * args.verbose, tools * (not args.json), wrong:
-        if line:
-            say(line)
+    say(told * args.verbose, tools * (not args.json), wrong)
     return 3 if wrong else 0
 
 

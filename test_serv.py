@@ -1821,6 +1821,16 @@ def test_standard_error_may_be_closed(key, said, status, standin):
     assert (shell.stdout, shell.returncode) == (said, status)
 
 
+def test_standard_output_may_not_be_closed(standin):
+    """Nothing is asked, which would be billed and read by nobody."""
+    shell = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, SCRIPT, "Hi"],
+        stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=20,
+        env={**os.environ, "SERV_BASE_URL": standin.url})
+    assert (shell.stderr, shell.returncode, standin.requests) == (
+        b"serv: standard output is closed\n", 1, [])
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="not on this one")
 def test_standard_error_may_be_full(standin):
     run = subprocess.run(
@@ -5792,6 +5802,29 @@ def test_an_empty_list_erases_no_text(key):
               stream_chunk({key: "!"}), stream_chunk({}, "stop")]
     reply = stream_read(stream_answer(*events, "[DONE]"))[1]
     assert reply.message[key] == "Hi!"
+
+
+def test_reasoning_details_are_put_together():
+    """OpenRouter's: a type each, under one index; and LiteLLM's blocks."""
+    def text(text, **more):
+        return dict({"type": "reasoning.text", "text": text, "index": 0},
+                    **more)
+    pieces = [text("We", format="f"), text(" go", format="f"),
+              text("", signature="SIG"),
+              {"type": "reasoning.encrypted", "data": "eA==", "id": "rs_1",
+               "index": 0}]
+    blocks = [{"type": "thinking", "thinking": "We", "signature": ""},
+              {"type": "thinking", "thinking": " go", "signature": ""},
+              {"type": "thinking", "thinking": "", "signature": "SIG"}]
+    for key, given, found in (
+            ("reasoning_details", pieces, [
+                text("We go", format="f", signature="SIG"), pieces[3]]),
+            ("thinking_blocks", blocks, [
+                dict(blocks[0], thinking="We go", signature="SIG")])):
+        events = [stream_chunk({key: [piece]}) for piece in given]
+        events += [stream_chunk({"content": "Hi"}), stream_chunk({}, "stop")]
+        reply = stream_read(stream_answer(*events, "[DONE]"))[1]
+        assert reply.message[key] == found
 
 
 def test_each_choice_may_come_as_a_whole_message():
