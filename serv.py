@@ -44,6 +44,7 @@ from __future__ import annotations
 import atexit
 import collections
 import contextlib
+import copy
 import functools
 import http.client
 import io
@@ -689,8 +690,10 @@ def retry_wait(error: ServError, attempt: int) -> float | None:
 
     ``attempt`` counts the failed tries before the one of this error.
     """
-    again = isinstance(error, APIConnectionError) and not isinstance(
-        error.__cause__, ssl.SSLCertVerificationError)
+    # What no retry mends: a refused certificate, a proxy that wants a login.
+    again = isinstance(error, APIConnectionError) and not (
+        isinstance(error.__cause__, ssl.SSLCertVerificationError)
+        or "connection failed: 407 " in str(error.__cause__))
     if isinstance(error, APIStatusError):
         again = ((error.status in (408, 409, 429) or error.status >= 500)
                  and "insufficient_quota" not in (error.type, error.code))
@@ -716,8 +719,7 @@ def redact(value: Any, regex: str) -> Any:
     if type(value) in (list, tuple):
         return type(value)([redact(entry, regex) for entry in value])
     if isinstance(value, (dict, http.client.HTTPMessage)):
-        from copy import copy  # loaded only where something failed
-        value = copy(value)  # it may be a caller's
+        value = copy.copy(value)  # it may be a caller's
         # Headers are no items of their object, but hide in an attribute.
         for part in map(_dict, (value, getattr(value, "__dict__", None))):
             for key in [*part]:
@@ -801,8 +803,8 @@ def parse_event(name: str, data: str) -> Any:
 # What is said once of an entry, however often it is repeated.
 LABELS = frozenset(("id", "index", "type", "name", "role", "format"))
 # Of which kinds the values are that grow in an object of this name; none in a
-# tool's.  A dict among them tells that these LISTS come in pieces, too.
-LISTS = "content tool_calls thinking thinking_blocks reasoning_details".split()
+# tool's.  A dict among them tells that the lists PLACED come in pieces, too.
+PLACED = "content", "tool_calls", "thinking"
 GROWS: Any = {"message": (str, list, dict), "input": (), "arguments": ()}
 
 
@@ -819,10 +821,10 @@ def merge(whole: JSONDict, piece: Any, grows: Any = (str, list)) -> None:
             whole[key] = _dict(old)
             merge(whole[key], value, grows and GROWS.get(key, grows))
         elif value in (None, "", {}, []) or old and grows and key in LABELS:
-            whole[key] = value if old is None else old
+            whole[key] = copy.copy(value) if old is None else old
         elif not isinstance(value, grows) or key in LABELS:
             whole[key] = value
-        elif isinstance(value, list) and not (key in LISTS and dict in grows):
+        elif isinstance(value, list) and not (key in PLACED and dict in grows):
             whole[key] = old if isinstance(old, list) else []
             whole[key].extend(value)
         else:
@@ -868,15 +870,13 @@ class _Grown:
         for number, entry in enumerate(value):
             piece = _dict(entry)
             label, known = find_index(piece, None), piece.get("id") or None
-            name = str(_dict(piece.get("function")).get("name") or "")
+            name = _dict(piece.get("function")).get("name")
             before = _dict(self.entries.get(self.places.get(label, -1)))
-            # Another type is another entry, and so is a new id with a name:
-            # Gemini counts every call as 0.
-            begins = any(before.get(key) and piece.get(key) not in (
-                None, "", before[key]) for key in ("type", name and "id"))
+            # Gemini counts every call as 0: a new id and name is a new call.
+            begins = known and name and known != (before.get("id") or known)
             if label is None:
                 text = before.get("type") == piece.get("type") in (
-                    "text", "thinking", "reasoning.text")
+                    "text", "thinking")
                 goes_on = before and (text or "function" in piece and not name)
                 begins = not known and (number > 0 or not goes_on)
                 label = known and str(known)
@@ -960,8 +960,7 @@ class _Answer:
 
     def _add_event(self, event: JSONDict) -> str:
         kind = event.get("type") or "message"
-        self.done = self.done or kind == "message_stop"
-        if re.fullmatch("message(_start|_delta|_stop)?", str(kind)):
+        if kind in ("message", "message_start", "message_delta"):
             top = dict(event)
             top.update(expect(top.pop("message", top.pop("delta", {})), dict))
             merge(self.top, top, ())
@@ -970,6 +969,7 @@ class _Answer:
                 "type": "content_block_start", "content_block": block})
                 for block in expect(top.get("content"), list)
                 if block != {"type": "text", "text": ""}])
+        self.done = self.done or kind == "message_stop"
         starts = kind == "content_block_start"
         if not starts and kind != "content_block_delta":
             return ""
@@ -1500,7 +1500,7 @@ def build_call(args: Any) -> _Call:
     if args.verbose and chat and args.streaming:  # it tells the tokens
         params["stream_options"] = {"include_usage": True}
     params.update(iter_pairs(args.option, "=", parse_json))
-    bad = params.keys() & {*stream.__code__.co_varnames, "stream"}
+    bad = params.keys() & {*stream.__code__.co_varnames[:-1], "stream"}
     require(not bad, f"-o sets no {' or '.join(sorted(bad))}; see --help")
     limit = "max_completion_tokens" if chat else "max_tokens"
     params.update({} if args.max_tokens is None else {limit: args.max_tokens})

@@ -4220,6 +4220,36 @@ def test_a_child_does_not_disturb_its_parents_stream(secure, child, net_tls):
         net_run(NET_FORK_IN_STREAM, server.url, child)
 
 
+NET_NO_FILES = """
+import os, resource, sys, serv
+ask = dict(system="s", base_url=sys.argv[1], timeout=20.0, max_retries=0)
+serv.chat("Hi", **ask)
+known = set(sys.modules)
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+try:
+    while True:
+        os.open(os.devnull, os.O_RDONLY)
+except OSError:
+    pass
+try:
+    serv.chat("Hi", **ask)
+except serv.AuthenticationError as error:
+    print(error)
+print(*(set(sys.modules) - known))
+"""
+
+
+def test_a_failure_loads_nothing():
+    """It could not be loaded then; and a child of a fork could wait for it."""
+    pytest.importorskip("resource")
+    bad = http_answer({"error": "bad key " + KEY}, "401 Unauthorized")
+    with Server([NET_OK, bad]) as server:
+        told = net_run(NET_NO_FILES, server.url, SERV_API_KEY=KEY).split("\n")
+        assert (len(server.requests), server.connections) == (2, 1)
+    assert told[0].startswith("401 Unauthorized: bad key [api key]")
+    assert told[1:] == ["", ""]
+
+
 NET_CYCLES = """
 import gc, sys, serv
 gc.disable()
@@ -5052,6 +5082,17 @@ def test_a_proxy_that_opens_no_tunnel(call, data, says, monkeypatch):
     assert "opensesame" not in told
 
 
+def test_a_proxys_wrong_login_is_not_tried_again(monkeypatch):
+    """Some lock an account after three."""
+    said = http_answer(b"Log in", "407 Proxy Authentication Required")
+    with Server(net_last(said)) as proxy:
+        monkeypatch.setenv("https_proxy", proxy.url)
+        error = net_error(serv.APIConnectionError, net_chat,
+                          "https://host.test", max_retries=2)
+        assert len(proxy.requests) == 1
+    assert "407" in str(error)
+
+
 def test_a_dead_proxy_is_not_gone_round(monkeypatch):
     with socket.socket() as closed, Server(NET_OK) as server:
         closed.bind(("127.0.0.1", 0))
@@ -5788,14 +5829,6 @@ def test_a_message_may_start_with_an_empty_block():
     assert reply["content"] == [text_block("Hi")]
 
 
-def test_the_last_event_may_say_more():
-    events = stream_said("Hi") + stream_end()
-    events[-1] = {"type": "message_stop", "vendor-metrics": {"latency": 7}}
-    reply = stream_read(stream_answer(*events), "messages")[1]
-    assert (reply["vendor-metrics"], reply["type"]) == (
-        {"latency": 7}, "message")
-
-
 @pytest.mark.parametrize("key", ["content", "reasoning_content", "refusal"])
 def test_an_empty_list_erases_no_text(key):
     events = [stream_chunk({key: "Hi"}), stream_chunk({key: []}),
@@ -5804,27 +5837,18 @@ def test_an_empty_list_erases_no_text(key):
     assert reply.message[key] == "Hi!"
 
 
-def test_reasoning_details_are_put_together():
-    """OpenRouter's: a type each, under one index; and LiteLLM's blocks."""
-    def text(text, **more):
-        return dict({"type": "reasoning.text", "text": text, "index": 0},
-                    **more)
-    pieces = [text("We", format="f"), text(" go", format="f"),
-              text("", signature="SIG"),
-              {"type": "reasoning.encrypted", "data": "eA==", "id": "rs_1",
-               "index": 0}]
-    blocks = [{"type": "thinking", "thinking": "We", "signature": ""},
-              {"type": "thinking", "thinking": " go", "signature": ""},
-              {"type": "thinking", "thinking": "", "signature": "SIG"}]
-    for key, given, found in (
-            ("reasoning_details", pieces, [
-                text("We go", format="f", signature="SIG"), pieces[3]]),
-            ("thinking_blocks", blocks, [
-                dict(blocks[0], thinking="We go", signature="SIG")])):
-        events = [stream_chunk({key: [piece]}) for piece in given]
-        events += [stream_chunk({"content": "Hi"}), stream_chunk({}, "stop")]
-        reply = stream_read(stream_answer(*events, "[DONE]"))[1]
-        assert reply.message[key] == found
+@at_once(*[("chat", [
+    stream_chunk({"role": "assistant", "annotations": []}),
+    stream_chunk({"annotations": [{"n": 1}]}),
+    stream_chunk({"annotations": [{"n": 2}]}), stream_chunk({}, "stop")]),
+    ("messages", stream_said()[:1] + stream_block(
+        0, {"type": "text", "text": "", "citations": []},
+        *[{"type": "citations_delta", "citation": {"n": n}} for n in (1, 2)])
+     + stream_end())])
+def test_events_stay_as_they_came(endpoint, events):
+    end = ["[DONE]"] * (endpoint == "chat")
+    with Server(stream_answer(*events, *end)) as server:
+        assert [*stream_open(server, endpoint).events()] == events
 
 
 def test_each_choice_may_come_as_a_whole_message():
@@ -6340,6 +6364,7 @@ def test_file_loads_little_beyond_what_speaks_http():
         stdout=subprocess.PIPE, check=True)
     assert set(done.stdout.decode().split()) <= {
         "serv", "__future__", "atexit", "contextlib",
+        "copy", "weakref", "_weakrefset",
         # which http.client loads itself before 3.13
         "random", "_random", "bisect", "_bisect", "math", "_sha2"}
 
