@@ -215,8 +215,9 @@ def chat(messages: Content, *, model: str | None = None,
         wait, the last byte; default SERV_TIMEOUT, else 600.  Looking up a
         host name is the operating system's and alone not bounded by it.
     :param max_retries: how often a failed try is repeated: connection
-        failures (but no refused certificate), 408, 409, 429 (but no
-        ``insufficient_quota``) and 5xx, or as ``x-should-retry`` says.
+        failures (but no refused certificate, nor a proxy's 407), 408, 409,
+        429 (but no ``insufficient_quota``) and 5xx, or as ``x-should-retry``
+        says.
     :param headers: added to the request; they replace ours of that name, in
         any case.  With an ``Authorization`` no key is needed.
     :param params: anything else goes into the JSON body untouched.
