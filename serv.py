@@ -50,13 +50,14 @@ import http.client
 import io
 import json
 import os
+import random
 import re
 import socket
 import ssl
 import sys
+import threading
 import time
 import urllib.parse
-from _thread import RLock  # threading's, without the rest of it
 from email.utils import mktime_tz, parsedate_tz
 
 TYPE_CHECKING = False
@@ -701,7 +702,7 @@ def retry_wait(error: ServError, attempt: int) -> float | None:
         told = str(error.headers.get("x-should-retry")).lower()
         again = {"true": True, "false": False}.get(told, again)
     # up to a quarter less, so that not all of many come back at once
-    wait = min(8.0, 0.5 * 2 ** min(attempt, 8)) * (1 - os.urandom(1)[0] / 1024)
+    wait = min(8.0, 0.5 * 2 ** min(attempt, 8)) * (1 - random.random() / 4)
     asked = getattr(error, "retry_after", None)
     return None if not again else wait if asked is None else asked
 
@@ -822,6 +823,7 @@ def merge(whole: JSONDict, piece: Any, grows: Any = (str, list)) -> None:
             whole[key] = _dict(old)
             merge(whole[key], value, grows and GROWS.get(key, grows))
         elif value in (None, "", {}, []) or old and grows and key in LABELS:
+            # a copy, for a list may grow, and this one is the event's own
             whole[key] = copy.copy(value) if old is None else old
         elif not isinstance(value, grows) or key in LABELS:
             whole[key] = value
@@ -976,12 +978,11 @@ class _Answer:
             return ""
         delta = expect(event.get("content_block" if starts else "delta"), dict)
         index = find_index(event, len(self.parts.entries) if starts else None)
-        block = dict(delta)
+        block = {"input" if key == "partial_json" else key: value
+                 for key, value in delta.items()}
         block["type"] = str(block.get("type") or "text").replace("_delta", "")
         if "citation" in block:
             block["citations"] = [block.pop("citation")]
-        if "partial_json" in block:
-            block["input"] = block.pop("partial_json")
         # Some gateways count every block as 0: begun again, it is another.
         part, text = self.parts.put(index, starts, block), find_text([block])
         if text and not starts and len(block) == 2:
@@ -1027,7 +1028,7 @@ class _Answer:
 
 NETWORK_ERRORS = OSError, UnicodeError, http.client.HTTPException
 _idle: list[_Connection] = []  # oldest first
-_lock = RLock()  # a signal's handler may call, too
+_lock = threading.RLock()  # a signal's handler may call, too
 
 
 class _Connection(io.RawIOBase):
@@ -1221,7 +1222,7 @@ def take_connection(route: Any) -> _Connection:
 def close_idle() -> None:
     """Close what is kept: at exit, and in a child, whose parent keeps it."""
     global _lock
-    _lock = RLock()  # another thread may have held it at the fork
+    _lock = threading.RLock()  # another thread may have held it at the fork
     while _idle:
         _idle.pop().release()
 
@@ -1501,6 +1502,7 @@ def build_call(args: Any) -> _Call:
     if args.verbose and chat and args.streaming:  # it tells the tokens
         params["stream_options"] = {"include_usage": True}
     params.update(iter_pairs(args.option, "=", parse_json))
+    # what stream() has arguments for; the last is **params
     bad = params.keys() & {*stream.__code__.co_varnames[:-1], "stream"}
     require(not bad, f"-o sets no {' or '.join(sorted(bad))}; see --help")
     limit = "max_completion_tokens" if chat else "max_tokens"

@@ -6260,13 +6260,14 @@ SECTIONS = ["Errors", "The calls", "What the calls return",
             "Building requests", "Reading answers", "Server-sent events",
             "Putting a stream", "Network", "Command line"]
 IMPURE = {"socket", "ssl", "http", "urllib", "sys", "time", "print", "open",
-          "input", "threading", "RLock", "os", "subprocess", "atexit"}
+          "input", "threading", "os", "subprocess", "atexit"}
 # What is no I/O in those modules, and what is read at each call.
 PURE = ("socket.timeout", "ssl.SSLCertVerificationError", "ssl.SSLError",
         "http.client.HTTPMessage", "http.client.HTTPException",
         "http.client.IncompleteRead", "http.client.responses", "urllib.parse",
         "sys.version_info", "sys.version", "sys.exc_info", "os.environ",
-        "os.urandom", "time.monotonic", "time.time")
+        "time.monotonic",
+        "time.time")
 
 
 def find_docstrings(tree):
@@ -6338,33 +6339,38 @@ def test_file_imports_only_the_standard_library():
     if hasattr(sys, "stdlib_module_names"):  # 3.10
         assert names <= sys.stdlib_module_names
     assert names <= {
-        "__future__", "_thread", "argparse", "atexit", "base64", "collections",
+        "__future__", "argparse", "atexit", "base64", "collections",
         "contextlib", "copy", "datetime", "email", "functools", "http", "io",
         "itertools", "json", "os", "random", "re", "shlex", "socket", "ssl",
-        "sys", "time", "typing", "urllib"}
+        "sys", "threading", "time", "typing", "urllib"}
+
+
+def run_alone(script):
+    """Run a script that finds serv, and not even the working place,
+    site-packages or the environment; return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-W", "error", "-c",
+         "import sys\nsys.path.insert(0, %r)\n%s" % (ROOT, script)],
+        stdout=subprocess.PIPE, check=True)
+    return done.stdout.decode().split()
 
 
 def test_file_imports_on_its_own():
-    """Not even the working place, site-packages or the environment."""
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-W", "error", "-c",
-         "import sys\nsys.path.insert(0, %r)\nimport serv\nassert not {'typi"
-         "ng', 'asyncio', 'argparse', 'urllib.request'} & set(sys.modules)"
-         "\nprint(serv.__version__)" % ROOT],
-        stdout=subprocess.PIPE, check=True)
-    assert done.stdout.decode().strip() == serv.__version__
+    assert run_alone("""
+import serv
+assert not {'typing', 'asyncio', 'argparse', 'urllib.request'} & set(
+    sys.modules)
+print(serv.__version__)""") == [serv.__version__]
 
 
 def test_file_loads_little_beyond_what_speaks_http():
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-W", "error", "-c",
-         "import sys\nsys.path.insert(0, %r)\nimport http.client, json\n"
-         "known = set(sys.modules)\nimport serv\n"
-         "print(*(set(sys.modules) - known))" % ROOT],
-        stdout=subprocess.PIPE, check=True)
-    assert set(done.stdout.decode().split()) <= {
+    assert set(run_alone("""
+import http.client, json
+known = set(sys.modules)
+import serv
+print(*(set(sys.modules) - known))""")) <= {
         "serv", "__future__", "atexit", "contextlib",
-        "copy", "weakref", "_weakrefset",
+        "copy", "weakref", "threading", "_weakrefset",
         # which http.client loads itself before 3.13
         "random", "_random", "bisect", "_bisect", "math", "_sha2"}
 
