@@ -1,38 +1,37 @@
+# SPDX-FileCopyrightText: serv.py contributors
 # SPDX-License-Identifier: MIT
-"""One file between a Python program and the SERV inference API.
+"""A client for the SERV inference API in one file, without dependencies.
 
 Usage::
 
-    import serv                             # export SERV_API_KEY=...
+    import serv                 # first: export SERV_API_KEY=... SERV_MODEL=...
 
-    system = "Be brief."                    # and export SERV_MODEL=...
-    reply = serv.chat("Hello!", system=system)  # POST /v1/chat/completions
-    reply.text                              # the answer, a str
-    reply["usage"]                          # the service's own JSON: a dict
+    system = "Be brief."
+    reply = serv.chat("Hello!", system=system)      # POST /v1/chat/completions
+    print(reply.text)                               # the answer, a str
+    print(reply["usage"])                           # a Reply is a dict
     for piece in serv.stream("Hi!", system=system):     # pieces, as they come
         print(piece, end="", flush=True)
-    serv.message("Hello!", system=system, max_tokens=99)    # /v1/messages
+    serv.message("Hi!", system=system, max_tokens=99)   # POST /v1/messages
 
-What this file does with your key: it is read from ``api_key`` or from
-SERV_API_KEY at each call, and sent in the Authorization header of requests
-to ``base_url``, and nowhere else.  It is cut out of every error (but for a
-part of it at the very end of an answer that was itself cut); only what
-records the local variables of a traceback may see it there.  No redirect is
-followed, certificates are always checked (a plain ``http://`` has none, and
-sends the key as it is), the key is written to no disk, and no other host is
-spoken to but a proxy that you have set.
+What this file does with your key: each call reads it from ``api_key`` or
+from SERV_API_KEY and sends it in the Authorization header of the request to
+``base_url``, and nowhere else.  It is never written to disk or to a log, and
+it is removed from every error.  Redirects are not followed.  Certificates
+are always checked.  A plain ``http://`` URL sends the key unencrypted.  No
+host is contacted except the one in ``base_url``, through your proxy if the
+environment names one.
 
-From top to bottom; whoever stops at a banner has understood all above it:
-constants, errors, the three calls, Reply and Stream, building requests,
-reading answers, server-sent events, putting a stream together (no I/O: at
-most they read variables of the environment), the network, the command line.
+Sections, top to bottom: errors; the calls; Reply, ToolCall and Stream;
+building requests; reading answers; server-sent events; putting streams
+together; network; command line.  Only the last two do any I/O.
 
 Errors::
 
-    ServError                       the base: no usable key, ...
+    ServError                       the base; by itself: no usable key
         APIConnectionError          no whole answer
-            APITimeoutError         ... within the budget
-        APIResponseError            not what the format promises
+            APITimeoutError         the time budget ran out
+        APIResponseError            the answer breaks the format
         APIStatusError              the server said no; .status .message ...
             BadRequestError 400     AuthenticationError 401
             BillingError 402        PermissionDeniedError 403
@@ -42,16 +41,20 @@ Errors::
 from __future__ import annotations
 
 import atexit
+import base64
 import collections
 import contextlib
 import copy
+import errno
 import functools
 import http.client
 import io
+import itertools
 import json
 import os
 import random
 import re
+import selectors
 import socket
 import ssl
 import sys
@@ -60,16 +63,20 @@ import time
 import urllib.parse
 from email.utils import mktime_tz, parsedate_tz
 
+# A type checker takes this as true.  At run time it is false, because
+# importing typing would take longer than importing this file.
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # importing typing costs more than importing this file
-    from typing import (Any, Callable, Iterable, Iterator, Mapping, Sequence,
-                        TypeVar, Union)
-    JSONDict = dict[str, Any]
-    Content = Union[str, Sequence[Mapping[str, Any]]]
+if TYPE_CHECKING:
+    import argparse
+    from typing import (Any, Callable, Iterable, Iterator, Mapping,
+                        NoReturn, Sequence, Union)
+    Assembler = Union["ChatAssembler", "MessagesAssembler", "WholeAnswer"]
+    JSON = Any  # a decoded JSON value
+    JSONDict = dict[str, JSON]
+    Messages = Union[str, Sequence[Mapping[str, JSON]]]
     Headers = http.client.HTTPMessage
-    T = TypeVar("T")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["chat", "message", "stream", "iter_events", "Reply", "Stream",
            "ToolCall", "ServError", "APIConnectionError", "APITimeoutError",
            "APIResponseError", "APIStatusError", "BadRequestError",
@@ -78,187 +85,249 @@ __all__ = ["chat", "message", "stream", "iter_events", "Reply", "Stream",
 
 BASE_URL = "https://inference-api.openserv.ai"
 PATHS = {"chat": "/v1/chat/completions", "messages": "/v1/messages"}
+# The command line's models where none is named: those of the API reference.
 EXAMPLES = {"chat": "gpt-5.4-mini", "messages": "claude-haiku-4.5"}
 USER_AGENT = f"serv.py/{__version__} Python/{sys.version.split()[0]}"
 
-TIMEOUT = 600.0         # seconds for a whole call; answers of 298 s were seen
-CONNECT_TIMEOUT = 10.0  # seconds for one address of a host, for a handshake
-IDLE_SECONDS = 50.0     # load balancers drop silent connections after 60 s
-MAX_IDLE = 100          # kept connections; of more, a call drops the oldest
-KEEPALIVE = 60          # seconds to a TCP probe; NATs forget after 350
-STALE_SECONDS = 1.0     # a kept connection that ends later took the request
-WAIT_SECONDS = 0.1      # for a stream's last bytes, for a stalled upload
+# Times, in seconds.
+TIMEOUT = 600.0         # a whole call; answers of 298 s have been seen
+MAX_TIMEOUT = 86400.0   # the largest timeout that a call accepts: a day
+CONNECT_TIMEOUT = 10.0  # connecting to one address of a host; its handshake
+CLOCK_ERROR = 0.02      # a wait may end this early: Windows ticks every 16 ms
+WAIT_SLICE = 1.0        # Ctrl-C interrupts no wait on Windows, so waits end
+KEEPALIVE = 60          # silence before a TCP probe; some NATs forget at 350
+DEAD_SECONDS = 30       # sent data without acknowledgement: the path is dead
+IDLE_SECONDS = 50.0     # load balancers drop idle connections after 60 s
+STALE_SECONDS = 1.0     # a reused connection that fails later than this may
+                        # have delivered the request: it is not sent again
+LAST_CHUNK_SECONDS = 0.01   # a wait for the end of the last stream's body
 
-# In memory, what comes may take eighty times its bytes.
-READ_SIZE = 1 << 16     # bytes asked of a connection, or given, at a time
-MAX_BODY = 1 << 25      # bytes of one JSON answer, or of one event: 32 MiB
-MAX_STREAM = 1 << 28    # bytes of a whole stream: a million events
-MAX_ERROR = 1 << 18     # bytes kept of an error's body
-MAX_DEPTH = 150         # of nested JSON, so that all of it can be recursed
-MAX_PARTS = 10000       # of one list; each takes up to a kilobyte
+# An idle connection costs one descriptor, of 1,024 that a process usually
+# has.  More than this many threads in step open new connections each time.
+MAX_IDLE = 256          # idle connections; the oldest are closed first
+
+# Sizes, in bytes.  Decoded, JSON can take up to 80 times its size in memory
+# (a list of empty lists); a usual answer takes 3 to 10 times.
+READ_SIZE = 1 << 16     # of one read or write
+MAX_BODY = 1 << 25      # of one JSON answer or one event: 32 MiB
+MAX_STREAM = 1 << 26    # of a whole stream: 64 MiB, ten times the longest
+MAX_ERROR = 1 << 18     # of an error's body; the rest is not read
+MAX_HEAD = 1 << 10      # of a body before it must show what it is
+
+MIN_SECRET = 8          # characters; a shorter key is a common word
+
+# The json module recurses once a level.  A thread on musl has a stack of
+# 128 KiB, in which Python 3.8 to 3.12 crash at about 1,000 levels.
+MAX_DEPTH = 150         # levels of nested JSON
+MAX_PARTS = 10000       # choices, calls or blocks of one answer
 
 
 # ---------------------------------------------------------------------------
-# Errors.  Raised about a call; misuse is ValueError or TypeError instead.
+# Errors.  Everything that goes wrong with a call is a ServError.  Misuse is
+# a ValueError or a TypeError instead, raised before anything is sent.
 # ---------------------------------------------------------------------------
 
 class ServError(Exception):
-    """The base of every error about a call; by itself, no usable key.
+    """The base of every error about a call.  By itself: no usable API key.
 
-    ``str()`` is one line: what happened and, of a request that was tried,
-    the URL and the request id.  ``reply`` is a ``Reply`` of what had arrived
-    if a stream had begun, else ``None``; ``request_id`` the id that the
-    service's staff ask for, or ``None``.
+    ``str(error)`` is one line: what happened, the URL and the request id.
+    ``reply`` holds what had arrived of a stream (a ``Reply``), else ``None``.
+    ``request_id`` is the answer's request id, or ``None``; quote it to
+    support.  ``retries`` says how many tries of the call had failed before.
     """
 
     reply: Reply | None = None
     request_id: str | None = None
+    retries: int = 0
+    _worth_a_retry: bool = False
 
 
 class APIConnectionError(ServError):
     """No whole answer: DNS, TCP, TLS, a reset, a cut body, a cut stream."""
 
+    _worth_a_retry = True
+
 
 class APITimeoutError(APIConnectionError):
-    """The budget of the call, ``timeout`` seconds, ran out."""
+    """The time budget of the call, ``timeout`` seconds, ran out."""
 
 
 class APIResponseError(ServError):
-    """The answer is not what the format promises: not JSON, a broken event.
+    """The answer breaks the format: not JSON, a broken event.
 
-    Also an answer in an encoding that was not asked for, and one that is
-    larger than the limits at the head of this file.
+    Also an answer in an encoding that was not asked for, and an answer over
+    the limits at the top of this file.
     """
 
 
 class APIStatusError(ServError):
-    """The server said no: by its status, or by an error object in a 200.
+    """The server said no: with its status, or with an error in a 200.
 
-    A redirect is such a status, and an error event in a stream such an object.
-    ``status`` is the HTTP status, or the one that the error's type stands
-    for; ``type``, ``code``, ``param`` and ``message`` are the server's own;
-    ``body`` is its decoded JSON, else its text; ``headers`` are the answer's;
-    ``retry_after`` the seconds that it asks to wait, or ``None``.
+    ``status`` is the HTTP status.  For an error object in a 200, and for an
+    error event in a stream, it is the status that the error's type stands
+    for.  ``type``, ``code``, ``param`` and ``message`` are the server's own.
+    ``body`` is the decoded JSON body, or its text.  ``headers`` are the
+    answer's.  ``retry_after`` is how many seconds the server asks to wait,
+    or ``None``.  A redirect is an APIStatusError too.
+
+    For a test of your own: ``raise serv.RateLimitError("no")``.
     """
 
     status: int = 0
-    type: str | None = None
-    code: str | int | None = None
-    param: str | None = None
-    message: str = ""
-    body: Any = None
-    headers: Headers = http.client.HTTPMessage()
-    retry_after: float | None = None
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(text)
+        self.type: str | None = None
+        self.code: str | int | None = None
+        self.param: str | None = None
+        self.message: str = text
+        self.body: JSON = None
+        self.headers: Headers = http.client.HTTPMessage()
+        self.retry_after: float | None = None
 
 
 class BadRequestError(APIStatusError):
     """400: the request is wrong; ``message`` and ``param`` say where."""
 
+    status = 400
+
 
 class AuthenticationError(APIStatusError):
     """401: the key is wrong."""
+
+    status = 401
 
 
 class BillingError(APIStatusError):
     """402: no credits are left; nothing was billed."""
 
+    status = 402
+
 
 class PermissionDeniedError(APIStatusError):
     """403: the key may not do this."""
+
+    status = 403
 
 
 class NotFoundError(APIStatusError):
     """404: there is no such path or model."""
 
+    status = 404
+
 
 class RateLimitError(APIStatusError):
-    """429: too many requests; ``retry_after`` may say how long to wait."""
+    """429: too many requests; ``retry_after`` may say how long to wait.
+
+    With the type or code ``insufficient_quota``, waiting does not help.
+    """
+
+    status = 429
 
 
 class InternalServerError(APIStatusError):
-    """5xx: the service or the model behind it failed."""
+    """5xx: the service, or the model behind it, failed."""
+
+    status = 500
 
 
-STATUS_ERRORS: dict[int, type[APIStatusError]] = {400: BadRequestError,
-    401: AuthenticationError, 402: BillingError, 403: PermissionDeniedError,
-    404: NotFoundError, 429: RateLimitError, 500: InternalServerError}
-# https://docs.anthropic.com/en/api/errors, and what OpenAI's servers send
-STATUS_OF_TYPE = dict(invalid_request_error=400, authentication_error=401,
-    billing_error=402, permission_error=403, not_found_error=404,
-    request_too_large=413, rate_limit_error=429, insufficient_quota=429,
-    api_error=500, server_error=500, timeout_error=504, overloaded_error=529)
-ADVICE = {401: "; check key", 402: "; add credits", 404: "; check model, URL"}
+STATUS_ERRORS: dict[int, type[APIStatusError]] = {
+    400: BadRequestError, 401: AuthenticationError, 402: BillingError,
+    403: PermissionDeniedError, 404: NotFoundError, 429: RateLimitError}
+
+# https://docs.anthropic.com/en/api/errors, and what OpenAI's servers send.
+STATUS_OF_TYPE = {
+    "invalid_request_error": 400, "authentication_error": 401,
+    "billing_error": 402, "permission_error": 403, "not_found_error": 404,
+    "request_too_large": 413, "rate_limit_error": 429,
+    "insufficient_quota": 429, "api_error": 500, "server_error": 500,
+    "timeout_error": 504, "overloaded_error": 529}
+
+ADVICE = {401: "; check the key", 402: "; add credits",
+          404: "; check the model and the URL"}
 
 
 # ---------------------------------------------------------------------------
 # The calls.
 # ---------------------------------------------------------------------------
 
-def chat(messages: Content, *, model: str | None = None,
-         system: Content | None = None, api_key: str | None = None,
+def chat(messages: Messages, *, model: str | None = None,
+         system: Messages | None = None, api_key: str | None = None,
          base_url: str | None = None, timeout: float | None = None,
          max_retries: int = 2, headers: Mapping[str, str] | None = None,
          **params: Any) -> Reply:
-    """Ask once in the OpenAI format and return the whole answer.
+    """Send one request in the OpenAI format and return the whole answer.
 
         reply = serv.chat("Hello!", model="gpt-5.4-mini", system="Be brief.")
         print(reply.text)
 
     :param messages: a ``str`` (one user message) or a list of message
-        dicts, sent as they are.
+        dicts, which are sent as they are.
     :param model: default SERV_MODEL.
-    :param system: the system prompt, put first; needed unless ``messages``
-        holds a ``system`` or ``developer`` entry.
+    :param system: the system prompt.  It is put first.  It is required
+        unless ``messages`` holds a ``system`` or ``developer`` entry.
     :param api_key: default SERV_API_KEY.
     :param base_url: default SERV_BASE_URL, else the service; with or
         without ``/v1``.
     :param timeout: seconds for the whole call: connecting, every retry and
-        wait, the last byte; default SERV_TIMEOUT, else 600.  Looking up a
-        host name is the operating system's and alone not bounded by it.
-    :param max_retries: how often a failed try is repeated: connection
-        failures (but no refused certificate, nor a proxy's 407), 408, 409,
-        429 (but no ``insufficient_quota``) and 5xx, or as ``x-should-retry``
-        says.
-    :param headers: added to the request; they replace ours of that name, in
-        any case.  With an ``Authorization`` no key is needed.
-    :param params: anything else goes into the JSON body untouched.
-    :return: a ``Reply``, the service's JSON with ``text`` and more on top.
-    :raise ValueError: the input cannot be sent (also ``TypeError``): no
-        model, no system prompt, a bad URL, timeout or ``max_retries``, a
-        ``stream`` parameter, what JSON or a header cannot say, a
-        ``Content-Length``, ``Transfer-Encoding`` or ``Host`` of your own.
+        its wait, reading the last byte.  Default SERV_TIMEOUT, else 600; at
+        most a day.  It does not cover the lookup of a host name, which only
+        the system can end, nor the time to decode what has arrived.
+    :param max_retries: how often a failed try is repeated.  Repeated are
+        connection failures (except a refused certificate or proxy login),
+        408, 409, 429 (except ``insufficient_quota``) and 5xx.  The header
+        ``x-should-retry`` overrides this.  A retry may be billed.  One
+        resend is always allowed: if a reused connection turns out to be
+        closed, within a second and before a byte of the answer.
+    :param headers: added to the request; they replace ours of the same
+        name, in any case.  With an ``Authorization`` no key is needed.
+    :param params: every other parameter goes into the JSON body untouched.
+    :return: a ``Reply``: the service's JSON, with ``text`` and more on top.
+    :raise ValueError: the input cannot be sent, or ``TypeError``: no model,
+        no system prompt, a bad URL, timeout or ``max_retries``, a ``stream``
+        parameter, a value that JSON or a header cannot represent, or one of
+        the headers Content-Length, Transfer-Encoding and Host.
     :raise APIStatusError: the server said no; see its subclasses.
-    :raise APIConnectionError: no whole answer; ``APITimeoutError``: not
-        within ``timeout``.
-    :raise APIResponseError: the answer is not what the format promises.
-    :raise ServError: no key, or one that no header can carry.
+    :raise APIConnectionError: there was no whole answer; or
+        ``APITimeoutError``: not within ``timeout``.
+    :raise APIResponseError: the answer breaks the format.
+    :raise ServError: there is no key, or no header can carry it.
     """
-    return build_request("chat", False, **locals()).run(_Call.reply)
+    request = build_request(
+        "chat", messages, model=model, system=system, api_key=api_key,
+        base_url=base_url, timeout=timeout, max_retries=max_retries,
+        headers=headers, params=params)
+    return send_request(request).to_reply()
 
 
-def message(messages: Content, *, max_tokens: int, model: str | None = None,
-            system: Content | None = None, api_key: str | None = None,
+def message(messages: Messages, *, max_tokens: int, model: str | None = None,
+            system: Messages | None = None, api_key: str | None = None,
             base_url: str | None = None, timeout: float | None = None,
             max_retries: int = 2, headers: Mapping[str, str] | None = None,
             **params: Any) -> Reply:
-    """Ask once in the Anthropic format and return the whole answer.
+    """Send one request in the Anthropic format; return the whole answer.
 
         reply = serv.message("Hello!", model="claude-haiku-4.5",
                              system="Be brief.", max_tokens=1024)
 
-    ``max_tokens``, the longest answer in tokens, is required.  ``system`` (a
-    ``str`` or a list of text blocks) is the only place for the system prompt.
-    All else, and every exception, is as for ``chat()``.
+    ``max_tokens``, the most tokens that the answer may have, is required.
+    ``system`` (a ``str`` or a list of text blocks) is the only place for the
+    system prompt.  The rest, and every exception, is as for ``chat()``.
     """
-    return build_request("messages", False, **locals()).run(_Call.reply)
+    request = build_request(
+        "messages", messages, model=model, system=system, api_key=api_key,
+        base_url=base_url, timeout=timeout, max_retries=max_retries,
+        headers=headers, params={"max_tokens": max_tokens, **params})
+    return send_request(request).to_reply()
 
 
-def stream(messages: Content, *, endpoint: str = "chat",
-           model: str | None = None, system: Content | None = None,
+def stream(messages: Messages, *, endpoint: str = "chat",
+           model: str | None = None, system: Messages | None = None,
            api_key: str | None = None, base_url: str | None = None,
            timeout: float | None = None, max_retries: int = 2,
-           headers: Mapping[str, str] | None = None, **params: Any) -> Stream:
-    """Ask once and return the answer as a ``Stream`` of text pieces.
+           headers: Mapping[str, str] | None = None,
+           **params: Any) -> Stream:
+    """Send one request and return the answer as a ``Stream`` of text pieces.
 
         with serv.stream("Hello!", system="Be brief.") as pieces:
             for piece in pieces:
@@ -266,1299 +335,2896 @@ def stream(messages: Content, *, endpoint: str = "chat",
 
     ``endpoint`` is ``"chat"`` or ``"messages"``; the latter requires
     ``max_tokens``.  The stream is open when this returns: a refused request
-    raises here.  ``timeout`` bounds it up to its last event, and runs on
-    while the caller holds a piece.  Once this has returned, nothing is
-    retried.  All else, and every exception, is as for ``chat()``.
+    raises here.  From then on nothing is retried.  ``timeout`` covers the
+    whole stream, including the time that the caller spends between pieces.
+    The rest, and every exception, is as for ``chat()``.
     """
-    return build_request(streaming=True, **locals()).run(_Call.stream)
+    request = build_request(
+        endpoint, messages, streaming=True, model=model, system=system,
+        api_key=api_key, base_url=base_url, timeout=timeout,
+        max_retries=max_retries, headers=headers, params=params)
+    return Stream(send_request(request))
 
 
 # ---------------------------------------------------------------------------
-# What the calls return.
+# Reply, ToolCall and Stream: what the calls return.
 # ---------------------------------------------------------------------------
+
+# Why an answer stopped, in the words of many vendors, in any case and with
+# anything around them.  Each pattern is searched in the stop reason.
+BLOCKED = re.compile(r"""
+    filter              # content_filter, content_filter: RECITATION
+  | refus               # refusal (Claude)
+  | safety | recitation | prohibited | block | spii     # Gemini: SAFETY ...
+  | sensitive           # GLM
+  | guardrail           # Bedrock: guardrail_intervened
+    # matches no: stop, end_turn, tool_calls, max_tokens, pause_turn
+    """, re.VERBOSE | re.IGNORECASE)
+TRUNCATED = re.compile(r"""
+    length              # length (OpenAI), model_length (Mistral)
+  | max_ (\w+_)? tokens # max_tokens (Claude), MAX_TOKENS (Gemini)
+  | context_window      # model_context_window_exceeded (Claude)
+    # matches no: stop, end_turn, content_filter
+    """, re.VERBOSE | re.IGNORECASE)
+FAILED = re.compile(r"""
+    error               # error (OpenRouter), network_error (GLM)
+  | insufficient_system_resource    # DeepSeek
+    # matches no: stop, length, content_filter
+    """, re.VERBOSE | re.IGNORECASE)
+
 
 class ToolCall(collections.namedtuple("ToolCall", "id name arguments")):
     """A call that the model asks for.
 
-    ``arguments`` is a dict; text that is no JSON object (also "") stays the
-    ``str`` that it was, and of a call in a cut stream it is always a ``str``.
-    What a server sends as neither is left as it is.
+    ``arguments`` is a dict.  Text that is not a JSON object stays a ``str``.
+    While a stream is incomplete, ``arguments`` is always a ``str``, so that
+    no half can look like a whole.
     """
+
+    __slots__ = ()
+    id: str | None
+    name: str
+    arguments: JSONDict | str
 
 
 class Reply(dict):  # type: ignore[type-arg]
     """The service's JSON answer, whole and untouched, with views on top.
 
-    The views are the same for both formats.  ``headers`` are the answer's
-    (case-insensitive), ``request_id`` the id in them that the service's
-    staff ask for, ``elapsed`` the seconds from call to last byte;
-    ``partial`` marks what has come of a stream that has not ended well.
+    The views are the same for both formats.  ``print(reply)`` shows the
+    text.  ``headers`` are the answer's headers (case-insensitive),
+    ``elapsed`` the seconds from the call to the last byte, ``retries`` how
+    many tries had failed before.  ``partial`` is true for what has arrived
+    of a stream that has not ended well.
+
+    For a test of your own: ``serv.Reply({"choices": [...]})``.
     """
 
-    def __init__(self, data: Any = (), headers: Headers | None = None,
-                 elapsed: float = 0.0, partial: bool = False) -> None:
+    def __init__(self, data: Mapping[str, JSON] | Iterable[tuple[str, JSON]]
+                 = (), headers: Headers | None = None, elapsed: float = 0.0,
+                 partial: bool = False, retries: int = 0) -> None:
         super().__init__(data)
         self.headers: Headers = headers or http.client.HTTPMessage()
-        self.elapsed, self.partial = elapsed, partial
-
-    request_id = property(lambda self: find_request_id(self.headers))
+        self.elapsed = elapsed
+        self.partial = partial
+        self.retries = retries
 
     def __str__(self) -> str:
         return self.text
 
-    def _choice(self) -> JSONDict:
-        """Return the first choice; where there is none, the answer."""
-        return [*_dicts(self.get("choices")), self][0]
-
-    def _said(self, *names: str) -> str:
-        """Return what the entry and each part say under one of the names."""
-        parts = [self.message, *_dicts(self.message.get("content"))]
-        said = [next(filter(None, map(part.get, names)), "") for part in parts]
-        return clean_text("".join(map(find_text, said)))
-
     @property
     def message(self) -> JSONDict:
         """The assistant entry to append to ``messages`` for the next turn."""
-        return _dict(self._choice().get("message")) or {
-            "role": "assistant", "content": self.get("content", "")}
+        content = self.get("content")
+        if content is None:
+            content = ""
+        entries = [get_dict(choice, "message")
+                   for choice in get_dicts(self, "choices")]
+        first = entries[0] if entries else {}
+        if not first:
+            first = {"role": "assistant", "content": content}
+        # Some gateways split one answer: text first, calls in the next choice.
+        for entry in entries[1:]:
+            if entry.get("tool_calls") and not first.get("tool_calls"):
+                return {**first, "tool_calls": entry["tool_calls"]}
+        return first
 
     @property
     def text(self) -> str:
         """The answer's text; ``""`` if there is none."""
-        return clean_text(find_text(self.message.get("content")))
+        return find_text(self.message.get("content"))
 
     @property
     def thinking(self) -> str:
         """The reasoning text; ``""`` if there is none."""
-        # In parts or blocks, or beside the content: vendors have two names.
-        return self._said("thinking", "reasoning_content", "reasoning")
+        texts = []
+        for part in [self.message, *get_dicts(self.message, "content")]:
+            for name in REASONING_TEXTS:
+                if part.get(name):
+                    texts.append(find_text(part[name]))
+                    break
+        return "".join(texts)
 
     @property
     def tool_calls(self) -> list[ToolCall]:
-        """The calls that the caller is to run; ``[]`` if there are none."""
-        entry, found = self.message, []
-        blocks = [block for block in _dicts(entry.get("content"))
-                  if block.get("type") == "tool_use"]
-        for call in _dicts(entry.get("tool_calls")) + blocks:
-            # "function" or "custom" in chat; a Messages block is its own.
-            spec = _dict(call.get("function") or call.get("custom")) or call
-            given = spec.get("arguments", spec.get("input"))
-            found.append(ToolCall(call.get("id"), spec.get("name"),
-                                  parse_input(given, self.partial)))
-        return found
+        """The calls that the caller is to run; ``[]`` if there are none.
+
+        Messages: the ``tool_use`` blocks; ``server_tool_use`` has been run.
+        A call without a name is left out: nobody could run it.
+        """
+        calls = []
+        for call in get_dicts(self.message, "tool_calls"):
+            function = get_dict(call, "function") or get_dict(call, "custom")
+            given = function.get("arguments", function.get("input"))
+            calls.append((call.get("id"), function.get("name"), given))
+        for block in get_dicts(self.message, "content"):
+            if block.get("type") == "tool_use":
+                given = block.get("input")
+                calls.append((block.get("id"), block.get("name"), given))
+        return [ToolCall(id, name, parse_arguments(given, self.partial))
+                for id, name, given in calls
+                if name and isinstance(name, str)]
 
     @property
     def stop_reason(self) -> str | None:
-        """``finish_reason`` or ``stop_reason``, as sent."""
-        return self._choice().get("finish_reason") or self.get("stop_reason")
+        """``finish_reason`` or ``stop_reason``, as sent, or ``None``."""
+        choices = get_dicts(self, "choices")
+        if choices:
+            return get_str(choices[0], "finish_reason")
+        return get_str(self, "stop_reason")
 
     @property
     def refusal(self) -> str | None:
         """Why there is no real answer; ``None`` for an answer.
 
-        The refusal's text, else ``"content_filter"`` or ``"refusal"``.
+        The refusal's own text, if there is one, else the stop reason.
         """
-        blocked = self.stop_reason in ("content_filter", "refusal")
-        return self._said("refusal") or (self.stop_reason if blocked else None)
+        texts = []
+        for part in [self.message, *get_dicts(self.message, "content")]:
+            texts.append(find_text(part.get("refusal")))
+        refusal = "".join(texts)
+        if refusal:
+            return refusal
+        reason = self.stop_reason
+        if reason and BLOCKED.search(reason):
+            details = get_dict(self, "stop_details")
+            return get_str(details, "explanation") or reason
+        return None
 
     @property
     def truncated(self) -> bool:
-        """True where the token limit cut the answer off."""
-        return self.stop_reason in (
-            "length", "max_tokens", "model_context_window_exceeded")
+        """True if the token limit cut the answer off."""
+        return bool(TRUNCATED.search(self.stop_reason or ""))
 
     @property
     def usage(self) -> JSONDict:
-        """The tokens counted, as sent; ``{}`` if they were not."""
-        return _dict(self.get("usage"))
+        """The token counts, as sent; ``{}`` if there are none."""
+        return get_dict(self, "usage")
+
+    @property
+    def request_id(self) -> str | None:
+        """The request id of the answer, or ``None``; quote it to support."""
+        return find_request_id(self.headers)
 
 
 class Stream:
-    """An answer as it comes: an iterator of its text pieces.
+    """An answer while it arrives: an iterator of its text pieces.
 
-    One pass in all: a second loop goes on where the first stopped.  For use
-    by one thread at a time; ``with`` closes it, and so does its garbage.
+    There is one pass: a second loop continues where the first stopped.
+    A stream is for one thread at a time; only ``close()`` may come from
+    another.  ``with`` closes it, and so does the garbage collector.
     """
 
-    def __init__(self, answer: _Answer, source: Any) -> None:
-        self._answer, self._source = answer, source
-        next(source)  # from here on its end is the connection's
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        # "open", then one of: "ended" (at its proven end), "failed", "closed"
+        # (by close()).
+        self._state = "open"
+        self._error: ServError | None = None    # why it failed
+        self._elapsed = 0.0     # seconds from the call to the last event
+        # Decoded events that no loop has seen yet, each with its SSE name.
+        self._pending: collections.deque[tuple[str, JSONDict]]
+        self._pending = collections.deque()
+        self._reading = threading.Lock()    # held while a loop reads
 
     def __iter__(self) -> Stream:
         return self
 
-    __enter__ = __iter__
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
 
     def __next__(self) -> str:
         """Return the next piece of text; raise as ``events()`` does."""
-        for _, text in self._source:
-            if text:
-                return str(text)
-        # A second loop, after an error, must not look like an end.
-        raise self._answer.error or StopIteration
+        while True:
+            step = self._advance()
+            if step is None:
+                raise StopIteration
+            if step[1]:
+                return step[1]
 
     def events(self) -> Iterator[JSONDict]:
-        """Yield every decoded event instead: chunks, or Messages events.
+        """Yield every decoded event: chat chunks, or Messages events.
 
-        :raise APIConnectionError: the stream was cut, or the budget ran out.
+        :raise APIConnectionError: the stream was cut; or
+            ``APITimeoutError``: the time budget ran out.
         :raise APIStatusError: the server sent an error event.
         :raise APIResponseError: an event is broken, or too large.
-            Each has what had arrived in its ``reply``.
+            Each holds in ``reply`` what had arrived.
+        :raise ValueError: another thread is reading this stream.
         """
-        yield from (event for event, _ in self._source if event is not DONE)
-        next(self, None)  # a second loop raises what ended the first
+        while True:
+            step = self._advance()
+            if step is None:
+                return
+            if step[0]:
+                # The caller may change its event; the reply must not change.
+                yield copy.deepcopy(step[0])
 
     @property
     def reply(self) -> Reply:
         """What has arrived so far, in the shape of a whole answer."""
-        return self._answer.build()
+        if self._error is not None and self._error.reply is not None:
+            return self._error.reply
+        assembler = self._exchange.assembler
+        partial = not assembler.whole
+        return Reply(assembler.build(partial), self._exchange.get_headers(),
+                     self._elapsed, partial, self._exchange.retries)
 
-    def close(self, *_: object) -> None:
+    def close(self) -> None:
         """End the stream early; what had arrived stays in ``reply``.
 
-        Not while another thread reads from it: that is a ``ValueError``.
+        If another thread waits for a piece, its wait ends at once, and its
+        loop ends without an error.
         """
-        self._source.close()
+        if self._state != "open":
+            return
+        self._state = "closed"
+        if self._reading.acquire(blocking=False):
+            self._exchange.close()
+            self._reading.release()
+        else:
+            # Another thread reads: it finds the end of the connection, then
+            # this state, and closes.
+            self._exchange.wake()
 
-    __exit__ = close
+    def _advance(self) -> tuple[JSONDict, str] | None:
+        """Return the next event and the text that it adds; None at the end.
+
+        The event is {} where only text was left.
+        """
+        if not self._reading.acquire(blocking=False):
+            raise ValueError("another thread is reading this stream")
+        try:
+            if self._error is not None:
+                # A second loop must not look like an end.  A copy, because
+                # the traceback refers to this stream.
+                raise copy.copy(self._error)
+            return self._read() if self._state == "open" else None
+        finally:
+            self._reading.release()
+
+    def _read(self) -> tuple[JSONDict, str] | None:
+        """Do what _advance() says; the one place where a stream ends."""
+        problem: BaseException | None = None
+        try:
+            event = self._next_event()
+            if event is not None:
+                return event, self._exchange.assembler.add(event)
+            if not self._exchange.assembler.whole:
+                raise APIConnectionError("the answer was cut")
+        except BaseException as exc:
+            problem = self._fail(exc)
+        if problem is not None:
+            try:
+                raise problem
+            finally:
+                del problem     # it refers to this frame, and this to it
+        if self._state == "closed":
+            self._exchange.close()
+            return None
+        self._state = "ended"
+        self._exchange.keep_connection()
+        rest = self._exchange.assembler.end()
+        return ({}, rest) if rest else None
+
+    def _next_event(self) -> JSONDict | None:
+        """Return the next decoded event; None at the end.
+
+        :raise ServError: it is an error event, it is broken, or the time
+            budget ran out.
+        """
+        while not self._pending:
+            if self._exchange.assembler.done:
+                return None
+            try:
+                item = next(self._exchange.events, None)
+            except ValueError as exc:
+                raise APIResponseError(f"a broken event: {exc}")
+            if item is None:
+                return None
+            name, data = item
+            for event in parse_events(name, data):
+                self._pending.append((name, event))
+        self._elapsed = time.monotonic() - self._exchange.started
+        self._exchange.check_deadline()
+        name, event = self._pending.popleft()
+        if event is DONE:
+            self._exchange.assembler.add(DONE)
+            return None
+        if find_error(event, name) is not None:
+            raise self._exchange.build_status_error(event)
+        return event
+
+    def _fail(self, exc: BaseException) -> BaseException | None:
+        """Return what to raise for an exception; None if it does not count.
+
+        It does not after close(), nor does a failure of the network once the
+        answer is proven whole.
+        """
+        if self._state == "closed":
+            return None
+        is_ours = isinstance(exc, ServError) or is_network_failure(exc)
+        if is_ours and not isinstance(exc, ServError) and (
+                self._exchange.assembler.whole):
+            return None
+        if is_ours:
+            error = self._exchange.explain(exc)
+        else:
+            # An interrupt, or what a signal handler raised.
+            error = APIConnectionError("reading was interrupted")
+        self._state = "failed"
+        self._exchange.close()
+        self._exchange.complete_error(error)
+        answer = self._exchange.assembler.build(
+            True, self._exchange.redact_text)
+        error.reply = Reply(answer, self._exchange.clean_headers(),
+                            self._elapsed, True, self._exchange.retries)
+        self._error = copy.copy(error)  # without a traceback
+        return error if is_ours else exc
 
 
 # ---------------------------------------------------------------------------
-# Building requests.  Pure but for the SERV_ variables, read at each call.
-# Everything is checked before anything is sent.  No message here shows a
-# value that may be a secret: a key, a header's value, a URL with a password.
+# Building requests.  No I/O except reading the SERV_ variables, at each call.
+# Everything is checked before anything is sent.  No message shows a value
+# that may be secret: a key, a header, a URL with a password.
 # ---------------------------------------------------------------------------
 
-def build_request(endpoint: str, streaming: bool, params: JSONDict,
-                  headers: Any = None, api_key: Any = None,
-                  base_url: Any = None, timeout: Any = None,
-                  max_retries: int = 2, **asked: Any) -> _Call:
-    """Return a call that is ready to be sent; raise what chat() does."""
-    require(endpoint in [*PATHS], 'endpoint: expected "chat" or "messages"')
-    # repr() tells 2 from "2" and from True.
-    require(repr(max_retries).isdigit(), "max_retries: expected 0, 1, 2 ...")
-    body = build_body(endpoint == "chat", streaming, {**asked, **params})
-    url, *place = build_url(str(find_setting("BASE_URL", base_url, BASE_URL)))
-    given = build_headers(headers)
-    # The caller's own Authorization is as secret as the key.
-    own = given.get("Authorization")
-    secret = build_key(api_key) if own is None else ["", *own.split()][-1]
-    ours = {"Authorization": "Bearer " + secret, "User-Agent": USER_AGENT,
-            "Accept": "text/event-stream" if streaming else "application/json",
-            "Content-Type": "application/json", "Accept-Encoding": "identity"}
-    # float() alone would take "nan", "inf" and "1_0".
-    seconds = str(find_setting("TIMEOUT", timeout, TIMEOUT))
-    good = re.fullmatch(r"[0-9]*\.?[0-9]+(e[+-]?[0-9]+)?", seconds)
-    require(good and float(seconds), "timeout (SERV_TIMEOUT): seconds above 0")
-    return _Call(endpoint == "chat", url + PATHS[endpoint], place, {
-        **ours, **given}, body, secret, float(seconds), max_retries)
+class Request:
+    """A request that is ready to be sent, and how to send it."""
+
+    def __init__(self, endpoint: str, address: Address, body: bytes,
+                 headers: dict[str, str], secret: str, timeout: float,
+                 max_retries: int, streaming: bool, choices: int) -> None:
+        self.endpoint = endpoint
+        self.address = address
+        self.url = address.url + PATHS[endpoint]
+        self.target = urllib.parse.urlsplit(self.url).path
+        self.body = body
+        self.headers = headers
+        self.secret = secret            # the key; to be removed from errors
+        self.timeout = timeout          # seconds
+        self.max_retries = max_retries
+        self.streaming = streaming
+        self.choices = choices          # how many were asked for
 
 
-def require(good: Any, wrong: str, kind: type[Exception] = ValueError) -> Any:
-    """Return what is good; raise an error if it is not."""
-    if not good:
-        raise kind(wrong)
-    return good
+class Address(collections.namedtuple("Address", "url tls host port")):
+    """Where a base URL leads; ``url`` has no ``/v1`` and no slash at its end.
 
-
-def find_setting(name: str, value: Any, default: Any = None) -> Any:
-    """Return the argument, else its variable, else the default.
-
-    What is empty counts as not set.
+    ``tls`` says whether TLS is used.
     """
-    unset = value is None or value == ""
-    return os.environ.get("SERV_" + name) or default if unset else value
+
+    __slots__ = ()
+    url: str
+    tls: bool
+    host: str
+    port: int
 
 
-def build_body(chat: bool, streaming: bool, asked: JSONDict) -> bytes:
-    """Return the JSON of a request, with nothing that was not asked for."""
-    model, messages, system = map(asked.pop, ("model", "messages", "system"))
-    model = find_setting("MODEL", model)
-    require(isinstance(model, str), "model: pass model=... or set SERV_MODEL")
-    require(chat or asked.get("max_tokens") is not None,
-            "max_tokens: the Messages endpoint requires it", TypeError)
-    require(asked.get("stream") in (None, streaming),
-            "stream: call stream() for a stream, and only for a stream")
-    for name, value in ("messages", messages), ("system", system or ""):
-        require(isinstance(value, str) or isinstance(value, (list, tuple))
-                and all(isinstance(it, dict) and not isinstance(it, Reply)
-                        for it in value), f"{name}: expected a str or a list "
-                "of dicts (append reply.message, not the reply)", TypeError)
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    # In chat a prompt may also stand among the messages; one that cannot be
-    # stripped is a list of parts, which counts.
-    entries = [{"role": "system", "content": system}, *messages * chat]
-    prompts = (getattr(it["content"], "strip", object)() for it in entries if
-               it.get("content") and it.get("role") in ("system", "developer"))
-    require(any(prompts), "a system prompt is required: pass system=...")
-    asked.update({"stream": True} if streaming else {})
-    place = {"messages": entries if system else messages} if chat else {
-        "messages": messages, "system": system}
-    return build_json({"model": model, **place, **asked})
+def build_request(endpoint: str, messages: Messages, *,
+                  streaming: bool = False, model: str | None = None,
+                  system: Messages | None = None, api_key: str | None = None,
+                  base_url: str | None = None, timeout: float | None = None,
+                  max_retries: int = 2,
+                  headers: Mapping[str, str] | None = None,
+                  params: Mapping[str, JSON] = {}) -> Request:
+    """Check everything and return the request; raise what chat() raises."""
+    if endpoint not in PATHS:
+        raise ValueError('endpoint: expected "chat" or "messages"')
+    if type(max_retries) is not int or max_retries < 0:
+        raise ValueError("max_retries: expected 0, 1, 2, ...")
+    body = build_body(endpoint, streaming, messages, model, system, params)
+    if not isinstance(base_url, (str, type(None))):
+        raise TypeError("base_url: expected a str")
+    address = build_url(base_url or os.environ.get("SERV_BASE_URL")
+                        or BASE_URL)
+    own_headers = build_headers(headers, find_key(api_key))
+    authorization = own_headers.get("Authorization")
+    if authorization is None:
+        secret = build_key(api_key)
+        authorization = "Bearer " + secret
+    else:
+        # The caller's own, "Bearer ...", is as secret: its last word.
+        secret = (authorization.split() or [""])[-1]
+    accept = "text/event-stream" if streaming else "application/json"
+    all_headers = {
+        "Host": build_host(address), "Authorization": authorization,
+        "User-Agent": USER_AGENT, "Accept": accept,
+        "Content-Type": "application/json", "Accept-Encoding": "identity",
+        **own_headers}
+    choices = params.get("n")
+    if type(choices) is not int or choices < 1:
+        choices = 1
+    return Request(endpoint, address, body, all_headers, secret,
+                   build_timeout(timeout), max_retries, streaming, choices)
 
 
-_encode = json.JSONEncoder(allow_nan=False).encode  # made once: it is costly
+def build_body(endpoint: str, streaming: bool, messages: Messages,
+               model: str | None, system: Messages | None,
+               params: Mapping[str, JSON]) -> bytes:
+    """Return the JSON body; it holds nothing that was not asked for."""
+    check_params(endpoint, streaming, params)
+    check_messages("messages", messages)
+    if system is not None:
+        check_messages("system", system)
+    model = model or os.environ.get("SERV_MODEL")
+    if not model or not isinstance(model, str):
+        raise ValueError("model: pass model=... or set SERV_MODEL")
+    entries: list[Mapping[str, JSON]] = (
+        [{"role": "user", "content": messages}]
+        if isinstance(messages, str) else list(messages))
+    body: JSONDict = {"model": model, "messages": entries}
+    if endpoint == "messages":
+        found = has_text(system)
+        body["system"] = system
+    else:
+        if system:
+            entries.insert(0, {"role": "system", "content": system})
+        found = any(has_text(entry.get("content")) for entry in entries
+                    if entry.get("role") in ("system", "developer"))
+    if not found:
+        raise ValueError("a system prompt is required: pass system=...")
+    body.update(params)
+    if streaming:
+        body["stream"] = True
+    return build_json(body)
+
+
+def check_params(endpoint: str, streaming: bool,
+                 params: Mapping[str, JSON]) -> None:
+    """Refuse what is not a parameter of the request, and say what to do."""
+    if endpoint == "messages" and params.get("max_tokens") is None:
+        raise TypeError("max_tokens: the Messages endpoint requires it")
+    if params.get("stream") not in (None, streaming):
+        raise ValueError("stream: call stream() for a stream, and only then")
+    instead = {"extra_headers": "headers={...}",
+               "extra_body": "its entries as parameters: **{...}",
+               "extra_query": "no query; the service takes none"}
+    for name in instead:
+        if name in params:
+            raise TypeError(f"{name}: pass {instead[name]} instead")
+
+
+def check_messages(name: str, value: JSON) -> None:
+    """Refuse what is neither a str nor a list of dicts."""
+    if isinstance(value, str):
+        return
+    good = isinstance(value, (list, tuple))
+    for entry in value if good else []:
+        if not isinstance(entry, dict) or isinstance(entry, Reply):
+            good = False
+    if not good:
+        raise TypeError(f"{name}: expected a str or a list of dicts (for the "
+                        "next turn, append reply.message, not the reply)")
+
+
+def has_text(content: JSON) -> bool:
+    """Whether a prompt is there: a str that is not blank, or any parts."""
+    if isinstance(content, str):
+        return bool(content.strip())
+    return bool(content)
+
+
+# One encoder for all requests: making one takes as long as a small encoding.
+_encoder = json.JSONEncoder(allow_nan=False)
 
 
 def build_json(body: JSONDict) -> bytes:
-    """Return the body's JSON, or raise naming the parameter at fault."""
+    """Return the JSON of a body, or name the parameter that has none."""
     try:
-        return _encode(body).encode()
-    except (TypeError, ValueError, RecursionError) as exc:
-        for name in body if len(body) > 1 else ():
-            build_json({name: body[name]})
-        kind = TypeError if isinstance(exc, TypeError) else ValueError
-        raise kind(f"{[*body][0]}: JSON cannot say it: {exc}") from None
+        return _encoder.encode(body).encode()
+    except (TypeError, ValueError, RecursionError):
+        pass  # which parameter it was is found below
+    for name in body:
+        try:
+            _encoder.encode({name: body[name]})
+        except TypeError as exc:
+            raise TypeError(f"{name}: JSON cannot represent it: {exc}")
+        except (ValueError, RecursionError) as exc:
+            raise ValueError(f"{name}: JSON cannot represent it: {exc}")
+    raise ValueError("the parameters changed while they were encoded")
 
 
 @functools.lru_cache(maxsize=32)
-def build_url(url: str) -> tuple[str, bool, str | None, int]:
-    """Return a base URL without its end, ``/v1`` or a slash, and its place.
+def build_url(text: str) -> Address:
+    """Return where a base URL leads.
 
-    That is whether it asks for TLS, its host, and its port.
+    :raise ValueError: it is not ``http[s]://host[:port][/path]``.
     """
-    wrong = "base_url, or SERV_BASE_URL: expected http[s]://host[:port][/path]"
-    # The path is printable ASCII but for # and ?; what is kept of it is as
-    # short as possible, so that none of the end stays.  urlsplit() would drop
-    # a tab, and take a password.
-    found = require(url.isprintable() and re.fullmatch(
-        r"((?i:https?)://(?:[^]\s/@\\:?#[]+|\[[\da-fA-F:.]+(?:%\w+)?])"
-        r"(?::(\d{0,5}))?(?:/[!\"$->@-~]*?)??)(?:/v1)?/*", url, re.A), wrong)
-    require(0 < int(found[2] or 80) < 65536, wrong)
-    parts = urllib.parse.urlsplit(url)
+    wrong = ("base_url (or SERV_BASE_URL): expected http[s]://host[:port]"
+             "[/path], without a login, a query or a fragment")
+    text = text.strip()
+    # urlsplit() drops tabs and line breaks, and accepts the rest.
+    if not text.isprintable() or any(char in text for char in " \\?#@"):
+        raise ValueError(wrong)
+    try:
+        parts = urllib.parse.urlsplit(text)
+        port = parts.port
+        host = parts.hostname or ""
+        # RFC 3490: labels of 1 to 63 characters, in ASCII on the wire.
+        ascii_host = host if ":" in host else host.encode("idna").decode()
+    except ValueError as exc:  # also a UnicodeError
+        raise ValueError(f"{wrong}: {exc}")
+    if parts.scheme not in ("http", "https") or not host or port == 0:
+        raise ValueError(wrong)
+    # Before 3.11, urlsplit() accepts names in brackets, and other digits.
+    odd_digits = [char for char in text
+                  if char.isdigit() and not char.isascii()]
+    if odd_digits or ("[" in parts.netloc) != (":" in host):
+        raise ValueError(wrong)
+    url = text.rstrip("/")
+    if parts.path.rstrip("/").endswith("/v1"):
+        url = url[:-len("/v1")].rstrip("/")
+    if not host.isascii():
+        number = "" if port is None else f":{port}"
+        url = url.replace(parts.netloc, ascii_host + number)
+    if not url.isascii():
+        raise ValueError(wrong)
     tls = parts.scheme == "https"
-    return found[1], tls, parts.hostname, parts.port or (443 if tls else 80)
+    return Address(url, tls, ascii_host, port or (443 if tls else 80))
 
 
-def build_key(api_key: Any) -> str:
+def build_host(address: Address) -> str:
+    """Return the Host header: without the default port, without a zone."""
+    host = address.host.partition("%")[0]
+    if ":" in host:
+        host = f"[{host}]"
+    default = 443 if address.tls else 80
+    return host if address.port == default else f"{host}:{address.port}"
+
+
+def find_key(api_key: str | None) -> str:
+    """Return the key as the argument or the environment has it."""
+    key = api_key or os.environ.get("SERV_API_KEY") or ""
+    if not isinstance(key, str):
+        raise TypeError("api_key: expected a str")
+    return key.strip()
+
+
+def build_key(api_key: str | None) -> str:
     """Return the key without white space around it; never show it."""
-    key = find_setting("API_KEY", api_key, "")
-    require(isinstance(key, str), "api_key: expected a str", TypeError)
-    key = require(key.strip(), "no API key: set SERV_API_KEY", ServError)
-    return str(require(key.isascii() and key.isprintable() and key, "the API "
-        "key is not printable ASCII; is it still a placeholder?", ServError))
+    key = find_key(api_key)
+    if not key:
+        raise ServError("no API key: set SERV_API_KEY or pass api_key=...")
+    if not key.isascii() or not key.isprintable():
+        raise ServError("the API key is not printable ASCII; is it still a "
+                        "placeholder?")
+    return key
 
 
-def build_headers(headers: Any) -> dict[str, str]:
-    """Return the caller's headers, Names-Like-This; no value is ever shown.
+def build_timeout(timeout: JSON) -> float:
+    """Return the seconds of the argument, the variable or the default."""
+    value = timeout
+    if value is None or value == "":
+        value = os.environ.get("SERV_TIMEOUT") or TIMEOUT
+    try:
+        # float() also accepts True and "1_0".
+        if isinstance(value, bool) or "_" in str(value):
+            raise ValueError
+        seconds = float(value)
+    except (TypeError, ValueError, OverflowError):
+        seconds = 0.0
+    if not 0 < seconds <= MAX_TIMEOUT:  # which "nan" is not, either
+        raise ValueError("timeout (or SERV_TIMEOUT): expected seconds, above "
+                         f"0 and at most {MAX_TIMEOUT:.0f}")
+    return seconds
 
-    Names are tokens and values hold no control characters but tabs:
-    https://www.rfc-editor.org/rfc/rfc9110#section-5.5
+
+# https://www.rfc-editor.org/rfc/rfc9110#section-5: a name is a token; a
+# value holds no control character except the tab.
+HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+HEADER_VALUE = re.compile(r"[\t\x20-\x7e\xa0-\xff]*")
+
+
+def build_headers(headers: JSON, key: str) -> dict[str, str]:
+    """Return the caller's headers, Named-Like-This.
+
+    No message shows a name in which the key is, misplaced.
     """
-    given, wrong = {}, "headers: expected a dict of str names and values"
-    require(not headers or hasattr(headers, "items"), wrong, TypeError)
-    for name, value in headers.items() if headers else ():
-        good = isinstance(name, str) and isinstance(value, str)
-        require(good, wrong, TypeError)
-        # Neither holds a line break, so one tells where the value begins.
-        require(re.fullmatch(
-            r"(?ai)(?!(Content-Length|Transfer-Encoding|Host)\n)"
-            r"[\w!#$%&'*+.^`|~-]+\n[\t -~\xa0-\xff]*", f"{name}\n{value}"),
-            f"headers: {name!r} is not yours to set, or cannot be sent")
-        given[name.title()] = value
-    return given
+    if not headers:
+        return {}
+    if not hasattr(headers, "items"):
+        raise TypeError("headers: expected a dict of str names and values")
+    checked = {}
+    for name, value in headers.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise TypeError("headers: expected a dict of str names and values")
+        if name.title() in ("Content-Length", "Transfer-Encoding", "Host"):
+            raise ValueError(f"headers: {name.title()} cannot be set; it "
+                             "follows from the request")
+        if not HEADER_NAME.fullmatch(name):
+            raise ValueError("headers: a name is not a token of RFC 9110; it "
+                             "is not shown here, as it may hold a secret")
+        if not HEADER_VALUE.fullmatch(value):
+            shown = "a header" if key and key in name else name
+            raise ValueError(f"headers: the value of {shown} cannot be sent: "
+                             "it has a line break, or is not latin-1")
+        checked[name.title()] = value
+    return checked
 
 
 # ---------------------------------------------------------------------------
-# Reading answers.  No I/O: JSON, text, headers and errors in, values out.
-# Tolerant of what is there: a field of another kind than expected counts as
-# absent, so that no answer, however odd, ends in a TypeError or a KeyError.
-# Only in a stream, where text would be lost, expect() refuses it.
+# Reading answers.  No I/O: JSON, text and headers in; values, or an
+# exception, out.  A field of an unexpected type counts as absent, so that no
+# answer, however odd, ends in a TypeError or a KeyError.
 # ---------------------------------------------------------------------------
 
 # Some servers send raw control characters in JSON strings: not strict.
-_scan = json.JSONDecoder(strict=False).scan_once  # type: ignore
+_decoder = json.JSONDecoder(strict=False)
 
 
-def parse_json(text: str, kind: Any = object) -> Any:
-    """Return the value of a JSON text if it is of a kind, else the text.
+def parse_json(text: str) -> JSON:
+    """Return the value of a JSON text.
 
-    Also the text where that is nested deeper than MAX_DEPTH: what is returned
-    can be copied, pickled and dumped without an end to the stack.
+    :raise ValueError: it is not JSON, or is nested deeper than MAX_DEPTH.
     """
-    whole = text.strip()
+    if is_too_deep(text):
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     try:
-        value, end = _scan(whole, 0)
-    except (StopIteration, RecursionError, ValueError):
-        return text
-    # What is short, or has few brackets, cannot be deep: no need to look.
-    if end > 2 * MAX_DEPTH and whole.count("[") + whole.count("{") > MAX_DEPTH:
-        # the values of a dict, the entries of a list; then theirs, and so on
-        level = [value]
-        for _ in range(MAX_DEPTH + 1):
-            level = [child for node in level if isinstance(node, (dict, list))
-                     for child in getattr(node, "values", node.__iter__)()]
-        value = text if level else value
-    return value if end == len(whole) and isinstance(value, kind) else text
+        return _decoder.decode(text)
+    except ValueError as exc:
+        reason = getattr(exc, "msg", "a number is too long")
+    # Raised here, not above: the decoder's error would become the context of
+    # this one, and it holds the text, with whatever is in it.
+    raise ValueError(f"not JSON: {reason}")
 
 
-def parse_input(data: Any, partial: bool) -> Any:
-    """Return a tool's input decoded, {} for None; a partial one as text."""
-    if partial:  # no half may look like a whole
-        return data if isinstance(data, str) else json.dumps(data) * bool(data)
-    data = parse_json(data, dict) if isinstance(data, str) else data
-    return {} if data is None else data
+def is_too_deep(text: str) -> bool:
+    """Whether a JSON text is nested deeper than MAX_DEPTH.
+
+    This is looked at before decoding, which recurses.
+    """
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return False
+    # Brackets in strings do not count.  Without backslashes before quotes,
+    # every second part between quotes is a string: keep the others.
+    parts = text.replace("\\\\", "").replace('\\"', "").split('"')
+    depth = 0
+    for bracket in re.sub(r"[^][{}]+", "", "".join(parts[::2])):
+        if bracket in "]}":
+            depth -= 1
+            continue
+        depth += 1
+        if depth > MAX_DEPTH:
+            return True
+    return False
 
 
-def expect(value: Any, kind: type[T]) -> T:
-    """Return a value that is of a kind, or an empty one for nothing."""
-    good = value is None or isinstance(value, kind)
-    require(good, f"expected a {kind.__name__}; got a {type(value).__name__}")
-    return value or kind()
+def parse_arguments(value: JSON, partial: bool) -> JSON:
+    """Return a tool's arguments decoded; as text if they may be partial."""
+    if partial:
+        if isinstance(value, str):
+            return value
+        return json.dumps(value) if value else ""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        try:
+            decoded = parse_json(value)
+        except ValueError:
+            return value
+        return decoded if isinstance(decoded, dict) else value
+    return value
 
 
-def _dict(value: Any) -> JSONDict:
-    """Return a dict as it is, and an empty one for anything else."""
+def get_dict(data: JSON, name: str) -> JSONDict:
+    """Return a field that is a dict, else {}."""
+    value = data.get(name) if isinstance(data, dict) else None
     return value if isinstance(value, dict) else {}
 
 
-def _dicts(value: Any) -> list[JSONDict]:
-    """Return the dicts of a list; none of anything else."""
-    entries = value if isinstance(value, list) else ()
-    return [entry for entry in entries if isinstance(entry, dict)]
+def get_dicts(data: JSON, name: str) -> list[JSONDict]:
+    """Return the dicts in a field that is a list, else []."""
+    value = data.get(name) if isinstance(data, dict) else None
+    if not isinstance(value, list):
+        return []
+    return [entry for entry in value if isinstance(entry, dict)]
 
 
-def find_text(content: Any) -> str:
-    """Return the text of a str, or of a list of parts, blocks or deltas."""
-    return content if isinstance(content, str) else "".join([
-        part["text"] for part in _dicts(content) if part.get("type", "text") in
-        ("text", "output_text") and isinstance(part.get("text"), str)])
+def get_str(data: JSONDict, name: str) -> str | None:
+    """Return a field that is a str with something in it, else None."""
+    value = data.get(name)
+    return value if value and isinstance(value, str) else None
+
+
+def find_text(content: JSON) -> str:
+    """Return the text of a str, or of a list of parts or blocks."""
+    if isinstance(content, str):
+        return clean_text(content)
+    if not isinstance(content, list):
+        return ""
+    return "".join(clean_text(part["text"]) for part in content
+                   if is_text_part(part))
+
+
+def is_text_part(part: JSON) -> bool:
+    """Whether an entry of a content list is a part of the answer's text."""
+    return (isinstance(part, dict) and isinstance(part.get("text"), str)
+            and part.get("type", "text") in ("text", "output_text"))
 
 
 def clean_text(text: str) -> str:
-    """Join the halves of surrogate pairs; a half alone becomes U+FFFD."""
-    return text if text.isascii() else text.encode(
-        "utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    """Return text that can be encoded.
+
+    JSON can hold halves of a character ("surrogates").  Two that belong
+    together are joined; a half without its other becomes U+FFFD.
+    """
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode(
+        "utf-16-le", "replace")
 
 
 def find_request_id(headers: Headers) -> str | None:
-    """Return the request id of an answer, as SERV or its kin name it."""
-    names = ("x-openserv-request-id", "x-request-id", "request-id")
-    return next(filter(None, map(headers.get, names)), None)
+    """Return the request id of an answer: SERV's own name for it first."""
+    for name in ("x-openserv-request-id", "x-request-id", "request-id"):
+        if headers.get(name):
+            return str(headers[name])
+    return None
 
 
-def is_error(name: str, event: JSONDict) -> bool:
-    """Whether a decoded answer or event is an error, in any known shape.
+def find_error(answer: JSON, event_name: str = "") -> JSON:
+    """Return the error in a decoded answer or event; None if it is none.
 
-    An ``error`` field; ``type`` or ``object`` or the event's name "error"
-    (vLLM's is flat); a choice that ends in an error (OpenRouter); a bare
-    message where choices should be (FastAPI).
+    The shapes, each with a server that sends it, are those of the comments.
     """
-    kind, choices = event.get("type"), event.get("choices")
-    bare = choices is None and (event.get("message") or event.get("detail"))
-    return "error" in (name, kind, event.get("object")) or any([
-        part.get("error") or part.get("finish_reason") == "error"
-        for part in [event, *_dicts(choices)]]) or isinstance(
-            bare or None, (str, list)) and (str(kind) in STATUS_OF_TYPE or
-            str(kind or "error").lower().endswith("error"))
+    if isinstance(answer, list) and answer:     # Gemini: [{"error": ...}]
+        return find_error(answer[0], event_name)
+    if not isinstance(answer, dict):
+        return answer if event_name == "error" else None
+    if answer.get("error"):
+        return answer["error"]
+    # vLLM's is flat: {"object": "error", "message": ...}
+    if "error" in (event_name, answer.get("type"), answer.get("object")):
+        return answer
+    choices = get_dicts(answer, "choices")
+    for choice in choices:
+        if choice.get("error"):                 # OpenRouter
+            return choice["error"]
+        reason = get_str(choice, "finish_reason")
+        if reason and FAILED.search(reason):
+            return {"message": "the answer ended with " + reason}
+    if answer.get("choices") is None and answer.get("content") is None:
+        return find_bare_error(answer)
+    return None
 
 
-def parse_error(body: Any) -> JSONDict:
+def find_bare_error(answer: JSONDict) -> JSON:
+    """Return an error that stands where an answer should be, or None."""
+    kind = str(answer.get("type") or "error")
+    if not kind.lower().endswith("error") and kind not in STATUS_OF_TYPE:
+        return None
+    if answer.get("errors"):                    # Cloudflare
+        return answer["errors"]
+    for name in ("message", "detail"):          # DashScope, FastAPI
+        if answer.get(name) and isinstance(answer[name], (str, list)):
+            return answer
+    return None
+
+
+def parse_error(body: JSON) -> JSONDict:
     """Return ``type``, ``code``, ``param`` and ``message`` of an error.
 
     The body is decoded JSON of any shape, or text (a proxy's HTML).
     """
-    found = body[0] if isinstance(body, list) and body else body
-    for part in [_dict(found), *_dicts(_dict(found).get("choices"))]:
-        found = part.get("error") or found
-    found = _dict(found) or {"message": found or ""}
-    told = found.get("message") or found.get("detail") or ""
-    return {"type": find_text(found.get("type")) or None,
-            "code": found.get("code"), "param": found.get("param"),
-            "message": told if isinstance(told, str) else json.dumps(told)}
+    found = find_error(body)
+    if found is None:
+        found = body
+    if isinstance(found, list) and found:   # {"errors": [{...}]}, ["No."]
+        found = find_error(found[0]) or found[0]
+    if not isinstance(found, dict):
+        # {"error": "No.", "code": 404}: the code stands beside the text.
+        code = body.get("code") if isinstance(body, dict) else None
+        found = {"message": found, "code": code}
+    text = found.get("message") or found.get("detail") or ""
+    code = found.get("code")
+    return {"type": get_str(found, "type"),
+            "code": code if isinstance(code, (str, int)) else None,
+            "param": get_str(found, "param"),
+            "message": text if isinstance(text, str) else json.dumps(text)}
+
+
+def parse_stream_error(body: JSON) -> JSON:
+    """Return the error in a body that is an event stream, else the body."""
+    if isinstance(body, str):
+        for _, data in iter_events([body.encode("utf-8", "replace")]):
+            for event in parse_events("error", data):
+                return event
+    return body
+
+
+def is_answer(answer: JSON, endpoint: str) -> bool:
+    """Whether decoded JSON is an answer of an endpoint."""
+    if endpoint == "chat":
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        return isinstance(choices, list) and len(choices) > 0
+    if not isinstance(answer, dict) or "content" not in answer:
+        return False
+    return answer["content"] is None or isinstance(answer["content"], list)
+
+
+def find_status(fields: JSONDict) -> int | None:
+    """Return the status that an error's type, or its code, stands for."""
+    for name in ("type", "code"):
+        if fields[name] in STATUS_OF_TYPE:
+            return STATUS_OF_TYPE[fields[name]]
+    if re.fullmatch("[45][0-9][0-9]", str(fields["code"])):
+        return int(fields["code"])
+    return None
+
+
+def is_worth_a_retry(error: APIStatusError, known: bool) -> bool:
+    """Whether an answer with an error may go better another time.
+
+    ``known`` is false where the status is only our guess: a retry is billed.
+    """
+    # https://github.com/openai/openai-python sends and reads this header.
+    advice = str(error.headers.get("x-should-retry")).lower()
+    if advice in ("true", "false"):
+        return advice == "true"
+    if not known or "insufficient_quota" in (error.type, error.code):
+        return False
+    return error.status in (408, 409, 429) or error.status >= 500
 
 
 def parse_retry_after(headers: Headers, now: float) -> float | None:
     """Return the seconds that a server asks to wait, or None.
 
-    Seconds or an HTTP date (https://www.rfc-editor.org/rfc/rfc9110
-    #section-10.2.3) relative to ``now``, in seconds since the epoch;
-    ``retry-after-ms`` first, as OpenAI sends it.
+    ``retry-after-ms`` (OpenAI), else ``Retry-After``: seconds or a date,
+    https://www.rfc-editor.org/rfc/rfc9110#section-10.2.3.  A date is relative
+    to ``now``, in seconds since the epoch.
     """
-    for name, unit in ("retry-after-ms", 0.001), ("retry-after", 1.0):
-        value = str(headers.get(name, "")).strip()
-        if re.fullmatch(r"[0-9]{1,15}(\.[0-9]*)?", value):
-            return float(value) * unit
-    # what is no date raises any of these, on 3.8 to 3.14
-    with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):
-        date: Any = parsedate_tz(value)  # asctime()'s, without a zone, is GMT
-        return mktime_tz(date) - now if mktime_tz(date) >= now else None
-    return None
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        text = str(headers.get(name, "")).strip()
+        if re.fullmatch(r"[0-9]{1,15}(\.[0-9]*)?", text):
+            return float(text) * unit
+    try:
+        date = parsedate_tz(str(headers.get("retry-after", "")))
+        seconds = mktime_tz(date) - now if date else -1.0
+    except (TypeError, ValueError, OverflowError, IndexError):
+        return None  # not a date; each Python raises its own
+    return seconds if seconds >= 0 else None
 
 
-def retry_wait(error: ServError, attempt: int) -> float | None:
-    """Return the seconds to wait before one more try; None for no more.
+def retry_wait(error: ServError, failed: int) -> float | None:
+    """Return the seconds to wait before the next try; None for no more.
 
-    ``attempt`` counts the failed tries before the one of this error.
+    ``failed`` is how many tries had failed before the one of this error.
     """
-    # What no retry mends: a refused certificate, a proxy that wants a login.
-    again = isinstance(error, APIConnectionError) and not (
-        isinstance(error.__cause__, ssl.SSLCertVerificationError)
-        or "connection failed: 407 " in str(error.__cause__))
-    if isinstance(error, APIStatusError):
-        again = ((error.status in (408, 409, 429) or error.status >= 500)
-                 and "insufficient_quota" not in (error.type, error.code))
-        told = str(error.headers.get("x-should-retry")).lower()
-        again = {"true": True, "false": False}.get(told, again)
-    # up to a quarter less, so that not all of many come back at once
-    wait = min(8.0, 0.5 * 2 ** min(attempt, 8)) * (1 - random.random() / 4)
-    asked = getattr(error, "retry_after", None)
-    return None if not again else wait if asked is None else asked
+    if not error._worth_a_retry:
+        return None
+    if isinstance(error, APIStatusError) and error.retry_after is not None:
+        return error.retry_after
+    wait = min(8.0, 0.5 * 2.0 ** min(failed, 8))
+    # Up to 25 % less, so that clients do not retry in step.
+    return wait * (1 - random.random() / 4)
 
 
-def shown(text: str, most: int = 400) -> str:
-    """Return one line of a text, cut short, and safe for a terminal."""
+def shorten(text: str, limit: int = 400) -> str:
+    """Return text as one line, cut short, and safe for a terminal."""
     line = "".join(char if char.isprintable() else " " for char in text[:1000])
     line = " ".join(line.split())
-    return line[:most] + "..." * (len(line) > most)
+    return line if len(line) <= limit else line[:limit] + "..."
 
 
-def redact(value: Any, regex: str) -> Any:
-    """Return a copy of a value in which nothing matches the regex."""
+def map_text(value: JSON, change: Callable[[str], str]) -> JSON:
+    """Return a copy of a JSON value in which a function changed each text."""
     if isinstance(value, str):
-        return re.sub(regex, "[api key]", value)
-    if type(value) in (list, tuple):
-        return type(value)([redact(entry, regex) for entry in value])
-    if isinstance(value, (dict, http.client.HTTPMessage)):
-        value = copy.copy(value)  # it may be a caller's
-        # Headers are no items of their object, but hide in an attribute.
-        for part in map(_dict, (value, getattr(value, "__dict__", None))):
-            for key in [*part]:
-                part[redact(key, regex)] = redact(part.pop(key), regex)
+        return change(value)
+    if isinstance(value, GrowingText):
+        return change(value.get())
+    if isinstance(value, list):
+        return [map_text(entry, change) for entry in value]
+    if isinstance(value, dict):
+        return {change(name): map_text(entry, change)
+                for name, entry in value.items()}
     return value
 
 
 # ---------------------------------------------------------------------------
-# Server-sent events.  Pure: bytes in, events out.  What is pending is looked
-# at again only with the blank line that ends it, so that time is linear.
+# Server-sent events.  No I/O: bytes in, events out.
+# https://html.spec.whatwg.org/multipage/server-sent-events.html
 # ---------------------------------------------------------------------------
 
-ONE_EVENT = r"(?:event: ?(.*)\n)?data: ?(.*)\n\n"
-# Each finds the values of a field, on lines that begin with their line feed.
-NAMES, DATA = r"(?m)\nevent(?:: ?(.*))?$", r"(?m)\ndata(?:: ?(.*))?$"
-DONE: JSONDict = {}  # made of [DONE]; it also stands where there is no event
+BOM = b"\xef\xbb\xbf"
+DONE: JSONDict = {}     # stands for [DONE]; compared with "is"
 
 
 def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
     """Yield the ``(event, data)`` pairs of a stream of server-sent events.
 
-    ``chunks`` are its bytes, cut anywhere.  By the rules of
+    ``chunks`` are its bytes, split anywhere.  By the rules of
     https://html.spec.whatwg.org/multipage/server-sent-events.html
-    #parsing-an-event-stream: an event ends with a blank line, one without
-    any ``data`` line is none, and what is pending at the end is discarded.
+    #parsing-an-event-stream: an event ends with a blank line; one without a
+    ``data`` line is dropped, and so is what is pending at the end.
 
-    :raise ValueError: an event in pieces grows beyond MAX_BODY bytes.
+    :raise ValueError: an event is larger than MAX_BODY bytes.
     """
-    held, after_cr, between = bytearray(), False, False
-    codec = "utf-8-sig"  # for the first, which drops one byte order mark
-    one_event, names, fields = map(re.compile, (ONE_EVENT, NAMES, DATA))
-    for chunk in filter(None, chunks):
-        # Nearly always a chunk is one event, which C can read as a whole.
-        if between and 13 not in chunk:  # CR
-            if event := one_event.fullmatch(chunk.decode(codec, "replace")):
-                yield event[1] or "message", event[2]
-                continue
-        # the second half of a CRLF that was cut in two
-        skip, after_cr = after_cr and chunk[:1] == b"\n", chunk[-1:] == b"\r"
-        held += chunk[skip:].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        if b"\n\n" in held[-len(chunk) - 1:]:
-            *blocks, held = held.split(b"\n\n")
-            for block in blocks:
-                text, codec = "\n" + block.decode(codec, "replace"), "utf-8"
-                if data := fields.findall(text):
-                    name = ["", *names.findall(text)][-1] or "message"
-                    yield name, "\n".join(data)
-        require(len(held) <= MAX_BODY, "an event over MAX_BODY bytes")
-        between = not (held or after_cr)
+    name = b""
+    data: list[bytes] = []
+    size = 0
+    for line in iter_lines(chunks):
+        if not line:
+            if data:
+                yield (name.decode("utf-8", "replace") or "message",
+                       b"\n".join(data).decode("utf-8", "replace"))
+            name, data = b"", []
+            size = 0
+            continue
+        size += len(line)
+        if size > MAX_BODY:
+            raise ValueError(f"larger than {MAX_BODY} bytes")
+        field, _, value = line.partition(b":")
+        if value.startswith(b" "):
+            value = value[1:]
+        if field == b"data":
+            data.append(value)
+        elif field == b"event":
+            name = value
 
 
-def parse_event(name: str, data: str) -> Any:
-    """Return an event's JSON object, DONE at the end, None for noise.
+def iter_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a stream: they end with LF, CRLF or CR.
 
-    A Messages event that lacks its ``type`` gets it from the event's name.
-
-    :raise ValueError: the data is not what the format promises.
+    A CR at the end of a chunk ends a line at once.  If the next chunk begins
+    with LF, that is the second half of a CRLF, and no other line.  A line in
+    pieces is joined only when its end is here, so that time stays linear.
     """
-    event = parse_json(data, dict)
-    if event is data:  # no object
-        text = data.strip()
-        if text in ("", "[DONE]") and name != "error":
-            return DONE if text else None  # a keep-alive
-        if text[:1] != "{" and not re.match("message|error|content_b", name):
-            return None  # a vendor's own event
-        require(name == "error", "not one JSON object, or nested too deeply")
-        event = {"message": data}
-    if name != "message" and not ("type" in event or "choices" in event):
-        event["type"] = name
-    return event
+    pieces: list[bytes] = []    # of a line whose end has not come
+    size = 0                    # of these pieces
+    first = True
+    after_cr = False            # the last chunk ended with CR
+    for chunk in chunks:
+        if not chunk:
+            continue
+        if after_cr and chunk.startswith(b"\n"):
+            chunk = chunk[1:]
+        after_cr = chunk.endswith(b"\r")
+        if b"\r" in chunk:
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        lines = chunk.split(b"\n")
+        rest = lines.pop()
+        if lines:
+            lines[0] = b"".join(pieces) + lines[0]
+            pieces, size = [], 0
+            if first:
+                first = False
+                if lines[0].startswith(BOM):
+                    lines[0] = lines[0][len(BOM):]
+            yield from lines
+        pieces.append(rest)
+        size += len(rest)
+        if size > MAX_BODY:
+            raise ValueError(f"larger than {MAX_BODY} bytes")
 
 
-# ---------------------------------------------------------------------------
-# Putting a stream together.  No I/O.  What has come is a tree, in which a text
-# that grows is a StringIO, and a list whose entries come in pieces a _Grown:
-# each event adds to it in place, so that time is linear in the length of the
-# stream and memory is that of the answer.  build() makes plain JSON of it, on
-# demand.
-# ---------------------------------------------------------------------------
+def parse_events(name: str, data: str) -> list[JSONDict]:
+    """Return the decoded events of one SSE event; DONE stands for [DONE].
 
-# What is said once of an entry, however often it is repeated.
-LABELS = frozenset(("id", "index", "type", "name", "role", "format"))
-# Of which kinds the values are that grow in an object of this name; none in a
-# tool's.  A dict among them tells that the lists PLACED come in pieces, too.
-PLACED = "content", "tool_calls", "thinking"
-GROWS: Any = {"message": (str, list, dict), "input": (), "arguments": ()}
+    That is one JSON object, as a rule; none for noise; and several where a
+    server lost the blank line between them.  A Messages event that lacks
+    its ``type`` gets it from the event's name.
 
-
-def merge(whole: JSONDict, piece: Any, grows: Any = (str, list)) -> None:
-    """Add what a piece says to an object, in place.
-
-    None, "", {} and [] erase nothing, and a label stays what it was first.
-    All else that is new replaces what was there, but for values of the kinds
-    that grow: those go behind one another.
+    :raise APIResponseError: the data breaks the format.
     """
-    for key, value in piece.items():
-        old = whole.get(key)
-        if isinstance(value, dict) and (value or not old):
-            whole[key] = _dict(old)
-            merge(whole[key], value, grows and GROWS.get(key, grows))
-        elif value in (None, "", {}, []) or old and grows and key in LABELS:
-            # a copy, for a list may grow, and this one is the event's own
-            whole[key] = copy.copy(value) if old is None else old
-        elif not isinstance(value, grows) or key in LABELS:
-            whole[key] = value
-        elif isinstance(value, list) and not (key in PLACED and dict in grows):
-            whole[key] = old if isinstance(old, list) else []
-            whole[key].extend(value)
+    try:
+        value = parse_json(data)
+    except ValueError as exc:
+        if data.strip() == "[DONE]" and name != "error":
+            return [DONE]
+        events = parse_odd_data(name, data, str(exc))
+    else:
+        if isinstance(value, dict):
+            events = [value]
+        elif isinstance(value, list) and find_error(value) is not None:
+            events = value[:1]
+        elif name == "error":
+            events = [{"error": value}]
         else:
-            kind = io.StringIO if isinstance(value, str) else _Grown
-            if not isinstance(old, (kind, _Grown)):
-                whole[key] = kind()
-                whole[key].write(getattr(old, "getvalue", str)())
-            whole[key].write(value)
+            events = []     # JSON that is not an object is noise
+    for event in events:
+        if event is not DONE and name != "message" and not (
+                "type" in event or "choices" in event):
+            event["type"] = name
+    return events
 
 
-class _Grown:
-    """A list whose entries come in pieces: choices, blocks, calls, parts.
+def parse_odd_data(name: str, data: str, reason: str) -> list[JSONDict]:
+    """Return the events in data that is not one JSON value."""
+    if name == "error":
+        return [{"message": data}]
+    lines = [line for line in data.split("\n") if line.strip()]
+    if not lines:
+        return []       # an event to keep the connection alive
+    if len(lines) > 1:
+        with contextlib.suppress(ValueError):
+            return [parse_line(line) for line in lines]
+    is_own = name.startswith(("message", "content_block"))
+    if not is_own and not data.lstrip().startswith("{"):
+        return []       # a vendor's own event
+    raise APIResponseError(f"a broken event: {reason}")
 
-    Each is known by its ``index``, or lacking that (Mistral) by its ``id``;
-    lacking both, it is the hindmost, if the piece is first in its list and
-    either a call's next or text of the same type.
+
+def parse_line(line: str) -> JSONDict:
+    """Return a line that is a JSON object or [DONE] of its own."""
+    if line.strip() == "[DONE]":
+        return DONE
+    value = parse_json(line)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def find_body_type(head: bytes) -> str | None:
+    """Return what a body is by its first bytes: "events", "json", "other".
+
+    None means that more bytes are needed.  Content-Type does not count,
+    because gateways get it wrong both ways.
+    """
+    start = head.lstrip()
+    if start.startswith(BOM):
+        start = start[len(BOM):].lstrip()
+    if start[:1] in (b"{", b"["):
+        return "json"
+    beginnings = (b":", b"data:", b"event:", b"id:", b"retry:")
+    if start.startswith(beginnings):
+        return "events"
+    for beginning in (*beginnings, BOM):
+        if beginning.startswith(start) and len(head) < MAX_HEAD:
+            return None     # start is "", or a part of a beginning: b"da"
+    return "other"
+
+
+# ---------------------------------------------------------------------------
+# Putting streams together.  No I/O: events in; text pieces, and in the end
+# an answer as the call without streaming returns it, out.
+#
+# What proves a stream whole.  Chat: [DONE], or a finish_reason for every
+# choice; and as many choices as the request asked for.  Messages: a
+# stop_reason, or message_stop after message_start.  Content that comes later
+# withdraws the proof.  The property `whole` of each class decides it.
+# ---------------------------------------------------------------------------
+
+# The names under which vendors send reasoning.
+REASONING_TEXTS = ("thinking", "reasoning_content", "reasoning")
+# The texts that come in pieces in an entry of a list, such as a text part.
+ENTRY_TEXTS = ("text", "thinking", "summary")
+
+
+class Display:
+    """The answer's text as the caller sees it, piece by piece."""
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+        self.waiting: GrowingText | None = None     # it ends with a half
+
+    def turn_to(self, text: GrowingText | None) -> None:
+        """Before another text grows, end the one that waits for a half."""
+        waiting = self.waiting
+        self.waiting = None
+        if waiting is not None and waiting is not text:
+            waiting.end()
+
+    def take(self) -> str:
+        """Return what has been added since the last time."""
+        shown = "".join(self.pieces)
+        self.pieces.clear()
+        return shown
+
+
+class GrowingText:
+    """A text that comes in pieces, some of it on display.
+
+    If a piece ends with half a character, the half waits for its other.
+    """
+
+    def __init__(self, display: Display | None = None) -> None:
+        self.display = display
+        self.pieces: list[str] = []
+        self.half = ""
+
+    def add(self, piece: str) -> None:
+        """Add a piece."""
+        if self.display is not None:
+            self.display.turn_to(self)
+        if self.half or not piece.isascii():
+            piece = self.half + piece
+            self.half = ""
+            if "\ud800" <= piece[-1:] <= "\udbff":
+                self.half = piece[-1]
+                piece = piece[:-1]
+                if self.display is not None:
+                    self.display.waiting = self
+            piece = clean_text(piece)
+        if piece:
+            self.pieces.append(piece)
+            if self.display is not None:
+                self.display.pieces.append(piece)
+
+    def end(self) -> None:
+        """Give up waiting: a half without its other becomes U+FFFD."""
+        if self.half:
+            self.half = ""
+            self.add("\ufffd")
+
+    def get(self) -> str:
+        """Return the whole text so far."""
+        return "".join(self.pieces) + ("\ufffd" if self.half else "")
+
+
+def is_empty(value: JSON) -> bool:
+    """Whether a value says nothing: None, "", {}, []; 0 and False do."""
+    return not value and not isinstance(value, (int, float))
+
+
+def put(target: JSONDict, name: str, value: JSON) -> None:
+    """Set a field.  An empty value never erases; objects are merged."""
+    if is_empty(value):
+        target.setdefault(name, value)
+        return
+    old = target.get(name)
+    if isinstance(old, dict) and isinstance(value, dict):
+        for key, entry in value.items():
+            put(old, key, entry)
+    else:
+        target[name] = value
+
+
+def add_text(target: JSONDict, name: str, value: JSON,
+             display: Display | None = None) -> None:
+    """Add a piece to a text field.
+
+    What has grown stays text: an empty value adds nothing, and a value of
+    another type is a broken event.
+    """
+    old = target.get(name)
+    if isinstance(value, str) and (value or is_empty(old)):
+        if not isinstance(old, GrowingText):
+            target[name] = GrowingText(display)
+            if isinstance(old, str):
+                target[name].add(old)
+        target[name].add(value)
+    elif not isinstance(old, GrowingText):
+        put(target, name, value)
+    elif not is_empty(value):
+        raise APIResponseError(f"a broken event: {name} was text and is now "
+                               + type(value).__name__)
+
+
+def add_entries(target: JSONDict, name: str, pieces: list[JSON],
+                display: Display | None = None) -> None:
+    """Add to a list field whose entries come in pieces."""
+    if not isinstance(target.get(name), list):
+        target[name] = []
+    entries = target[name]
+    for number, piece in enumerate(pieces):
+        if not isinstance(piece, dict):
+            entries.append(piece)
+            continue
+        if "index" in piece:
+            entry = find_entry(entries, piece)
+        else:
+            # Only the first of a list can go on with what came before.
+            entry = find_last_entry(entries, piece) if number == 0 else None
+        if entry is None:
+            check_number(len(entries))
+            entry = {}
+            entries.append(entry)
+        kind = piece.get("type") or entry.get("type") or "text"
+        is_shown = kind in ("text", "output_text")
+        for key, value in piece.items():
+            if key in ENTRY_TEXTS and isinstance(value, str):
+                shown_on = display if is_shown and key == "text" else None
+                add_text(entry, key, value, shown_on)
+            elif isinstance(value, list):
+                add_entries(entry, key, value)
+            else:
+                put(entry, key, value)
+
+
+def find_entry(entries: list[JSON], piece: JSONDict) -> JSONDict | None:
+    """Return the entry with the type and the index of a piece."""
+    for entry in reversed(entries):
+        if isinstance(entry, dict):
+            key = (entry.get("type"), entry.get("index"))
+            if key == (piece.get("type"), piece["index"]):
+                return entry
+    return None
+
+
+def find_last_entry(entries: list[JSON], piece: JSONDict) -> JSONDict | None:
+    """Return the last entry if a piece without an index goes on with it.
+
+    It does if the type is the same, the id is not another, and the entry has
+    a text that can grow: a text part has, a citation has not.
+    """
+    last = entries[-1] if entries else None
+    if not isinstance(last, dict) or last.get("type") != piece.get("type"):
+        return None
+    if piece.get("id") not in (None, last.get("id")):
+        return None
+    can_grow = any(isinstance(last.get(name), (GrowingText, list))
+                   for name in ENTRY_TEXTS)
+    return last if can_grow else None
+
+
+def check_number(count: int) -> None:
+    """Refuse one more part of an answer that has too many."""
+    if count >= MAX_PARTS:
+        raise APIResponseError(f"more than {MAX_PARTS} choices, calls or "
+                               "blocks in one answer")
+
+
+class Ordered:
+    """The calls or blocks of an answer, in the order of their places.
+
+    The place is the index that the server gave, whatever number that is.
+    Without an index, or if the place is taken, it is behind all others: begun
+    with 0, 0, 5, None, the entries stand at 0, 1, 5, 6.
     """
 
     def __init__(self) -> None:
-        self.entries: Any = {}  # by their places in the list
-        # Where the entry of an index or id is; of None, the hindmost.
-        self.places: dict[Any, int] = {}
+        self.places: dict[int, JSONDict] = {}
+        self.by_index: dict[int, JSONDict] = {}     # the newest of an index
+        self.last: JSONDict = {}                    # the newest of all
+        self.behind = 0             # the place behind all others
 
-    def put(self, label: Any, begins: Any, entry: Any,
-            grows: Any = (str, list)) -> Any:
-        """Add to what has a label, or begin it; return what it is then.
+    def begin(self, index: JSON, entry: JSONDict) -> JSONDict:
+        """Add an entry and return it."""
+        check_number(len(self.places))
+        place = index
+        if not isinstance(index, int) or index in self.places:
+            place = self.behind
+        self.behind = max(self.behind, place + 1)
+        self.places[place] = entry
+        self.by_index[index if isinstance(index, int) else place] = entry
+        self.last = entry
+        return entry
 
-        It begins where its index says, or if that is taken behind all.
-        """
-        place, behind = self.places.get(label), self.places.get(None, -1) + 1
-        if begins or place is None:
-            require(len(self.entries) < MAX_PARTS, "too many parts")
-            taken = not isinstance(label, int) or label in self.entries
-            place = behind if taken else label
-            self.places.update({label: place, None: max(place, behind - 1)})
-        merge(self.entries, {place: entry}, grows)
-        return self.entries[place]
+    def get(self, index: JSON) -> JSONDict | None:
+        """Return the newest entry of an index; without one, the newest."""
+        if isinstance(index, int):
+            return self.by_index.get(index)
+        return self.last or None
 
-    def write(self, value: Any) -> None:
-        """Add the entries of a list; a str is one text part."""
-        if isinstance(value, str):
-            value = [{"type": "text", "text": value}] if value else []
-        for number, entry in enumerate(value):
-            piece = _dict(entry)
-            label, known = find_index(piece, None), piece.get("id") or None
-            name = _dict(piece.get("function")).get("name")
-            before = _dict(self.entries.get(self.places.get(label, -1)))
-            # Gemini counts every call as 0: a new id and name is a new call.
-            begins = known and name and known != (before.get("id") or known)
-            if label is None:
-                text = before.get("type") == piece.get("type") in (
-                    "text", "thinking")
-                goes_on = before and (text or "function" in piece and not name)
-                begins = not known and (number > 0 or not goes_on)
-                label = known and str(known)
-            self.put(label, begins, entry, GROWS["message"])
-
-    def getvalue(self) -> list[Any]:
+    def sorted(self) -> list[JSONDict]:
         """Return the entries in order."""
-        return [self.entries[place] for place in sorted(self.entries)]
+        return [self.places[place] for place in sorted(self.places)]
 
 
-def find_index(entry: JSONDict, default: Any) -> Any:
-    """Return the ``index`` of a choice, block or call, else the default."""
-    index = entry["index"] if isinstance(entry.get("index"), int) else default
-    require(index is None or 0 <= index < MAX_PARTS, "an index out of range")
-    return index
+class ChatAssembler:
+    """Puts the chunks of a chat stream together.
 
+    https://platform.openai.com/docs/api-reference/chat-streaming
+    The answer's text is the text of choice 0.
+    """
 
-class _Answer:
-    """An answer put together from its events, in either format."""
-
-    def __init__(self, chat: bool, headers: Headers) -> None:
-        self.chat, self.headers = chat, headers
-        self.top: JSONDict = {}  # the answer, but for its choices or blocks
-        self.parts = _Grown()  # these
-        # The event that came last, if it did no more than add a text; its
-        # delta, which holds the text; and to what the text was added.
-        self.repeats: Any = ({}, {}, None)
-        self.done, self.elapsed = False, 0.0  # at the last event; seconds
-        self.error: BaseException | None = None  # that ended it
+    def __init__(self, choices: int = 1) -> None:
+        self.asked = choices            # how many the request asked for
+        self.fields: JSONDict = {}      # of the answer, except its choices
+        self.choices: dict[int, ChatChoice] = {}
+        self.display = Display()
+        self.done = False               # [DONE] has come
 
     @property
     def whole(self) -> bool:
-        """Whether what has arrived proves that nothing is missing."""
-        ends = [choice["finish_reason"] for choice in self.parts.getvalue()
-                ] if self.chat else [self.top.get("stop_reason")]
-        return bool(ends) and (self.done or all(ends))
+        """Whether what has arrived is proven to be the whole answer."""
+        if len(self.choices) < self.asked:
+            return False
+        return self.done or all(choice.finished
+                                for choice in self.choices.values())
 
-    def add(self, name: str, event: JSONDict) -> str | None:
-        """Add an event; return what it adds to the (first choice's) text.
+    def add(self, chunk: JSONDict) -> str:
+        """Add a chunk; return what it adds to the answer's text.
 
-        Of an error nothing is added, and None is returned.
+        :raise APIResponseError: the chunk breaks the format.
         """
-        if event is DONE:
-            self.done = self.chat or self.whole
-        # Nearly every event repeats the last one, but for its text.
-        key = "content" if self.chat else "text"
-        last, delta, grown = self.repeats
-        try:
-            place = event["choices"][0] if self.chat else event
-            text = delta[key] = place["delta"][key]
-            if event == last and type(text) is str and name != "error":
-                grown.write(text)
-                return text
-        except (LookupError, TypeError):
-            pass  # another kind of event
-        if is_error(name, event):
-            return None
-        self.repeats = {}, {}, None
-        return self._add_chunk(event) if self.chat else self._add_event(event)
-
-    def _add_chunk(self, chunk: JSONDict) -> str:
-        top, text = dict(chunk), ""
-        listed = expect(top.pop("choices", None), list)
-        for number, choice in enumerate(listed):
-            entry = {"finish_reason": None, **expect(choice, dict)}
-            delta, index = entry.pop("delta", None), find_index(entry, number)
-            if delta in (None, {}) and index not in self.parts.places:
-                delta = entry.get("message")  # a whole answer as one event
-            message = {"role": None, "content": None, **expect(delta, dict)}
-            whole = {**entry, "index": index, "message": message}
-            part = self.parts.put(index, False, whole, (list,))
-            text += find_text(message["content"]) * (index == 0)
-        merge(self.top, top, ())
-        if (text and len(listed) == 1 and [*(delta or ())] == ["content"]
-                and {dict, list}.isdisjoint(map(type, [
-                    *entry.values(), *top.values()]))):
-            delta = dict(delta)
-            last = {**chunk, "choices": [{**choice, "delta": delta}]}
-            self.repeats = last, delta, part["message"]["content"]
-        return text
-
-    def _add_event(self, event: JSONDict) -> str:
-        kind = event.get("type") or "message"
-        if kind in ("message", "message_start", "message_delta"):
-            top = dict(event)
-            top.update(expect(top.pop("message", top.pop("delta", {})), dict))
-            merge(self.top, top, ())
-            # The blocks that it has are added as if an event began each.
-            return "".join([self._add_event({
-                "type": "content_block_start", "content_block": block})
-                for block in expect(top.get("content"), list)
-                if block != {"type": "text", "text": ""}])
-        self.done = self.done or kind == "message_stop"
-        starts = kind == "content_block_start"
-        if not starts and kind != "content_block_delta":
+        if chunk is DONE:
+            self.done = True
             return ""
-        delta = expect(event.get("content_block" if starts else "delta"), dict)
-        index = find_index(event, len(self.parts.entries) if starts else None)
-        block = {"input" if key == "partial_json" else key: value
-                 for key, value in delta.items()}
-        block["type"] = str(block.get("type") or "text").replace("_delta", "")
-        if "citation" in block:
-            block["citations"] = [block.pop("citation")]
-        # Some gateways count every block as 0: begun again, it is another.
-        part, text = self.parts.put(index, starts, block), find_text([block])
-        if text and not starts and len(block) == 2:
-            delta = dict(delta)
-            self.repeats = {**event, "delta": delta}, delta, part["text"]
-        return text
+        if "choices" not in chunk and "usage" not in chunk:
+            return ""       # a vendor's own event
+        for name, value in chunk.items():
+            # OpenAI pads chunks with "obfuscation": no part of the answer.
+            if name not in ("choices", "obfuscation"):
+                # Most fields are the same in every chunk.
+                if name not in self.fields or value != self.fields[name]:
+                    put(self.fields, name, value)
+        for number, choice in enumerate(expect_list(chunk, "choices")):
+            if not isinstance(choice, dict):
+                raise APIResponseError("a broken event: a choice is not an "
+                                       "object")
+            index = choice.get("index")
+            if not isinstance(index, int):
+                index = number
+            if index not in self.choices:
+                check_number(len(self.choices))
+                self.choices[index] = ChatChoice(
+                    self.display if index == 0 else None)
+            self.choices[index].add(choice)
+        return self.display.take()
 
-    def build(self, failed: bool = False) -> Reply:
-        """Return what has come, as the call without streaming would.
+    def end(self) -> str:
+        """Return the text that is still to be shown at the end.
 
-        Until it is whole a tool's input stays text, so that half an input is
-        never taken for one.
+        Some servers count choices from 1.  Then the answer's text is that of
+        the first choice, which is known only now.
         """
-        partial = failed or not self.whole or self.error is not None
-        tree = {**self.top, "choices" if self.chat else "content": self.parts}
-        top: JSONDict = json.loads(clean_text(json.dumps(
-            tree, ensure_ascii=False, default=lambda node: node.getvalue())))
-        if self.chat:
-            top["object"] = "chat.completion"
-            for entry in [choice["message"] for choice in top["choices"]]:
-                entry["role"] = entry["role"] or "assistant"
-                for call in _dicts(entry.get("tool_calls")):
-                    call.pop("index", None)
-                    call.setdefault("type", "function")
+        if self.choices and 0 not in self.choices:
+            first = self.choices[min(self.choices)]
+            return find_text(map_text(first.message["content"], clean_text))
+        self.display.turn_to(None)
+        return self.display.take()
+
+    def build(self, partial: bool = False,
+              clean: Callable[[str], str] = clean_text) -> JSONDict:
+        """Return what has arrived as chat() would; clean() gets each text.
+
+        Chat has arguments as text, so whether it is partial does not matter.
+        """
+        choices = [{"index": index, **self.choices[index].build()}
+                   for index in sorted(self.choices)]
+        answer: JSONDict = map_text(
+            {**self.fields, "object": "chat.completion", "choices": choices},
+            clean)
+        return answer
+
+
+class ChatChoice:
+    """One choice of a chat answer."""
+
+    def __init__(self, display: Display | None) -> None:
+        self.display = display
+        self.fields: JSONDict = {"finish_reason": None}
+        self.message: JSONDict = {"role": "assistant", "content": None}
+        self.calls = Ordered()
+        self.call_of_id: dict[str, JSONDict] = {}
+        self.begun = False      # it has content
+        self.finished = False   # it has a finish_reason, and no content since
+
+    def add(self, choice: JSONDict) -> None:
+        """Add a choice of a chunk."""
+        delta = expect_dict(choice, "delta")
+        if not delta and not self.begun:
+            # A whole message as one chunk.
+            delta = expect_dict(choice, "message")
+        self.add_delta(delta)
+        for name, value in choice.items():
+            if name == "logprobs" and isinstance(value, dict):
+                self.add_logprobs(value)
+            elif name not in ("index", "delta", "message"):
+                put(self.fields, name, value)
+        if choice.get("finish_reason"):
+            self.finished = True
+
+    def add_delta(self, delta: JSONDict) -> None:
+        """Add to the message."""
+        for name, value in delta.items():
+            if name != "role" and not is_empty(value):
+                self.begun = True
+                self.finished = False
+            if name == "tool_calls":
+                for piece in expect_list(delta, name):
+                    if isinstance(piece, dict):
+                        self.add_call(piece)
+            elif value == "" and self.message.get(name) is None:
+                self.message[name] = value      # a text begins
+            elif is_empty(value):
+                self.message.setdefault(name, value)
+            elif name == "content":
+                self.add_content(value)
+            elif name == "refusal" or name in REASONING_TEXTS:
+                self.add_own_text(name, value)
+            elif isinstance(value, list):
+                add_entries(self.message, name, value)
+            else:
+                put(self.message, name, value)
+
+    def add_content(self, value: JSON) -> None:
+        """Add to the content: a text, or a list of parts.
+
+        Magistral sends parts, then texts: a text is then a part, too.
+        """
+        old = self.message["content"]
+        if isinstance(value, str) and isinstance(old, list):
+            value = [{"type": "text", "text": value}]
+        if isinstance(value, list):
+            if isinstance(old, GrowingText):
+                self.message["content"] = [{"type": "text", "text": old}]
+            add_entries(self.message, "content", value, self.display)
         else:
-            top = {"role": "assistant", **top, "type": "message"}
-            for block in [it for it in top["content"] if "input" in it]:
-                # which is {} where nothing came of it
-                block["input"] = parse_input(block["input"] or {}, partial)
-        return Reply(top, self.headers, self.elapsed, partial)
+            add_text(self.message, "content", value, self.display)
+
+    def add_own_text(self, name: str, value: JSON) -> None:
+        """Add to a text beside the content, or to a list in its place."""
+        if isinstance(value, list) and not isinstance(
+                self.message.get(name), GrowingText):
+            add_entries(self.message, name, value)
+        else:
+            add_text(self.message, name, value)
+
+    def add_logprobs(self, logprobs: JSONDict) -> None:
+        """Add the log probabilities of tokens: lists that go on."""
+        if not isinstance(self.fields.get("logprobs"), dict):
+            self.fields["logprobs"] = {}
+        target = self.fields["logprobs"]
+        for name, value in logprobs.items():
+            if isinstance(value, list) and isinstance(target.get(name), list):
+                target[name].extend(value)
+            else:
+                put(target, name, value)
+
+    def add_call(self, piece: JSONDict) -> None:
+        """Add a piece of a tool call."""
+        call = self.find_call(piece)
+        if call is None:
+            call = self.calls.begin(piece.get("index"), {})
+        id = piece.get("id")
+        if isinstance(id, str) and id:
+            self.call_of_id[id] = call
+        for name, value in piece.items():
+            if name in ("function", "custom") and isinstance(value, dict):
+                if not isinstance(call.get(name), dict):
+                    call[name] = {}
+                add_function(call[name], value)
+            elif name == "id" and call.get("id"):
+                pass        # some send another id in each piece
+            elif name != "index":
+                put(call, name, value)
+
+    def find_call(self, piece: JSONDict) -> JSONDict | None:
+        """Return the call that a piece belongs to; None if it begins one.
+
+        A call is known by its id, else by its index; a piece with neither
+        belongs to the last call.  But Gemini counts all its calls as 0, so a
+        piece with a name begins the next call if the arguments so far are
+        whole, or if its id is new and its name another.
+        """
+        id, index = piece.get("id"), piece.get("index")
+        if isinstance(id, str) and id in self.call_of_id:
+            return self.call_of_id[id]
+        if id and not isinstance(index, int):
+            return None
+        call = self.calls.get(index)
+        name = get_dict(piece, "function").get("name")
+        if call is None or not name:
+            return call
+        function = get_dict(call, "function")
+        is_other = id and call.get("id") and name != function.get("name")
+        if is_other or is_whole_object(function.get("arguments")):
+            return None
+        return call
+
+    def build(self) -> JSONDict:
+        """Return the choice; a call without a name is none."""
+        message = dict(self.message)
+        calls = []
+        for call in self.calls.sorted():
+            function = get_dict(call, "function") or get_dict(call, "custom")
+            if function.get("name"):
+                calls.append({"type": "function", **call})
+        if calls:
+            message["tool_calls"] = calls
+        return {**self.fields, "message": message}
 
 
-# ---------------------------------------------------------------------------
-# Network: the only I/O but the command line's.  http.client speaks HTTP, over
-# a socket on which every wait ends with the call's deadline.  Whatever fails
-# there comes out as a ServError; a connection is kept only after an answer
-# that was read to its end.
-#
-# From the bottom up: a connection with its deadline; where connections go
-# (address, proxy, CA); the kept ones; and a call, which makes its tries, each
-# of them send, then read a whole answer or begin a stream.
-# ---------------------------------------------------------------------------
-
-NETWORK_ERRORS = OSError, UnicodeError, http.client.HTTPException
-_idle: list[_Connection] = []  # oldest first
-_lock = threading.RLock()  # a signal's handler may call, too
+def add_function(function: JSONDict, piece: JSONDict) -> None:
+    """Add a piece of what a call calls: name, arguments (custom: input)."""
+    for name, value in piece.items():
+        if name in ("arguments", "input"):
+            add_text(function, name, value)
+        elif name == "name" and isinstance(value, str):
+            # Names come in pieces, or whole in every piece.
+            if function.get("name") != value:
+                function["name"] = (function.get("name") or "") + value
+        else:
+            put(function, name, value)
 
 
-class _Connection(io.RawIOBase):
-    """A connection that serves one call at a time, and then the next.
+def is_whole_object(arguments: JSON) -> bool:
+    """Whether the arguments so far are a whole JSON object."""
+    if not isinstance(arguments, GrowingText):
+        return isinstance(arguments, dict)
+    # Most are not whole: see without decoding them all again.
+    last = arguments.pieces[-1] if arguments.pieces else ""
+    if not last.rstrip().endswith("}"):
+        return False
+    return isinstance(parse_arguments(arguments.get(), False), dict)
 
-    To http.client it is a socket and, through a buffer, its file.  That
-    closes both when it is done with them, which does nothing here: release()
-    does it.
+
+class MessagesAssembler:
+    """Puts the events of a Messages stream together.
+
+    https://docs.anthropic.com/en/docs/build-with-claude/streaming
     """
 
-    def __init__(self, route: Any) -> None:
-        # Kept: an earlier call left it, and nothing has come in this one.
-        self.route, self.pid, self.kept = route, os.getpid(), False
-        self.sock: Any = None  # the real socket, or TLS
+    def __init__(self) -> None:
+        self.fields: JSONDict = {}      # of the message, except its blocks
+        self.blocks = Ordered()
+        self.display = Display()
+        self.started = False            # message_start has come
+        self.done = False               # message_stop has come
+        self.whole = False              # what has arrived is proven whole
 
-    def send(self, call: _Call) -> Any:
-        """Send a call's request; return the answer, of which the head is read.
+    def add(self, event: JSONDict) -> str:
+        """Add an event; return what it adds to the answer's text.
 
-        A kept connection on which something waits (the end, or a 408 that
-        nobody asked for) is made anew: that is no answer to this request.
+        :raise APIResponseError: the event breaks the format.
         """
-        self.unsent: Any = b""
-        self.deadline, self.wanted = call.deadline, True
-        self.soon = time.monotonic() + STALE_SECONDS
-        if self.kept and self.receive(bytearray(1), 0) is not None:
-            self.release()
-        tls, host, port, proxy, login, *authority = self.route
-        # Never kept: one that has closed itself dials anew, without TLS.
-        client: Any = http.client.HTTPConnection(*(proxy or (host, port)))
-        url, headers = "/" + call.url.split("/", 3)[3], call.headers
-        if proxy and tls:
-            client.set_tunnel(host, port, login)
-        elif proxy:
-            url, headers = call.url, {**headers, **login}
-        # The Host header omits the default port.
-        client.default_port, client.sock = 443 if tls else 80, self
-        if not self.kept:
-            self.sock = dial(client.host, client.port, self.deadline)
-            if proxy and tls:
-                client._tunnel()
-            if tls:
-                with _lock:
-                    context = get_tls_context(*authority)
-                self.sock = context.wrap_socket(self.ready(CONNECT_TIMEOUT),
-                                                server_hostname=host)
-        client.request("POST", url, call.body, headers)
-        response = client.getresponse()
-        while response.status < 200:  # http.client skips only 100
-            response.headers = None  # begin() reads an answer just once
-            response.begin()
-        # What is defective in the header may quote a line with the key.
-        vars(response.headers).update(defects=[], _payload="")
-        # http.client takes the end of the connection for that of the header.
-        require(not self.ended, "closed inside the header", OSError)
-        return response
+        kind = event.get("type")
+        if kind == "message_start":
+            self.started = True
+            self.add_message(expect_dict(event, "message"))
+        elif kind == "message":
+            self.add_message(event)     # a whole message as one event
+        elif kind == "content_block_start":
+            self.whole = False
+            self.begin_block(event.get("index"),
+                             expect_dict(event, "content_block"))
+        elif kind == "content_block_delta":
+            self.whole = False
+            self.add_delta(event.get("index"), expect_dict(event, "delta"))
+        elif kind == "message_delta":
+            self.add_fields(expect_dict(event, "delta"))
+            self.add_fields({name: value for name, value in event.items()
+                             if name not in ("type", "delta")})
+        elif kind == "message_stop":
+            self.done = True
+            self.whole = self.whole or self.started
+        # Nothing to do for content_block_stop, ping and events yet unknown.
+        return self.display.take()
 
-    def close(self) -> None:
-        pass
+    def add_message(self, message: JSONDict) -> None:
+        """Add a message with the blocks that it has."""
+        for block in expect_list(message, "content"):
+            if isinstance(block, dict):
+                self.begin_block(None, block)
+        self.add_fields({name: value for name, value in message.items()
+                         if name != "content"})
 
-    def readable(self) -> bool:
+    def add_fields(self, fields: JSONDict) -> None:
+        """Set fields of the message; counts replace the earlier ones."""
+        for name, value in fields.items():
+            put(self.fields, name, value)
+        if fields.get("stop_reason"):
+            self.whole = True
+
+    def begin_block(self, index: JSON, fields: JSONDict) -> None:
+        """Begin a block with the fields that it has."""
+        block = self.blocks.begin(index, {"type": "text"})
+        put(block, "type", fields.get("type"))
+        for name, value in fields.items():
+            if name == "text" and block["type"] == "text":
+                add_text(block, name, value, self.display)
+            elif name != "type":
+                put(block, name, value)
+
+    def find_block(self, index: JSON, kind: str) -> JSONDict:
+        """Return the block that a delta of a kind goes to.
+
+        That is the block of its index.  If that is of another kind (some
+        gateways count every delta as 0), it is the newest block, and if that
+        is of another kind too, a new one.
+        """
+        block = self.blocks.get(index)
+        if block is not None:
+            if fits(block, kind):
+                return block
+            if fits(self.blocks.last, kind):
+                return self.blocks.last
+        elif isinstance(index, int) and index < 0:
+            raise APIResponseError("a broken event: a delta for no block")
+        return self.blocks.begin(index, {"type": kind})
+
+    def add_delta(self, index: JSON, delta: JSONDict) -> None:
+        """Add a delta to its block."""
+        kind = delta.get("type") or "text_delta"
+        if kind == "text_delta":
+            block = self.find_block(index, "text")
+            add_text(block, "text", delta.get("text"), self.display)
+        elif kind == "thinking_delta":
+            block = self.find_block(index, "thinking")
+            add_text(block, "thinking", delta.get("thinking"))
+        elif kind == "signature_delta":
+            block = self.find_block(index, "thinking")
+            put(block, "signature", delta.get("signature"))
+        elif kind == "input_json_delta":
+            block = self.find_block(index, "tool_use")
+            add_input(block, delta.get("partial_json"))
+        elif kind == "citations_delta":
+            block = self.find_block(index, "text")
+            if not isinstance(block.get("citations"), list):
+                block["citations"] = []
+            block["citations"].append(delta.get("citation"))
+        elif self.blocks.get(index) is not None:
+            # A type yet unknown: its fields, but no text that others own.
+            for name, value in delta.items():
+                if name not in ("type", "text", "thinking", "input"):
+                    add_text(self.blocks.get(index) or {}, name, value)
+
+    def end(self) -> str:
+        """Return the text that is still to be shown at the end."""
+        self.display.turn_to(None)
+        return self.display.take()
+
+    def build(self, partial: bool = False,
+              clean: Callable[[str], str] = clean_text) -> JSONDict:
+        """Return what has arrived as message() would; clean() gets each text.
+
+        A tool's input is decoded, except if it may be partial.  Claude
+        refuses a next turn with empty text blocks: they are left out.
+        """
+        content = []
+        for block in self.blocks.sorted():
+            block = map_text(block, clean)
+            if "input" in block:
+                block["input"] = parse_arguments(block["input"] or {}, partial)
+            if block["type"] != "text" or block.get("text"):
+                content.append(block)
+        fields = map_text({"role": "assistant", **self.fields}, clean)
+        return {**fields, "type": "message", "content": content}
+
+
+def fits(block: JSONDict, kind: str) -> bool:
+    """Whether a delta of a kind belongs into a block."""
+    if kind == "tool_use":      # or server_tool_use, mcp_tool_use, ...
+        return "input" in block or str(block["type"]).endswith(kind)
+    return bool(block["type"] == kind)
+
+
+def add_input(block: JSONDict, piece: JSON) -> None:
+    """Add a piece of a tool's input, which is JSON text in pieces.
+
+    It takes the place of the {} with which the block began.
+    """
+    if isinstance(piece, str) and piece:
+        if not isinstance(block.get("input"), GrowingText):
+            block["input"] = GrowingText()
+        block["input"].add(piece)
+    elif isinstance(piece, dict) and piece:
+        block["input"] = piece
+    else:
+        block.setdefault("input", {})
+
+
+class WholeAnswer:
+    """The answer to a stream request that came whole, as plain JSON."""
+
+    def __init__(self, answer: JSONDict) -> None:
+        self.answer = answer
+        self.done = False
+        self.whole = True
+
+    def add(self, event: JSONDict) -> str:
+        """Return the answer's text; the event is the answer itself."""
+        self.done = True
+        return Reply(self.answer).text
+
+    def end(self) -> str:
+        """Return the text that is still to be shown at the end."""
+        return ""
+
+    def build(self, partial: bool = False,
+              clean: Callable[[str], str] = clean_text) -> JSONDict:
+        """Return the answer; clean() gets each text."""
+        answer: JSONDict = map_text(self.answer, clean)
+        return answer
+
+
+def expect_dict(data: JSONDict, name: str) -> JSONDict:
+    """Return a field that is a dict; {} for nothing."""
+    value = data.get(name)
+    if is_empty(value):
+        return {}
+    if not isinstance(value, dict):
+        raise APIResponseError(f"a broken event: {name} is not an object")
+    return value
+
+
+def expect_list(data: JSONDict, name: str) -> list[JSON]:
+    """Return a field that is a list; [] for nothing."""
+    value = data.get(name)
+    if is_empty(value):
+        return []
+    if not isinstance(value, list):
+        raise APIResponseError(f"a broken event: {name} is not a list")
+    return value
+
+
+# ---------------------------------------------------------------------------
+# Network.  Except for the command line, the only I/O.  http.client speaks
+# HTTP.  It does so over a socket of our own class, in which every wait ends
+# with the deadline of the call.
+#
+# From the bottom up: the socket; where a call goes (address, proxy, CA); a
+# connection; the kept connections; an exchange, which is one request and its
+# answer; send_request(), which tries exchanges until one is good.
+# ---------------------------------------------------------------------------
+
+# poll() where there is one: select() cannot take descriptors above 1,023.
+_Selector: type[selectors.BaseSelector] = getattr(
+    selectors, "PollSelector", selectors.SelectSelector)
+
+# What is set on every socket, where the system has it: send at once; probe a
+# silent connection; take a dead path for lost (in milliseconds).
+SOCKET_OPTIONS = [
+    (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
+    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", KEEPALIVE),    # Linux
+    (socket.IPPROTO_TCP, "TCP_KEEPALIVE", KEEPALIVE),   # macOS
+    (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", DEAD_SECONDS * 1000)]
+
+
+class DeadlineSocket(socket.socket):
+    """A socket in which every wait ends with a deadline.
+
+    Beneath, it does not block: a wait is a poll() of its own.  So no timeout
+    of the socket module can be mistaken for an exception that a caller's
+    signal handler raised.
+    """
+
+    # These are set after construction: SSLContext.wrap_socket() makes its
+    # sockets without calling __init__ of a subclass.
+    deadline = 0.0      # by time.monotonic()
+    owner = 0           # the process that opened it
+    answered = False    # a byte has come since this was set to False
+    ended = False       # the other side has closed it
+
+    def check(self) -> None:
+        """Raise if the deadline is reached, or after a fork."""
+        if self.owner != os.getpid():
+            # Parent and child would each read parts of one answer.
+            raise APIConnectionError("the connection was opened before a fork")
+        if time.monotonic() >= self.deadline:
+            raise APITimeoutError("the time is up")
+
+    def wait(self, event: int) -> None:
+        """Wait until the socket can be read, or written."""
+        with _Selector() as selector:
+            selector.register(self, event)
+            while True:
+                self.check()
+                left = self.deadline - time.monotonic()
+                if selector.select(min(max(left, 0.0), WAIT_SLICE)):
+                    return
+
+    def when_ready(self, operation: Callable[..., Any], *args: Any,
+                   event: int = selectors.EVENT_READ) -> Any:
+        """Return what an operation returns, once it need not wait."""
+        while True:
+            self.check()
+            try:
+                return operation(*args)
+            except BlockingIOError:
+                needed = event
+            except ssl.SSLWantReadError:
+                needed = selectors.EVENT_READ
+            except ssl.SSLWantWriteError:
+                needed = selectors.EVENT_WRITE
+            self.wait(needed)
+
+    def connect(self, address: Any) -> None:
+        """Connect; raise OSError if that fails."""
+        code = self.connect_ex(address)
+        if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
+            self.wait(selectors.EVENT_WRITE)
+            code = self.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        """Receive; this is how http.client reads."""
+        size = self.when_ready(super().recv_into, buffer, len(buffer))
+        if size:
+            self.answered = True
+        else:
+            self.ended = True
+        return int(size)
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """Send all of it; this is how http.client writes."""
+        view = memoryview(data)
+        while view:
+            size = self.when_ready(super().send, view[:READ_SIZE],
+                                   event=selectors.EVENT_WRITE)
+            view = view[size:]
+
+    def has_input(self) -> bool:
+        """Whether anything has come, or the end; it does not wait."""
+        try:
+            super().recv_into(bytearray(1), 1)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return False
         return True
 
-    def makefile(self, mode: str) -> Any:
-        return io.BufferedReader(self, READ_SIZE)
+    def hang_up(self) -> None:
+        """End the connection, and with it a wait in another thread.
 
-    def ready(self, at_most: float) -> Any:
-        """Return the real socket, to wait for at_most, or what is left.
-
-        Raise socket.timeout if nothing is.
+        Not in a child process, whose parent still uses it.
         """
-        left = self.deadline - time.monotonic()
-        # Parent and child would both read parts of one answer.
-        if left <= 0 or self.pid != os.getpid():
-            raise socket.timeout("time is up, or it was opened before a fork")
-        self.sock.settimeout(min(left, at_most))
-        return self.sock
-
-    def sendall(self, data: bytes) -> None:
-        self.unsent = memoryview(bytes(self.unsent) + data)
-
-    def readinto(self, buffer: Any) -> Any:
-        """Send what is to be sent, head and body at once, and read."""
-        while self.unsent and self.wanted:
-            sock = self.ready(WAIT_SECONDS)
-            with contextlib.suppress(OSError):
-                self.unsent = self.unsent[sock.send(self.unsent[:READ_SIZE]):]
-            # The answer (413, say) tells more than the broken pipe.
-            if self.unsent and (size := self.receive(buffer, 0)) is not None:
-                # An interim answer, or a part of one, still wants the rest.
-                self.wanted = not re.match(b"HTTP/1.. [2-5]", buffer[:size])
-                return size
-        return self.receive(buffer)
-
-    def receive(self, buffer: Any, at_most: float = 86400.0) -> Any:
-        """Return how many bytes came, 0 at their end, None for not yet.
-
-        No wait is above a day: poll(), beneath, takes no more than 24.
-        """
-        try:
-            size = self.ready(at_most).recv_into(buffer)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return None
-        self.kept, self.ended = self.kept and not size, not size
-        return size
-
-    def release(self, response: Any = None) -> None:
-        """Keep it for the next call if the answer is at its end, or close."""
-        self.idle_since, self.kept = time.monotonic(), False
-        if response is not None:
-            self.deadline = min(self.deadline, self.idle_since + WAIT_SECONDS)
-            # A stream ends with [DONE], but its body with one empty chunk
-            # more, which may be late, or never come: then it is closed.
-            with response, contextlib.suppress(*NETWORK_ERRORS):
-                self.kept = not (self.unsent or response.will_close
-                                 or response.length or response.read1(1))
-        if self.kept:
-            self.unsent = b""  # what is sent still holds the whole request
-            with _lock:
-                _idle.append(self)
-        elif self.sock is not None:
-            self.sock.close()
+        if self.owner == os.getpid():
+            # The plain one: that of SSLSocket drops its encryption first.
+            with contextlib.suppress(OSError):  # it has ended already
+                socket.socket.shutdown(self, socket.SHUT_RDWR)
 
 
-def dial(host: str, port: int, deadline: float) -> socket.socket:
+class TLSSocket(DeadlineSocket, ssl.SSLSocket):  # type: ignore[misc]
+    """The same with TLS: super() of its methods is that of SSLSocket."""
+
+
+def open_socket(host: str, port: int, deadline: float) -> DeadlineSocket:
     """Connect to the first address of a host that answers.
 
-    No address may take more than CONNECT_TIMEOUT, nor more than its share
-    of what is left, so that a dead one leaves time for the next.
+    No address takes more than CONNECT_TIMEOUT, nor more than its share of
+    the time left, so that a dead one leaves time for the next.
     """
-    found: Any = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-    share = min(CONNECT_TIMEOUT, (deadline - time.monotonic()) / len(found))
-    for number, (*_, where) in enumerate(found, 1):
-        with contextlib.suppress(*[OSError] * (number < len(found))):
-            # numeric by now: nothing is looked up again
-            sock = socket.create_connection(where[:2], max(share, 0.001))
-            break
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    # Systems have one or the other: after how long a silence to probe.
-    for name in vars(socket).keys() & {"TCP_KEEPIDLE", "TCP_KEEPALIVE"}:
-        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), KEEPALIVE)
-    return sock
+    found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    for left, (family, kind, protocol, _, address) in zip(
+            range(len(found), 0, -1), found):
+        now = time.monotonic()
+        share = max(deadline - now, 0.0) / left
+        sock = DeadlineSocket(family, kind, protocol)
+        try:
+            sock.setblocking(False)
+            sock.owner = os.getpid()
+            sock.deadline = now + min(share, CONNECT_TIMEOUT)
+            sock.connect(address)
+            set_options(sock)
+            return sock
+        except BaseException as exc:
+            sock.close()
+            if left == 1 or not is_network_failure(exc):
+                raise
+    raise OSError(errno.ENOENT, "the host has no address")
 
 
-@functools.lru_cache(maxsize=None)
-def get_tls_context(*authority: str | None) -> ssl.SSLContext:
-    """Return the context for a CA setting, which only tells them apart.
+def set_options(sock: socket.socket) -> None:
+    """Set the options that the system has and accepts."""
+    for level, name, value in SOCKET_OPTIONS:
+        if hasattr(socket, name):
+            # Some refuse an option: it helps, but no call depends on it.
+            with contextlib.suppress(OSError):
+                sock.setsockopt(level, getattr(socket, name), value)
 
-    It costs tens of milliseconds.
+
+def start_tls(sock: DeadlineSocket, host: str, context: ssl.SSLContext,
+              deadline: float) -> DeadlineSocket:
+    """Return the socket with TLS, its certificate and host name checked."""
+    # This takes over the descriptor; the old socket is of no more use.
+    secure = context.wrap_socket(sock, server_hostname=host,
+                                 do_handshake_on_connect=False)
+    if not isinstance(secure, TLSSocket):
+        secure.close()
+        error = APIConnectionError("ssl.SSLContext was replaced (by truststore"
+                                   "?): its sockets know no deadline")
+        error._worth_a_retry = False
+        raise error
+    secure.owner = os.getpid()
+    secure.deadline = min(deadline, time.monotonic() + CONNECT_TIMEOUT)
+    try:
+        secure.when_ready(secure.do_handshake)
+        # An interpreter in a browser (Pyodide) checks nothing.
+        if not secure.getpeercert():
+            raise APIConnectionError("the server showed no certificate")
+    except BaseException:
+        secure.close()
+        raise
+    return secure
+
+
+# TLS contexts by their CA settings; creating one takes tens of milliseconds.
+_tls_contexts: dict[tuple[str | None, str | None], ssl.SSLContext] = {}
+
+
+def get_tls_context(ca_file: str | None,
+                    ca_dir: str | None) -> ssl.SSLContext:
+    """Return a TLS context: of a CA file, or of what the system trusts.
+
+    Without a CA file, OpenSSL reads SSL_CERT_DIR by itself.
+
+    :raise APIConnectionError: the file cannot be loaded; that is not kept.
     """
-    return ssl.create_default_context()
+    context = _tls_contexts.get((ca_file, ca_dir))
+    if context is not None:
+        return context
+    if not ca_file:
+        context = ssl.create_default_context()
+    else:
+        try:
+            context = ssl.create_default_context(cafile=ca_file, capath=ca_dir)
+        except OSError as exc:  # an SSLError too: no certificate is in it
+            if not is_network_failure(exc):
+                raise
+            error = APIConnectionError(f"SSL_CERT_FILE={ca_file} cannot be "
+                                       f"loaded: {exc.strerror or exc}")
+            error._worth_a_retry = False
+            raise error
+    if ca_file or ca_dir:
+        # Python 3.13 added checks that many a company's own CA fails.  Chain,
+        # date and host name are checked all the same.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    context.set_alpn_protocols(["http/1.1"])
+    context.sslsocket_class = TLSSocket
+    _tls_contexts[ca_file, ca_dir] = context
+    return context
 
 
-def find_route(call: _Call) -> Any:
-    """Return what connections for a call have in common, as it is now.
+class Proxy(collections.namedtuple("Proxy", "host port login")):
+    """An http proxy; ``login`` is its Proxy-Authorization header, or None."""
 
-    Whether TLS is on, host, port, what http.client is to be told of a proxy
-    (where it is and, as a header, its login), and for TLS the CA setting.
+    __slots__ = ()
+    host: str
+    port: int
+    login: str | None
+
+
+class Route:
+    """How a call gets to its server, as the environment is now."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self.proxy = find_proxy(address)
+        self.ca_file: str | None = None
+        self.ca_dir: str | None = None
+        if address.tls:
+            self.ca_file = os.environ.get("SSL_CERT_FILE") or None
+            self.ca_dir = os.environ.get("SSL_CERT_DIR") or None
+
+    def key(self) -> tuple[JSON, ...]:
+        """Return what is the same for connections that can be shared."""
+        return (self.address.tls, self.address.host, self.address.port,
+                self.proxy, self.ca_file, self.ca_dir)
+
+
+def find_proxy(address: Address) -> Proxy | None:
+    """Return the proxy that the environment names for an address, or None.
+
+    :raise ValueError: its URL is wrong.
     """
-    tls, get = call.place[0], os.environ.get
-    name, proxy, login = "https_proxy" if tls else "http_proxy", None, None
-    if get(name) or get(name.upper()):
-        from urllib import request  # not loaded where there is no proxy
-        asked = request.Request(call.url)
-        found = request.getproxies().get(asked.type, "")
-        require(re.fullmatch(r"(?i)(http://)?([^/]*@)?([^\s/:@]+|"
-                             r"\[[\da-f:.]+])(:\d{1,5})?(/.*)?|", found),
-                name + ": expected http://[user:password@]host:port")
-        if found:  # urllib's own handler turns the request to the proxy
-            request.ProxyHandler({}).proxy_open(asked, found, asked.type)
-        if asked.host != call.url.split("/")[2]:
-            proxy, login = (asked.host,), asked.headers
-    authority = map(get, ("SSL_CERT_FILE", "SSL_CERT_DIR") * tls)
-    return (*call.place, proxy, login, *authority)
+    name = "https_proxy" if address.tls else "http_proxy"
+    text = os.environ.get(name)
+    # A web server puts a client's "Proxy" header into HTTP_PROXY of its CGI
+    # programs: https://httpoxy.org
+    is_cgi = "REQUEST_METHOD" in os.environ and not address.tls
+    if text is None and not is_cgi:
+        text = os.environ.get(name.upper())
+    excluded = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if not text or is_excluded(address.host, address.port, excluded):
+        return None
+    proxy = parse_proxy(text.strip())
+    if proxy is None:
+        raise ValueError(f"{name}: expected "
+                         "http://[user[:password]@]host[:port]")
+    return proxy
 
 
-def take_connection(route: Any) -> _Connection:
-    """Return a connection, a kept one if there is; drop the old ones."""
-    # The newest is the likeliest to be alive; the oldest are at the front.
-    with _lock:
-        while _idle and (len(_idle) > MAX_IDLE or IDLE_SECONDS
-                         < time.monotonic() - _idle[0].idle_since):
-            _idle.pop(0).release()
-        for connection in reversed(_idle):
-            if connection.route == route:
-                _idle.remove(connection)
+def parse_proxy(text: str) -> Proxy | None:
+    """Return the proxy that a URL names; None if it is wrong.
+
+    It raises nothing: an error of urlsplit() may show the password.
+    """
+    if "://" not in text:
+        text = "http://" + text
+    try:
+        parts = urllib.parse.urlsplit(text)
+        host, port = parts.hostname, parts.port
+        ascii_host = (host or "").encode("idna").decode()
+    except ValueError:
+        return None
+    if parts.scheme != "http" or not ascii_host or port == 0:
+        return None
+    if parts.path not in ("", "/"):
+        return None
+    login = None
+    if parts.username is not None:
+        user = urllib.parse.unquote(parts.username)
+        password = urllib.parse.unquote(parts.password or "")
+        words = f"{user}:{password}".encode()
+        login = "Basic " + base64.b64encode(words).decode()
+    return Proxy(ascii_host, port or 80, login)
+
+
+def is_excluded(host: str, port: int, excluded: str) -> bool:
+    """Whether NO_PROXY names a host.
+
+    Its entries are separated by commas: a host (with all below it) or an
+    address, with or without a port; or * for all.
+    """
+    with_port = f"{host}:{port}"
+    spellings = (host, with_port, f"[{host}]", f"[{host}]:{port}")
+    for entry in excluded.lower().split(","):
+        name = entry.strip().lstrip(".")
+        if name == "*" or name in spellings:
+            return True
+        if name and host.endswith("." + name):
+            return True
+        if name and with_port.endswith("." + name):
+            return True
+    return False
+
+
+def is_network_failure(exc: BaseException) -> bool:
+    """Whether an exception comes from the network.
+
+    A caller's signal handler may raise an OSError or a TimeoutError in the
+    middle of a call: that has no errno, as one of the system has.
+    """
+    if isinstance(exc, OSError):
+        return exc.errno is not None or isinstance(
+            exc, http.client.RemoteDisconnected)
+    return isinstance(exc, (APIConnectionError, http.client.HTTPException))
+
+
+class Connection(http.client.HTTPConnection):
+    """A connection to a server: new, in use, idle, then in use again, closed.
+
+    It is closed after anything but an answer that was read to its end.
+    """
+
+    def __init__(self, route: Route) -> None:
+        peer = route.proxy or route.address
+        super().__init__(peer.host, peer.port)
+        self.route = route
+        self.state = "new"
+        self.idle_since = 0.0       # by time.monotonic()
+        self.deadline = 0.0         # of the call that uses it
+        self.reused = False         # that call is not its first
+        self.upload_broke = False   # the server stopped reading the request
+        # http.client forgets its own `sock` when an answer closes it.
+        self.wire: DeadlineSocket | None = None
+        self.response: http.client.HTTPResponse | None = None
+
+    def connect(self) -> None:
+        """Connect, through the proxy and with TLS where the route says so."""
+        route = self.route
+        self.wire = open_socket(self.host, self.port, self.deadline)
+        self.wire.deadline = self.deadline
+        if route.address.tls:
+            if route.proxy:
+                open_tunnel(self.wire, route.proxy, route.address)
+            context = get_tls_context(route.ca_file, route.ca_dir)
+            self.wire = start_tls(self.wire, route.address.host, context,
+                                  self.deadline)
+        self.sock = self.wire
+
+    def send_request(self, request: Request,
+                     deadline: float) -> http.client.HTTPResponse:
+        """Send a request; return the answer, of which the head is read."""
+        self.reused = self.state == "idle"
+        self.state = "in use"
+        self.deadline = deadline
+        if self.wire is None:
+            self.connect()
+        assert self.wire is not None
+        self.wire.deadline = deadline
+        self.wire.answered = False
+        target, headers = request.target, request.headers
+        if self.route.proxy and not request.address.tls:
+            target = request.url
+            if self.route.proxy.login:
+                headers = {**headers,
+                           "Proxy-Authorization": self.route.proxy.login}
+        try:
+            self.request("POST", target, request.body, headers)
+        except OSError as exc:
+            if not is_network_failure(exc):
+                raise
+            # The server may have said why it stopped reading (413).  For
+            # http.client the request is sent: it lets us read the answer.
+            self.upload_broke = True
+        self.response = self.getresponse()
+        while self.response.status < 200:
+            # An interim answer (102, 103): the real one comes behind it.  Of
+            # these, http.client skips 100 alone.  begin() is what it calls to
+            # read a head: public, though undocumented, in Python 3.0 to 3.15.
+            # It does nothing if there are headers.
+            self.response.headers = None    # type: ignore[assignment]
+            self.response.begin()
+        if self.wire.ended:
+            # http.client takes the end of the connection inside the head for
+            # the end of the head.  After a whole head it has not read on.
+            raise http.client.HTTPException("closed inside the header")
+        return self.response
+
+    def is_usable(self) -> bool:
+        """Whether the last answer is at its end and nothing else has come.
+
+        A stream is left at [DONE]; the end of its body may come later.  What
+        has come besides is the end of the connection, as a rule.
+        """
+        assert self.wire is not None and self.response is not None
+        self.wire.deadline = time.monotonic() + LAST_CHUNK_SECONDS
+        try:
+            if self.response.read1(1) or self.wire.has_input():
+                return False
+        except Exception as exc:
+            if not is_network_failure(exc):
+                raise
+            return False
+        self.response.close()
+        return True
+
+    def keep(self) -> None:
+        """Leave it to the next call, if there can be one."""
+        # http.client drops `sock` if the answer says "Connection: close".
+        is_last = self.sock is None
+        # tinyproxy garbles the next request where there was no CONNECT.
+        plain_proxy = bool(self.route.proxy) and not self.route.address.tls
+        if is_last or plain_proxy or self.upload_broke:
+            self.hang_up()
+        else:
+            self.state = "idle"
+            self.idle_since = time.monotonic()
+            _idle.append(self)
+
+    def hang_up(self) -> None:
+        """Close it for good; the other side is told at once."""
+        self.state = "closed"
+        # Its descriptor may have been closed by others, or be taken anew.
+        with contextlib.suppress(OSError):
+            if self.response is not None:
+                self.response.close()
+            if self.wire is not None:
+                self.wire.hang_up()
+                self.wire.close()
+            self.close()
+
+
+def open_tunnel(sock: DeadlineSocket, proxy: Proxy, address: Address) -> None:
+    """Have a proxy connect a socket to a server.
+
+    https://www.rfc-editor.org/rfc/rfc9110#section-9.3.6
+
+    :raise APIConnectionError: the proxy refuses.
+    """
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    target = f"{host}:{address.port}"
+    tunnel = http.client.HTTPConnection(proxy.host, proxy.port)
+    # http.client closes its socket after an answer without a length.
+    duplicate = sock.dup()
+    duplicate.owner = sock.owner
+    duplicate.deadline = sock.deadline
+    tunnel.sock = duplicate
+    with contextlib.closing(tunnel):
+        tunnel.putrequest("CONNECT", target, skip_host=True,
+                          skip_accept_encoding=True)
+        tunnel.putheader("Host", target)
+        tunnel.putheader("User-Agent", USER_AGENT)
+        if proxy.login:
+            tunnel.putheader("Proxy-Authorization", proxy.login)
+        tunnel.endheaders()
+        with tunnel.getresponse() as response:
+            status = response.status
+    if not 200 <= status < 300:
+        reason = http.client.responses.get(status, "")
+        error = APIConnectionError(f"the proxy refused: {status} {reason}")
+        error._worth_a_retry = status != 407    # no retry finds a login
+        raise error
+
+
+# The idle connections, oldest first.  There is no lock, because each single
+# operation of a list is atomic: so neither a thread nor a signal handler that
+# makes a call can find it locked.
+_idle: list[Connection] = []
+
+
+def take_out(connection: Connection) -> bool:
+    """Remove an idle connection; False if another thread was faster."""
+    try:
+        _idle.remove(connection)
+    except ValueError:
+        return False
+    return True
+
+
+def take_connection(route: Route) -> Connection:
+    """Return a connection for a route: the newest idle one, or a new one."""
+    close_old()
+    for connection in reversed(_idle[:]):
+        if connection.route.key() == route.key() and take_out(connection):
+            if connection.is_usable():
                 return connection
-    return _Connection(route)
+            connection.hang_up()
+    return Connection(route)
+
+
+def close_old() -> None:
+    """Close what has been idle too long, and what is too many."""
+    limit = time.monotonic() - IDLE_SECONDS
+    for connection in _idle[:]:
+        if connection.idle_since >= limit and len(_idle) <= MAX_IDLE:
+            break
+        if take_out(connection):
+            connection.hang_up()
 
 
 def close_idle() -> None:
-    """Close what is kept: at exit, and in a child, whose parent keeps it."""
-    global _lock
-    _lock = threading.RLock()  # another thread may have held it at the fork
-    while _idle:
-        _idle.pop().release()
+    """Close all: at exit, and in a child, whose parent goes on with them."""
+    for connection in _idle[:]:
+        if take_out(connection):
+            connection.hang_up()
 
 
 atexit.register(close_idle)
-getattr(os, "register_at_fork", dict)(after_in_child=close_idle)  # not Windows
+if hasattr(os, "register_at_fork"):     # not on Windows
+    os.register_at_fork(after_in_child=close_idle)
 
 
-class _Call(collections.namedtuple(
-        "_Call", "chat url place headers body secret timeout max_retries")):
-    """One call: its request, its deadline, its tries, its errors.
+class Exchange:
+    """One try of a request: the connection and the answer on it."""
 
-    ``place`` is its server, as build_url() tells it; ``connection`` is that of
-    this try, ``response`` None until one begins.
-    """
+    def __init__(self, request: Request, started: float, retries: int,
+                 reuse: bool) -> None:
+        self.request = request
+        self.started = started          # the call, by time.monotonic()
+        self.deadline = started + request.timeout
+        self.retries = retries          # tries that had failed before
+        self.elapsed = 0.0              # seconds from the call to the end
+        self.route = Route(request.address)
+        self.connection = (take_connection(self.route) if reuse
+                           else Connection(self.route))
+        self.sent = time.monotonic()
+        self.response: http.client.HTTPResponse | None = None
+        self.at_end = False             # the body was read to its end
+        self.released = False           # the connection is another call's
+        self.answer: JSONDict = {}      # unless it is a stream
+        # Of a stream: what puts it together, and its (event, data) pairs.
+        self.assembler: Assembler = MessagesAssembler()
+        if request.endpoint == "chat":
+            self.assembler = ChatAssembler(request.choices)
+        self.events: Iterator[tuple[str, str]] = iter(())
 
-    __repr__ = object.__repr__  # the other one would show the key
+    def run(self) -> ServError | None:
+        """Send the request and read the answer; of a stream, its head.
 
-    def run(self, read: Callable[[_Call], T]) -> T:
-        """Return what ``read`` makes of the answer, after some tries."""
-        self.started, outer = time.monotonic(), sys.exc_info()[1]
-        self.deadline, tries, stale = self.started + self.timeout, 0, False
-        while True:
-            take = _Connection if stale else take_connection
-            connection = self.connection = take(find_route(self))
-            self.response: Any = None
-            try:
-                self.response = connection.send(self)
-                return read(self)
-            except (ServError, *NETWORK_ERRORS) as exc:
-                # A kept connection that ends at once, before a byte of the
-                # answer, was closed while it was idle: no failed try, but made
-                # anew.  Later, the request was read, and may be billed.
-                stale = connection.kept and time.monotonic() < connection.soon
-                connection.release(self.response)
-                try:  # "as" lets go of the error, which holds this frame
-                    raise self.explain(exc, outer)
-                except ServError as error:
-                    wait = 0.0 if stale else retry_wait(error, tries)
-                    tries += not stale
-                    # Without room for the wait there is no use in waiting.
-                    if (wait is None or tries > self.max_retries
-                            or time.monotonic() + wait >= self.deadline):
-                        raise
-            except BaseException:
-                connection.release()
-                raise
-            time.sleep(wait)
-
-    def reply(self) -> Reply:
-        """Return the whole answer."""
-        reply = Reply(self.read_answer(), self.response.headers)
-        reply.elapsed = time.monotonic() - self.started
-        self.connection.release(self.response)
-        return reply
-
-    def stream(self) -> Stream:
-        """Return the answer as a stream."""
-        answer = _Answer(self.chat, self.response.headers)
-        # A server that does not stream may still have answered, in JSON: that
-        # is a stream of one event.  Anything else read_answer() refuses.
-        pairs = iter_events(self.iter_body(MAX_STREAM))
-        kind = self.response.headers.get_content_type()
-        if self.response.status // 100 != 2 or kind != "text/event-stream":
-            pairs = iter([("message", json.dumps(self.read_answer()))])
-            answer.done = True
-        return Stream(answer, self.iter_stream(answer, pairs))
-
-    def iter_stream(self, answer: _Answer, pairs: Any) -> Iterator[Any]:
-        """Yield events and what each adds to the text, up to a proven end."""
-        half, outer = "", None  # half a character, waiting for its other half
+        Return the error, if there is one.
+        """
         try:
-            yield DONE, ""  # for Stream(), so that close() is seen from now on
-            outer = sys.exc_info()[1]
-            for name, data in pairs:
-                answer.elapsed = time.monotonic() - self.started
-                if answer.elapsed >= self.timeout:
-                    raise OSError("still coming")
-                if (event := parse_event(name, data)) is None:
-                    continue
-                if (text := answer.add(name, event)) is None:
-                    raise self.refused(200, event)
-                if half or not text.isascii():
-                    starts = event.get("type") == "content_block_start"
-                    text = (clean_text(half) if starts else half) + text
-                    end = len(text) - ("\ud800" <= text[-1:] <= "\udbff")
-                    text, half = clean_text(text[:end]), text[end:]
-                yield event, text
-                outer = sys.exc_info()[1]
-                if answer.done:
-                    break
-            require(answer.whole, "it ended early", http.client.HTTPException)
-            self.connection.release(self.response)
+            self.response = self.connection.send_request(self.request,
+                                                         self.deadline)
+            if self.request.streaming and self.is_good():
+                self.begin_stream()
+            else:
+                chunks = self.iter_body()
+                self.answer = self.parse_answer(self.read_body(b"", chunks))
+            self.elapsed = time.monotonic() - self.started
+            return None
         except BaseException as exc:
-            self.connection.release()
-            cut = isinstance(exc, NETWORK_ERRORS)
-            # What proves an answer whole proves it also before a reset.
-            if not (answer.whole and cut and time.monotonic() < self.deadline):
-                if not isinstance(exc, GeneratorExit):
-                    answer.error = self.explain(exc, outer, answer.build(True))
-                known = cut or isinstance(exc, (ServError, ValueError))
-                raise answer.error if known and answer.error else exc
-        yield DONE, clean_text(half)
-
-    def read_answer(self) -> JSONDict:
-        """Read a whole JSON answer; raise the error that it is, if it is."""
-        good, data = 200 <= self.response.status < 300, io.BytesIO()
-        try:
-            data.writelines(self.iter_body(MAX_BODY if good else MAX_ERROR))
-        except (ServError, *NETWORK_ERRORS):
-            self.response.will_close = True  # not to be kept
-            if good:  # else the status is the news, even without its body
+            if not isinstance(exc, ServError) and not is_network_failure(exc):
+                self.close()
                 raise
-        text = data.getvalue().decode("utf-8", "replace").lstrip("\ufeff")
-        answer = parse_json(text)
-        if not good or is_error("", _dict(answer)):
-            raise self.refused(self.response.status, answer)
-        found = _dict(answer).get("choices" if self.chat else "content")
-        require(isinstance(found, list) and (found or not self.chat),
-                f"not a JSON answer: {text or 'nothing'}", APIResponseError)
-        return _dict(answer)
+            error = self.explain(exc)
+        self.complete_error(error)
+        if self.at_end:
+            self.keep_connection()
+        else:
+            self.close()
+        return error
 
-    def iter_body(self, limit: int) -> Iterator[bytes]:
-        """Yield the bytes of a body as they come, up to its proven end."""
-        for name in "content-encoding", "transfer-encoding":
-            coding = str(self.response.headers.get(name) or "identity")
-            require(coding.lower() in ("identity", "chunked"),
-                    f"{name} {coding}, not asked for", APIResponseError)
-        while data := self.response.read1(READ_SIZE):
-            if (limit := limit - len(data)) < 0:
-                raise APIResponseError("answer too large")
+    def was_stale(self) -> bool:
+        """Whether a reused connection had been closed before the request.
+
+        Then its end comes soon, and before a byte of the answer.  Later, the
+        server may have processed the request, and billed it.
+        """
+        wire = self.connection.wire
+        if not self.connection.reused or wire is None or wire.answered:
+            return False
+        return time.monotonic() < self.sent + STALE_SECONDS
+
+    def is_good(self) -> bool:
+        """Whether the status is one of success."""
+        return self.response is not None and (
+            200 <= self.response.status < 300)
+
+    def get_headers(self) -> Headers:
+        """Return the headers of the answer."""
+        if self.response is None:
+            return http.client.HTTPMessage()
+        return self.response.headers
+
+    def clean_headers(self) -> Headers:
+        """Return the headers of the answer without the key."""
+        headers = http.client.HTTPMessage()
+        headers.set_payload("")     # str() needs one
+        for name, value in self.get_headers().items():
+            headers[name] = self.redact_text(value)
+        return headers
+
+    def to_reply(self) -> Reply:
+        """Return the whole answer; leave the connection to the next call."""
+        self.keep_connection()
+        return Reply(self.answer, self.get_headers(), self.elapsed,
+                     retries=self.retries)
+
+    def begin_stream(self) -> None:
+        """Prepare the reading of a stream."""
+        labelled = (self.get_headers().get_content_type()
+                    == "text/event-stream")
+        self.events = self.iter_stream(labelled)
+        if not labelled:
+            # It may be an error: look before the caller gets a stream.
+            first = next(self.events, None)
+            if first is not None:
+                self.events = itertools.chain([first], self.events)
+
+    def iter_stream(self, labelled: bool) -> Iterator[tuple[str, str]]:
+        """Yield the ``(event, data)`` pairs of a stream.
+
+        Some servers answer with plain JSON instead: that is one event.
+        """
+        chunks = self.iter_body()
+        head = b""
+        kind = None
+        for chunk in chunks:
+            head += chunk
+            kind = find_body_type(head)
+            if kind is not None:
+                break
+        if kind is None and labelled:
+            kind = "events"     # none at all
+        if kind == "events":
+            yield from iter_events(itertools.chain([head], chunks))
+        else:
+            self.answer = self.parse_answer(self.read_body(head, chunks))
+            self.assembler = WholeAnswer(self.answer)
+            yield "message", json.dumps(self.answer)
+
+    def iter_body(self) -> Iterator[bytes]:
+        """Yield the bytes of the body as they come, up to its proven end."""
+        response = self.response
+        assert response is not None
+        for name in ("content-encoding", "transfer-encoding"):
+            coding = str(response.headers.get(name) or "identity")
+            if coding.lower() not in ("identity", "chunked"):
+                raise APIResponseError(f"{name} {coding} was not asked for")
+        limit = MAX_STREAM if self.request.streaming else MAX_BODY
+        if not self.is_good():
+            limit = MAX_ERROR
+        size = 0
+        while True:
+            data = response.read1(READ_SIZE)
+            if not data:
+                break
+            size += len(data)
+            if size > limit:
+                raise APIResponseError(f"the answer is larger than {limit} "
+                                       "bytes")
             yield data
-        # http.client is silent of a body shorter than its Content-Length.
-        if left := self.response.length:
-            raise http.client.IncompleteRead(b"", left)
+        # http.client does not report a body shorter than its Content-Length.
+        if response.length:
+            raise http.client.IncompleteRead(b"", response.length)
+        self.at_end = True
+        response.close()
 
-    def refused(self, status: int, body: Any) -> ServError:
+    def read_body(self, head: bytes, chunks: Iterator[bytes]) -> bytes:
+        """Return a whole body, which begins with ``head``."""
+        data = io.BytesIO()
+        data.write(head)
+        try:
+            for chunk in chunks:
+                data.write(chunk)
+        except Exception as exc:
+            # An error status is the news, even without its whole body.
+            failed = isinstance(exc, ServError) or is_network_failure(exc)
+            if self.is_good() or not failed:
+                raise
+        return data.getvalue()
+
+    def parse_answer(self, data: bytes) -> JSONDict:
+        """Return a whole JSON answer; raise the error that it is, if so."""
+        text = data.decode("utf-8", "replace").lstrip("\ufeff")
+        try:
+            answer = parse_json(text)
+        except ValueError:
+            answer = text
+        if not self.is_good():
+            raise self.build_status_error(parse_stream_error(answer))
+        if not isinstance(answer, str) and find_error(answer) is not None:
+            raise self.build_status_error(answer)
+        if not is_answer(answer, self.request.endpoint):
+            raise APIResponseError("not the JSON of an answer: "
+                                   + (text or "nothing"))
+        return answer   # type: ignore[no-any-return]
+
+    def build_status_error(self, body: JSON) -> APIStatusError:
         """Return the error for a status, or for an error object in a 200."""
-        fields, headers = parse_error(body), self.response.headers
-        kind, code = fields["type"], str(fields["code"])
-        if 200 <= status < 300:
-            good = re.fullmatch("[45][0-9][0-9]", code)
-            status = STATUS_OF_TYPE.get(kind) or int(code if good else 500)
+        assert self.response is not None
+        body = map_text(body, self.redact_text)
+        fields = parse_error(body)
+        status = self.response.status
+        known = True        # the status is the server's own word
+        if self.is_good():
+            stands_for = find_status(fields)
+            known = stands_for is not None
+            status = stands_for or 500
+        headers = self.clean_headers()
+        what = fields["type"] or http.client.responses.get(status, "")
         why = (fields["message"] or "no message") + ADVICE.get(status, "")
         if 300 <= status < 400:
             why = f"not following to {headers.get('location')}; set base_url"
-        error = STATUS_ERRORS.get(min(status, 500), APIStatusError)(
-            f"{status} {kind or http.client.responses.get(status, '')}: {why}")
-        vars(error).update(fields, status=status, headers=headers, body=body,
-                           retry_after=parse_retry_after(headers, time.time()))
+        kind: type[APIStatusError] = (
+            InternalServerError if status >= 500
+            else STATUS_ERRORS.get(status, APIStatusError))
+        error = kind(f"{status} {what}: {why}")
+        error.status = status
+        error.type = fields["type"]
+        error.code = fields["code"]
+        error.param = fields["param"]
+        error.message = fields["message"]
+        error.body = body
+        error.headers = headers
+        error.retry_after = parse_retry_after(headers, time.time())
+        error._worth_a_retry = is_worth_a_retry(error, known)
         return error
 
-    def explain(self, exc: Any, outer: Any, reply: Any = None) -> ServError:
-        """Return what was raised as an error of this call, without the key.
+    def explain(self, exc: BaseException) -> ServError:
+        """Return what was raised as an error of this call.
 
-        The key is cut out of all that the error is chained to as well, up to
-        ``outer``, which the caller was handling already; and before the
-        message is cut short, which would leave half a key.
+        Only an exception of the system becomes its cause: those of
+        http.client quote the server, which may have echoed the key.
         """
-        error, what = exc, str(exc) or type(exc).__name__
-        if not isinstance(error, ServError):
-            kind: type[ServError] = APIConnectionError
-            found = "the answer was cut" if self.response else "no answer" + (
-                " through the proxy" if self.connection.route[3] else "")
-            if time.monotonic() >= self.deadline:
-                kind, found = APITimeoutError, f"not within {self.timeout:g} s"
-            elif isinstance(exc, ssl.SSLCertVerificationError):
-                what += "; for a CA of your own, set SSL_CERT_FILE to its PEM"
-            elif type(exc) is ValueError:
-                kind, found = APIResponseError, "a broken event"
-            error = kind(f"{found}: {what}")
-            error.__cause__ = exc
-        headers: Any = getattr(self.response, "headers", {})
-        error.reply, error.request_id = reply, find_request_id(headers)
-        # repr() doubles a backslash, and "x" or "local" is also a word
-        key = re.sub(r"(\\\\)+", r"(?<!\\\\)\\\\+", re.escape(self.secret))
-        regex = key if self.secret[7:] else rf"(?<!\w){key or '(?!)'}(?!\w)"
-        link: Any = error
-        while link is not None and link is not outer:
-            link.args, link.__dict__ = redact((link.args, vars(link)), regex)
-            link = link.__cause__ or link.__context__
-        told = error.request_id and f", request id {shown(error.request_id)}"
-        error.args = (f"{shown(error.args[0])} (POST {self.url}{told or ''})",)
+        late = time.monotonic() >= self.deadline - CLOCK_ERROR
+        error: ServError
+        is_answer_error = isinstance(exc, ServError) and not isinstance(
+            exc, APIConnectionError)
+        if late and not is_answer_error:
+            error = APITimeoutError(f"not within {self.request.timeout:g} s")
+        elif isinstance(exc, APITimeoutError):
+            # The deadline of one address, or of a handshake.
+            error = APIConnectionError("connecting took too long")
+        elif isinstance(exc, ServError):
+            error = exc.with_traceback(None)
+        else:
+            what = "no answer"
+            if self.response is not None:
+                what = "the answer was cut"
+            text = str(exc) or type(exc).__name__
+            error = APIConnectionError(f"{what}: {text}{self.find_hint(exc)}")
+            if isinstance(exc, ssl.SSLCertVerificationError):
+                error._worth_a_retry = False
+        if isinstance(exc, OSError) and not isinstance(
+                exc, http.client.HTTPException):
+            # Without its frames, which hold the request.
+            error.__cause__ = exc.with_traceback(None)
         return error
 
+    def find_hint(self, exc: BaseException) -> str:
+        """Return what would help against a certificate that is refused."""
+        # OpenSSL's numbers for: nobody trusted has signed it.
+        unknown = getattr(exc, "verify_code", 0) in (18, 19, 20, 21)
+        if unknown and not (self.route.ca_file or self.route.ca_dir):
+            return ("; for a company's own CA, set SSL_CERT_FILE to the path "
+                    "of its PEM file")
+        return ""
+
+    def complete_error(self, error: ServError) -> None:
+        """Add to an error where and when it happened, and clean it."""
+        where = "POST " + self.request.url
+        if self.route.proxy:
+            where += (f" through the proxy {self.route.proxy.host}:"
+                      f"{self.route.proxy.port}")
+        error.retries = self.retries
+        request_id = find_request_id(self.get_headers())
+        if request_id:
+            error.request_id = self.redact_text(request_id)
+            where += ", request id " + shorten(error.request_id)
+        # First removed, then cut short, which would leave half a key.
+        text = shorten(self.redact_text(str(error.args[0])))
+        error.args = (f"{text} ({self.redact_text(where)})",)
+
+    def redact_text(self, text: str) -> str:
+        """Return text of the server without the key, as clean text."""
+        text = clean_text(text)
+        if len(self.request.secret) < MIN_SECRET:
+            return text
+        return text.replace(self.request.secret, "[api key]")
+
+    def check_deadline(self) -> None:
+        """Raise if the time budget has run out."""
+        if time.monotonic() >= self.deadline:
+            raise APITimeoutError("the time is up")
+
+    def keep_connection(self) -> None:
+        """Leave the connection to the next call."""
+        self.events = iter(())      # it refers to this object
+        self.released = True
+        self.connection.keep()
+
+    def close(self) -> None:
+        """Close the connection, unless it is left to another call."""
+        self.events = iter(())      # it refers to this object
+        if not self.released:
+            self.connection.hang_up()
+
+    def wake(self) -> None:
+        """End a wait in another thread."""
+        if self.connection.wire is not None and not self.released:
+            self.connection.wire.hang_up()
+
+
+def send_request(request: Request) -> Exchange:
+    """Return a good exchange, after as many tries as the request allows."""
+    started = time.monotonic()
+    failed = 0
+    resent = False
+    while True:
+        exchange = Exchange(request, started, failed, reuse=not resent)
+        error = exchange.run()
+        if error is None:
+            return exchange
+        if exchange.was_stale() and not resent:
+            # Once a call, sent again on a new connection: not a retry.
+            resent = True
+            del error
+            continue
+        wait = retry_wait(error, failed)
+        failed += 1
+        # Without room for the wait there is no use in waiting.
+        if (wait is None or failed > request.max_retries
+                or time.monotonic() + wait >= exchange.deadline):
+            try:
+                raise error
+            finally:
+                del error   # it refers to this frame, and this to it
+        warn(f"retry {failed} of {request.max_retries} in {wait:.1f} s: "
+             f"{error}")
+        del error
+        time.sleep(wait)
+
+
+def warn(text: str) -> None:
+    """Log a warning, if the application uses logging (it is slow to load)."""
+    logging = sys.modules.get("logging")
+    if logging is not None:
+        logging.getLogger("serv").warning(text)
+
 
 # ---------------------------------------------------------------------------
-# Command line.  The answer goes to standard output, all else to standard
-# error; no option takes the key.
+# Command line.  The answer goes to standard output, everything else to
+# standard error.  No option takes the key.
 # ---------------------------------------------------------------------------
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """usage: serv [options] [PROMPT ...]    or: python3 serv.py [options] ...
+HELP = """\
+usage: serv [options] [PROMPT ...]      or: python3 serv.py [options] ...
 
-Ask a model of SERV.  Standard input, if piped, follows the prompt; a prompt
-of - asks for it by name.
+Ask a model of SERV.  Piped standard input is the prompt, or is appended to
+it; in a `while read` loop or a service, add < /dev/null.  - reads standard
+input; -- ends the options.  SERV_API_KEY holds the key.
 
   -m, --model NAME         default: SERV_MODEL, else gpt-5.4-mini, or for
                            messages claude-haiku-4.5
   -s, --system TEXT        the system prompt (a plain helpful assistant)
   -e, --endpoint FORMAT    chat (the default) or messages
-  -n, --max-tokens N       the longest answer; for messages 4096 if not given
+  -n, --max-tokens N       at most N tokens; for messages 4096 if not given
   -o, --option NAME=VALUE  any parameter of the request; JSON, else text
   -H, --header 'NAME: VALUE'  any header of the request
-      --no-stream          print the answer when all of it is there
+      --no-stream          print the answer only when it is complete
       --json               print the whole answer as JSON
       --dry-run            print the request as a curl command; needs no key
-  -v, --verbose            tell the request id, the time and the tokens
+  -v, --verbose            print request id, time, tokens and retries
       --version, --help
 
-  serv "Why is the sky blue?"
-  git diff | serv -e messages -m claude-haiku-4.5 "Review this change."
-  serv -o temperature=0 -n 200 --json "Three names for a cat." | jq .usage
-
-SERV_API_KEY holds the key; SERV_BASE_URL, SERV_MODEL and SERV_TIMEOUT
-(seconds) are read too.  Exit status: 0 a whole answer, 1 the call failed or
-nobody reads, 2 wrong usage, 3 blocked or cut off by the token limit, 130
-interrupted.
+Exit status: 0 a whole answer, 1 the call failed or the output was closed,
+2 wrong usage, 3 blocked or cut off by the token limit, 130 interrupted.
 """
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # if it was closed
-    for file in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
-        getattr(file, "reconfigure", dict)(errors="replace")
+
+# What -o cannot set, and what sets it instead.
+INSTEAD = {
+    "model": "use -m", "system": "use -s", "endpoint": "use -e",
+    "messages": "the prompt is the arguments", "headers": "use -H",
+    "stream": "use --no-stream", "api_key": "set SERV_API_KEY",
+    "base_url": "set SERV_BASE_URL", "timeout": "set SERV_TIMEOUT",
+    "max_retries": "it is 2", "extra_headers": "use -H",
+    "extra_body": "use -o for each entry", "extra_query": "SERV takes none"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    if sys.stderr is None:      # it was closed
+        sys.stderr = open(os.devnull, "w")
+    prepare_streams()
     try:
-        require(sys.stdout, "standard output is closed", OSError)
-        args = parse_args(argv)
-        # Neither the help nor the version reads standard input.
-        text = args.told or args.dry_run and build_curl(build_call(args))
-        if not text:
-            return print_answer(args, build_call(args))
-        print(text.strip(), flush=True)
-        return 0
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is None:
+            raise OSError("standard output is closed")
+        return run_command(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except ServError as exc:
+        say(str(exc))
         return 1
-    except (KeyboardInterrupt, ServError, OSError, ValueError, TypeError) as e:
-        say(str(e) or "interrupted")
-        return (130 if isinstance(e, KeyboardInterrupt) else
-                1 if isinstance(e, (ServError, OSError)) else 2)
+    except OSError as exc:      # of standard output: others are ServErrors
+        discard_output()
+        closed = isinstance(exc, BrokenPipeError) or (
+            os.name == "nt" and exc.errno == errno.EINVAL)
+        if not closed:
+            say(str(exc))
+        return 1
+    except (ValueError, TypeError) as exc:
+        say(str(exc))
+        return 2
 
 
-def say(*lines: str) -> None:
-    """Print lines to standard error, but for empty ones."""
-    for line in filter(None, lines):
-        print("serv: " + line, file=sys.stderr)
+def prepare_streams() -> None:
+    """Let no text be fatal that an encoding cannot represent."""
+    for file in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(file, io.TextIOWrapper):
+            file.reconfigure(errors="replace")
+            if os.name == "nt" and not file.isatty():
+                # Before Python 3.15, Windows' pipes are in its ANSI code.
+                file.reconfigure(encoding="utf-8")
 
 
-def parse_args(argv: Sequence[str] | None) -> Any:
-    """Return the options of the command line; ValueError where it is wrong."""
+def discard_output() -> None:
+    """Send what is left of the output nowhere, or Python would fail at exit.
+
+    https://docs.python.org/3/library/signal.html#note-on-sigpipe
+    """
+    with contextlib.suppress(OSError, AttributeError):  # there is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(text: str) -> None:
+    """Print a line to standard error."""
+    try:
+        print("serv: " + shorten(text, 1000), file=sys.stderr, flush=True)
+    except OSError:     # closed, or a full disk: nobody can be told
+        sys.stderr = open(os.devnull, "w")
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """Do what the command line asks for; return the exit status."""
+    args = parse_args([clean_text(word) for word in argv])
+    if args.help:
+        print(HELP, end="", flush=True)
+        return 0
+    if args.version:
+        print("serv " + __version__, flush=True)
+        return 0
+    request = build_command_request(args)
+    if args.dry_run:
+        print(build_curl(request), flush=True)
+        return 0
+    note = Note(f"serv: waiting for {args.model}")
+    if not args.verbose:
+        return print_answer(args, request, note)
+    with retries_shown(note):
+        return print_answer(args, request, note)
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Return the options; raise ValueError if they are wrong."""
     import argparse
-    parser: Any = argparse.ArgumentParser(usage="", add_help=False)
-    parser.error = functools.partial(require, False)  # it would exit
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            # What argparse quotes may be a key: show only the words before.
+            words = message.split("'")[0].split(": ")
+            shown = ": ".join(words[:2 if words[0].startswith("argument")
+                                    else 1])
+            raise ValueError(f"{shown.rstrip(' :')}; see --help")
+
+    parser = Parser(usage="", add_help=False, allow_abbrev=False)
     add = parser.add_argument
     add("prompt", nargs="*")
     add("-m", "--model")
     add("-s", "--system", default="You are a helpful assistant.")
     add("-e", "--endpoint", choices=list(PATHS), default="chat")
     add("-n", "--max-tokens", type=int)
-    for names in "-o --option", "-H --header":
-        add(*names.split(), action="append", default=[])
-    for names in "--no-stream", "--json", "--dry-run", "-v --verbose":
-        add(*names.split(), action="store_true")
-    for names, told in (("--version", "serv " + __version__),
-                        ("-h --help", main.__doc__ or "see README.md")):  # -OO
-        add(*names.split(), action="store_const", dest="told", const=told)
-    return parser.parse_intermixed_args(argv)
+    add("-o", "--option", action="append", default=[])
+    add("-H", "--header", action="append", default=[])
+    add("--no-stream", action="store_true")
+    add("--json", action="store_true")
+    add("--dry-run", action="store_true")
+    add("-v", "--verbose", action="store_true")
+    add("--version", action="store_true")
+    add("-h", "--help", action="store_true")
+    # argparse drops "--" in another way in each Python.
+    end = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_intermixed_args(argv[:end])
+    args.use_stdin = "-" in args.prompt
+    args.prompt = [word for word in args.prompt if word != "-"]
+    args.prompt += argv[end + 1:]
+    return args
 
 
-def build_call(args: Any) -> _Call:
-    """Return the call that the command line asks for."""
-    texts = [" ".join(word for word in args.prompt if word != "-")]
-    if sys.stdin and ("-" in args.prompt or not sys.stdin.isatty()):
-        texts.append(sys.stdin.read().rstrip())
-    prompt = require("\n\n".join(filter(None, texts)), "no prompt; see --help")
-    args.streaming = not (args.no_stream or args.json)
-    chat = args.endpoint == "chat"
-    params: JSONDict = {} if chat else {"max_tokens": 4096}
-    if args.verbose and chat and args.streaming:  # it tells the tokens
-        params["stream_options"] = {"include_usage": True}
-    params.update(iter_pairs(args.option, "=", parse_json))
-    # what stream() has arguments for; the last is **params
-    bad = params.keys() & {*stream.__code__.co_varnames[:-1], "stream"}
-    require(not bad, f"-o sets no {' or '.join(sorted(bad))}; see --help")
-    limit = "max_completion_tokens" if chat else "max_tokens"
-    params.update({} if args.max_tokens is None else {limit: args.max_tokens})
-    headers = dict(iter_pairs(args.header, ":", str.strip))
-    args.model = find_setting("MODEL", args.model, EXAMPLES[args.endpoint])
-    return build_request(args.endpoint, args.streaming, params, headers,
-                         "$SERV_API_KEY" * args.dry_run, model=args.model,
-                         system=args.system, messages=clean_text(prompt))
+def build_command_request(args: argparse.Namespace) -> Request:
+    """Return the request that the command line asks for."""
+    texts = [" ".join(args.prompt), read_stdin(args.use_stdin)]
+    prompt = "\n\n".join(text for text in texts if text)
+    if not prompt:
+        raise ValueError("no prompt; see --help")
+    if not args.system.strip():
+        raise ValueError("-s: the system prompt is empty; SERV requires one")
+    streaming = not (args.no_stream or args.json)
+    params: JSONDict = {}
+    limit = "max_completion_tokens"
+    if args.endpoint == "messages":
+        limit = "max_tokens"
+        params[limit] = 4096
+    elif args.verbose and streaming:
+        params["stream_options"] = {"include_usage": True}  # the tokens
+    for name, value in split_options(args.option, "=", "-o"):
+        if name in INSTEAD:
+            raise ValueError(f"-o cannot set {name}: {INSTEAD[name]}")
+        params[name] = parse_value(value)
+    if args.max_tokens is not None:
+        params[limit] = args.max_tokens
+    args.model = (args.model or os.environ.get("SERV_MODEL")
+                  or EXAMPLES[args.endpoint])
+    return build_request(
+        args.endpoint, prompt, streaming=streaming, model=args.model,
+        system=args.system, params=params,
+        api_key="$SERV_API_KEY" if args.dry_run else None,
+        headers=dict(split_options(args.header, ":", "-H")))
 
 
-def iter_pairs(options: list[str], sign: str, read: Any) -> Iterator[Any]:
-    """Yield the name and the value read of each NAME=VALUE or NAME: VALUE."""
-    for name, found, text in (option.partition(sign) for option in options):
-        # Not shown: what stands there may be a key.
-        require(name and found, f"an option lacks its NAME{sign}VALUE")
-        yield name, read(text)
-
-
-def build_curl(call: _Call) -> str:
-    """Return the curl command of a call; the shell puts the key in."""
-    from shlex import quote
-    ours = "Authorization: Bearer $SERV_API_KEY"
-    # curl takes "Name;" for an empty header
-    lines = [f"{name}: {text}" if text else name + ";"
-             for name, text in call.headers.items()]
-    return " \\\n  ".join(["curl -gsSN --path-as-is " + quote(call.url), *[
-        "-H " + (f'"{line}"' if line == ours else quote(line))
-        for line in lines], "--data-raw " + quote(call.body.decode())])
-
-
-def print_answer(args: Any, call: _Call) -> int:
-    """Print the answer to a call; return the exit status."""
-    tty: Any = sys.stderr if sys.stderr.isatty() else io.StringIO()
-    print("serv: waiting for", args.model, end="", file=tty, flush=True)
-    # as wide as the note, and the ^C that a terminal may have put behind it
-    blank, text = f"\r{' ' * (len(args.model) + 20)}\r", ""
+def read_stdin(by_name: bool) -> str:
+    """Return standard input if it is piped, or asked for by name."""
+    if sys.stdin is None or (sys.stdin.isatty() and not by_name):
+        return ""
     try:
-        found: Any = call.run(_Call.stream if args.streaming else _Call.reply)
-        for piece in found if args.streaming else [found]:
-            print(blank, end="", file=tty, flush=True)
-            text = str(piece) if not args.json else json.dumps(
-                piece, indent=2, ensure_ascii=False)
-            print(text, end="", flush=True)
-            blank = ""
+        return clean_text(sys.stdin.read().rstrip())
+    except (OSError, TypeError):
+        # nohup opens it for writing.  If it does not block and has nothing
+        # yet, the io module gets None to decode, before Python 3.14.
+        return ""
+
+
+def split_options(options: list[str], sign: str,
+                  flag: str) -> Iterator[tuple[str, str]]:
+    """Yield the name and the value of each NAME=VALUE or NAME: VALUE."""
+    for option in options:
+        name, found, value = option.partition(sign)
+        if not name or not found:
+            # Not shown: it may be a key.
+            raise ValueError(f"{flag} lacks its NAME{sign}VALUE; see --help")
+        yield name, value if sign == "=" else value.strip()
+
+
+def parse_value(text: str) -> JSON:
+    """Return the value of a text that is JSON, else the text."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        return text
+
+
+def build_curl(request: Request) -> str:
+    """Return the curl command of a request; the shell puts the key in."""
+    from shlex import quote
+    lines = ["curl -gsSN --path-as-is " + quote(request.url)]
+    for name, value in request.headers.items():
+        if value == "Bearer $SERV_API_KEY":
+            lines.append(f'-H "{name}: {value}"')
+        elif name != "Host":
+            # curl takes "Name;" for an empty header.
+            lines.append("-H " + quote(f"{name}: {value}" if value
+                                       else name + ";"))
+    lines.append("--data-raw " + quote(request.body.decode()))
+    return " \\\n  ".join(lines)
+
+
+@contextlib.contextmanager
+def retries_shown(note: Note) -> Iterator[None]:
+    """Print what the logger is told meanwhile: a line for each retry."""
+    import logging
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            note.erase()
+            say(record.getMessage())
+
+    handler = Handler()
+    logging.getLogger("serv").addHandler(handler)
+    try:
+        yield
     finally:
-        print(blank, end="", file=tty, flush=True)
-        print(end="\n" if text[-1:] not in ("", "\n") else "", flush=True)
-    reply = found.reply if args.streaming else found
-    wrong = ("blocked: " + shown(reply.refusal) if reply.refusal else
-             "cut off by the token limit" * reply.truncated)
-    told = (f"request id {reply.request_id or 'none'}, {reply.elapsed:.1f} s, "
-            f"{json.dumps(reply.usage) if reply.usage else 'tokens not told'}")
-    tools = reply.tool_calls and "the answer calls tools; --json shows them"
-    say(told * args.verbose, tools * (not args.json), wrong)
-    return 3 if wrong else 0
+        logging.getLogger("serv").removeHandler(handler)
+
+
+class Note:
+    """A note on a terminal that says what is being waited for."""
+
+    def __init__(self, text: str) -> None:
+        self.is_shown = sys.stderr.isatty()
+        width = 80
+        if self.is_shown:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        self.text = shorten(text, 1000)[:max(width - 3, 0)]
+
+    def show(self) -> None:
+        """Print it, without a line feed."""
+        if self.is_shown:
+            print(self.text, end="", file=sys.stderr, flush=True)
+
+    def erase(self) -> None:
+        """Erase it, and the ^C that a terminal may have put behind it."""
+        if self.is_shown:
+            self.is_shown = False
+            print("\r" + " " * (len(self.text) + 2) + "\r", end="",
+                  file=sys.stderr, flush=True)
+
+
+def print_answer(args: argparse.Namespace, request: Request,
+                 note: Note) -> int:
+    """Send the request and print the answer; return the exit status."""
+    note.show()
+    try:
+        exchange = send_request(request)
+        if request.streaming:
+            pieces = Stream(exchange)
+            print_pieces(pieces, note)
+            reply = pieces.reply
+        else:
+            reply = exchange.to_reply()
+            text = reply.text
+            if args.json:
+                text = json.dumps(reply, indent=2, ensure_ascii=False)
+            print_pieces([text], note)
+    finally:
+        note.erase()
+    if args.verbose:
+        usage = json.dumps(reply.usage) if reply.usage else "no token counts"
+        say(f"request id {reply.request_id or 'none'}, "
+            f"{reply.elapsed:.1f} s, {usage}")
+    if reply.tool_calls and not args.json:
+        say("the answer calls tools; --json shows them")
+    if reply.refusal:
+        say("blocked: " + reply.refusal)
+        return 3
+    if reply.truncated:
+        say("cut off by the token limit")
+        return 3
+    return 0
+
+
+def print_pieces(pieces: Iterable[str], note: Note) -> None:
+    """Print pieces as they come, and end the last line."""
+    last = ""
+    try:
+        for piece in pieces:
+            note.erase()
+            if sys.stdout.isatty():
+                piece = disarm(piece)
+            print(piece, end="", flush=True)
+            last = piece or last
+    finally:
+        note.erase()
+        if last and not last.endswith("\n"):
+            print(flush=True)
+
+
+def disarm(text: str) -> str:
+    """Replace control characters, so that no model drives the terminal."""
+    return "".join("\ufffd" if char < " " and char not in "\n\t"
+                   or "\x7f" <= char <= "\x9f" else char for char in text)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,33 @@
-"""Tests of serv.py, over real sockets; also its demonstration.
+"""The tests of serv.py: the book of how the client and the service behave.
 
-    python3 -m pytest -q test_serv.py       the tests; pytest is all they need
-    python3 test_serv.py "Hello!"           the command line, on a stand-in
-    python3 test_serv.py --bench            the figures of README.md, measured
+    python3 -m pytest -q test_serv.py    the tests; they need pytest only
+    python3 test_serv.py "Hello!"        the command line, on the fake service
+    python3 test_serv.py --bench         measures the figures of README.md
 
-From top to bottom: bytes, a server on loopback that does what a test says,
-a stand-in for the service, and then a group of tests for each section of
-serv.py, in its order; the live checks (SERV_LIVE=1) and the promises last.
+For tests of your own: ``with test_serv.Server(test_serv.service) as server:``
+runs the fake service; give each call ``base_url=server.url`` and
+``api_key=test_serv.KEY``.
+
+The map.  Each line is a banner of this file; from "Errors" to "Command line"
+there is one group of tests for each section of serv.py:
+
+    Bytes                       what goes over the wire
+    Fake service                both formats; its model repeats the prompt
+    Raw server                  does on loopback what a test tells it to do
+    Fixtures                    and the helpers that many tests share
+    Errors                      the tree, and what an error says
+    The calls                   their arguments, and what they refuse
+    Replies                     the same views of both formats
+    Building requests           the body, the URL, the key, headers, timeout
+    Reading answers             what is an error; when to retry
+    Server-sent events          bytes in, events out
+    Putting streams together    events in, the whole answer out
+    Streams                     pieces, ends, errors, close()
+    Network                     connections, time, retries, proxies, limits
+    Command line                options, output, exit status
+    Live checks                 of the real service, with SERV_LIVE=1
+    README and promises         what is written about serv.py is true
+    Benchmark                   the figures of README.md
 """
 import ast
 import base64
@@ -14,6 +35,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import email.message
 import email.utils
 import functools
 import gc
@@ -63,8 +85,15 @@ except ImportError:  # demo() needs none of it
 KEY = "sk-test-0123456789"
 
 
+def table(names, rows):
+    """Run a test with each row of a dict, whose keys state the rules."""
+    return pytest.mark.parametrize(names, list(rows.values()), ids=list(rows))
+
+
 # ---------------------------------------------------------------------------
-# Bytes: what goes over the wire.
+# Bytes
+#
+# What goes over the wire.
 # ---------------------------------------------------------------------------
 
 def http_answer(body=b"", status="200 OK", kind="application/json", **headers):
@@ -106,131 +135,35 @@ def stream_answer(*events, **headers):
     return head + b"".join(chunk(sse(e)) for e in events) + chunk(b"")
 
 
-# ---------------------------------------------------------------------------
-# A server on loopback that does whatever a test says.
-# ---------------------------------------------------------------------------
-
 Request = collections.namedtuple(
     "Request", "method target headers body connection")
+# One that came: `headers` by names in lower case, `connection` its number.
 
 
-class Server:
-    """Serve each request of each connection with answer(wire, request).
-
-    `answer` is a function, or bytes to send each time, or a list of either,
-    one for each request in turn (the last one for all that follow).  `wire`
-    is the connected socket.  Where the function returns False, or raises
-    OSError, the connection is closed; otherwise the next request is read.
-    A request is always read to its end first.  `requests` is what came;
-    `connections` how often a client connected.
-    """
-
-    def __init__(self, answer, context=None, host="127.0.0.1"):
-        self.answers = answer if isinstance(answer, list) else [answer]
-        self.context = context
-        self.requests, self.connections = [], 0
-        self.lock = threading.Lock()
-        self.wires = set()
-        self.listener = socket.create_server(
-            (host, 0), backlog=128,
-            family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-        self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.port = self.listener.getsockname()[1]
-        self.url = "%s://%s:%d" % ("https" if context else "http",
-                                   "[%s]" % host if ":" in host else host,
-                                   self.port)
-        self.threads = [threading.Thread(target=self.accept, daemon=True)]
-        self.threads[0].start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.stop()
-
-    def stop(self):
-        """Close everything; waits until all of its threads have ended."""
-        try:
-            self.listener.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-        self.listener.close()
-        self.threads[0].join(10)
-        with self.lock:
-            for wire in list(self.wires):
-                try:
-                    wire.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
-        for thread in self.threads[1:]:
-            thread.join(10)
-
-    def accept(self):
-        while True:
-            try:
-                wire, _ = self.listener.accept()
-            except OSError:
-                return
-            self.connections += 1
-            thread = threading.Thread(
-                target=self.converse, args=(wire, self.connections),
-                daemon=True)
-            with self.lock:
-                self.wires.add(wire)
-            self.threads.append(thread)
-            thread.start()
-
-    def converse(self, wire, number):
-        plain = wire
-        try:
-            if self.context:
-                wire = self.context.wrap_socket(wire, server_side=True)
-                with self.lock:
-                    self.wires.discard(plain)
-                    self.wires.add(wire)
-            with wire.makefile("rb") as reader:
-                while True:
-                    request = read_request(reader, number)
-                    if request is None:
-                        return
-                    with self.lock:
-                        self.requests.append(request)
-                        turn = min(len(self.requests), len(self.answers)) - 1
-                    answer = self.answers[turn]
-                    if isinstance(answer, bytes):
-                        wire.sendall(answer)
-                    elif answer(wire, request) is False:
-                        return
-        except (OSError, ValueError):
-            pass  # the client hung up, or the test is over
-        finally:
-            with self.lock:
-                self.wires.discard(wire)
-            wire.close()
-
-
-def read_request(reader, connection):
-    """Read one request whole; None at the end of the connection."""
-    line = reader.readline().decode("latin-1").split()
-    if len(line) != 3 or not line[2].startswith("HTTP/"):
-        return None
-    headers = {}
-    while True:
-        name, _, value = reader.readline().decode("latin-1").partition(":")
-        if not name.strip():
-            break
-        headers[name.strip().lower()] = value.strip()
-    body = reader.read(int(headers.get("content-length", 0)))
-    return Request(line[0], line[1], headers, body, connection)
+def closing(answer):
+    """Return what sends an answer to a request and then hangs up."""
+    def send(wire, request):
+        wire.sendall(answer)
+        return False
+    return send
 
 
 # ---------------------------------------------------------------------------
-# A stand-in for the service.  Server(service) speaks both formats as SERV
-# does; its model echoes the prompt.
+# Fake service
+#
+# Server(service) speaks both formats as SERV does.  Its model repeats the
+# prompt, calls the first tool that it is given, and fills in JSON schemas.  A
+# prompt with "blocked" in it is refused; a limit below 5 tokens cuts the text
+# off.  What SERV would refuse gets a 400, 401 or 404: see FAKE_REFUSES.
 # ---------------------------------------------------------------------------
 
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
 REQUEST_ID = "req-5e12f0"
+BAD_REQUEST = ("400 Bad Request", "invalid_request_error")
+
+
+class Refusal(Exception):
+    """The fake service says no: a status line, a type, a message."""
 
 
 def service(wire, request):
@@ -239,67 +172,119 @@ def service(wire, request):
 
 
 def service_answer(request):
-    """Return the bytes of the answer to a request."""
-    chat = request.target == CHAT
+    """Return the bytes of the answer to a request, whatever it holds."""
     ids = {"x_openserv_request_id": REQUEST_ID}
     try:
         check_request(request)
-        body = json.loads(request.body.decode())
-        check_body(body, chat)
-    except LookupError as exc:
-        status, kind, told = exc.args
-        error = {"error": {"type": kind, "message": told}}
-        if not chat:
+        body = parse_body(request.body)
+        if request.target == CHAT:
+            check_chat(body)
+        else:
+            check_messages(body)
+        answer, events = make_answer(body, request.target)
+    except Refusal as exc:
+        status, kind, text = exc.args
+        error = {"error": {"type": kind, "message": text}}
+        if request.target == MESSAGES:
             error = {"type": "error", **error, "request_id": REQUEST_ID}
         return http_answer(error, status, **ids)
-    build, split = ((chat_answer, chat_events) if chat else
-                    (messages_answer, messages_events))
-    answer = build(body)
     if body.get("stream"):
-        return stream_answer(*split(answer, body), **ids)
+        return stream_answer(*events, **ids)
     return http_answer(answer, **ids)
 
 
+def make_answer(body, target):
+    """Return the answer to a body, and the events of the same as a stream."""
+    build, split = ((chat_answer, chat_events) if target == CHAT else
+                    (messages_answer, messages_events))
+    try:
+        return build(body), list(split(build(body), body))
+    except (AttributeError, LookupError, RecursionError, TypeError,
+            ValueError) as exc:  # something deep inside: a schema that is none
+        raise Refusal(*BAD_REQUEST, "Cannot read the request: %r" % exc)
+
+
 def check_request(request):
-    """Raise LookupError(status, type, message) for a bad path or key."""
+    """Raise Refusal for a bad path or key."""
     if request.method != "POST" or request.target not in (CHAT, MESSAGES):
-        raise LookupError("404 Not Found", "not_found_error",
-                          "No such path: " + request.target)
+        raise Refusal("404 Not Found", "not_found_error",
+                      "No such path: " + request.target)
     if request.headers.get("authorization") != "Bearer " + KEY:
-        raise LookupError("401 Unauthorized", "authentication_error",
-                          "Invalid API key.")
+        raise Refusal("401 Unauthorized", "authentication_error",
+                      "Invalid API key.")
 
 
-def check_body(body, chat):
-    """Raise LookupError for a body that the service would refuse."""
-    roles = [entry.get("role") for entry in body.get("messages", [])]
-    wrong = None
-    if not (set(roles) & {"system", "developer"} if chat
-            else body.get("system")):
-        wrong = ("A system prompt is required. Add a system or developer "
-                 "message." if chat else
-                 "A system prompt is required. Set the system field.")
-    elif not body.get("model"):
-        wrong = "model: Field required"
-    elif not chat and not isinstance(body.get("max_tokens"), int):
-        wrong = "max_tokens: Field required"
-    if wrong:
-        raise LookupError("400 Bad Request", "invalid_request_error", wrong)
+def parse_body(data):
+    """Return the decoded body; raise Refusal if it is no JSON object."""
+    try:
+        body = json.loads(data.decode())
+    except (ValueError, RecursionError):
+        raise Refusal(*BAD_REQUEST, "The body is not JSON.")
+    check(isinstance(body, dict), "The body is not a JSON object.")
+    check(isinstance(body.get("model"), str) and body["model"],
+          "model: Field required")
+    check(body.get("messages") and are_objects(body["messages"]),
+          "messages: expected a list of objects")
+    for entry in body["messages"]:
+        check(isinstance(entry.get("role"), str), "role: Field required")
+        check(is_content(entry.get("content")), "content: expected text or "
+              "a list of objects")
+    for name in ("max_tokens", "max_completion_tokens"):
+        check(type(body.get(name, 1)) is int and body.get(name, 1) >= 0,
+              name + ": expected a whole number")
+    check(are_objects(body.get("tools") or []),
+          "tools: expected a list of objects")
+    return body
+
+
+def check_chat(body):
+    """Raise Refusal for a body that the chat endpoint would refuse."""
+    roles = {entry["role"] for entry in body["messages"]}
+    check(roles & {"system", "developer"}, "A system prompt is required. "
+          "Add a system or developer message.")
+    for tool in body.get("tools") or []:
+        check(isinstance(tool.get("function"), dict)
+              and isinstance(tool["function"].get("name"), str),
+              "tools: function.name: Field required")
+
+
+def check_messages(body):
+    """Raise Refusal for a body that the Messages endpoint would refuse."""
+    check(body.get("system") and is_content(body["system"]),
+          "A system prompt is required. Set the system field.")
+    check("max_tokens" in body, "max_tokens: Field required")
+    for tool in body.get("tools") or []:
+        check(isinstance(tool.get("name"), str), "tools: name: Field required")
+
+
+def check(good, wrong):
+    """Raise a Refusal of a request that is not good."""
+    if not good:
+        raise Refusal(*BAD_REQUEST, wrong)
+
+
+def are_objects(value):
+    return isinstance(value, list) and all(
+        isinstance(entry, dict) for entry in value)
+
+
+def is_content(value):
+    return value is None or isinstance(value, str) or are_objects(value)
 
 
 def find_words(content):
     """Return the text of a message's content, and of tool results in it."""
     if isinstance(content, str):
         return content
-    return " ".join(part.get("text") or find_words(part.get("content", ""))
+    return " ".join(part.get("text") or find_words(part.get("content"))
                     for part in content or [])
 
 
 def has_result(entry):
     """Whether a message brings the result of a tool."""
-    return entry["role"] == "tool" or not isinstance(
-        entry["content"], str) and any(
-            part["type"] == "tool_result" for part in entry["content"])
+    return entry["role"] == "tool" or any(
+        part.get("type") == "tool_result" for part in
+        entry["content"] if isinstance(part, dict))
 
 
 def fill(schema, name="answer"):
@@ -307,6 +292,8 @@ def fill(schema, name="answer"):
     kind = schema.get("type", "object")
     if "enum" in schema:
         return schema["enum"][0]
+    if isinstance(kind, list):
+        kind = kind[0]
     if kind == "object":
         return {name: fill(inner, name)
                 for name, inner in schema.get("properties", {}).items()}
@@ -324,10 +311,10 @@ Said = collections.namedtuple("Said", "text call stop tokens")
 def make_up(body, schema_of):
     """Return what the model says; `schema_of(tool)` is (name, schema)."""
     entry = body["messages"][-1]
-    prompt = find_words(entry["content"])
+    prompt = find_words(entry.get("content"))
     text, call, stop = 'You said: "%s"' % prompt, None, "stop"
     choice = body.get("tool_choice", "auto")
-    wanted = body.get("response_format", {}).get("type", "text")
+    wanted = (body.get("response_format") or {}).get("type", "text")
     limit = body.get("max_completion_tokens", body.get("max_tokens", 99))
     if "blocked" in prompt:
         text, stop = "I can't share that.", "content_filter"
@@ -389,7 +376,7 @@ def chat_events(answer, body):
             yield event({"tool_calls": [
                 {"index": index, "function": {"arguments": piece}}]})
     yield event({}, choice["finish_reason"])
-    if body.get("stream_options", {}).get("include_usage"):
+    if (body.get("stream_options") or {}).get("include_usage"):
         yield {**event({}), "choices": [], "usage": usage}
     yield "[DONE]"
 
@@ -399,7 +386,7 @@ def messages_answer(body):
     said = make_up(body, lambda tool: (
         tool["name"], tool.get("input_schema", {})))
     blocks = []
-    if body.get("thinking", {}).get("type") == "enabled":
+    if (body.get("thinking") or {}).get("type") == "enabled":
         blocks.append({"type": "thinking", "signature": "c2lnbmVk",
                        "thinking": "The user wants an answer."})
     if said.text:
@@ -453,15 +440,238 @@ def split_block(block):
     return {**block, name: ""}, deltas
 
 
+# What the fake service refuses: change a good request, and see.
+FAKE_BODY = {"model": "m", "max_tokens": 9, "system": "s", "messages": [
+    {"role": "system", "content": "s"}, {"role": "user", "content": "Hi"}]}
+FAKE_SAYS = {"role": "user", "content": "Hi"}
+FAKE_REFUSES = [
+    # the path, what is changed of FAKE_BODY (None: left out), the message
+    (CHAT, b"", "The body is not JSON."),
+    (CHAT, b"\xff", "The body is not JSON."),
+    (CHAT, b"[" * 100000, "The body is not JSON."),
+    (CHAT, b"[{}]", "The body is not a JSON object."),
+    (CHAT, {"model": None}, "model: Field required"),
+    (CHAT, {"model": 5}, "model: Field required"),
+    (CHAT, {"messages": None}, "messages: expected a list of objects"),
+    (CHAT, {"messages": []}, "messages: expected a list of objects"),
+    (CHAT, {"messages": "Hi"}, "messages: expected a list of objects"),
+    (CHAT, {"messages": ["Hi"]}, "messages: expected a list of objects"),
+    (CHAT, {"messages": [{"content": "Hi"}]}, "role: Field required"),
+    (CHAT, {"messages": [{"role": "user", "content": 5}]},
+     "content: expected text or a list of objects"),
+    (CHAT, {"messages": [FAKE_SAYS]}, "A system prompt is required. Add a "
+     "system or developer message."),
+    (MESSAGES, {"system": None}, "A system prompt is required. Set the "
+     "system field."),
+    (MESSAGES, {"system": 5}, "A system prompt is required. Set the "
+     "system field."),
+    (MESSAGES, {"max_tokens": None}, "max_tokens: Field required"),
+    (MESSAGES, {"max_tokens": -1}, "max_tokens: expected a whole number"),
+    (CHAT, {"max_completion_tokens": "9"}, "max_completion_tokens: expected "
+     "a whole number"),
+    (CHAT, {"tools": 5}, "tools: expected a list of objects"),
+    (CHAT, {"tools": ["f"]}, "tools: expected a list of objects"),
+    (CHAT, {"tools": [{"name": "f"}]}, "tools: function.name: Field "
+     "required"),
+    (MESSAGES, {"tools": [{"function": {"name": "f"}}]}, "tools: name: Field "
+     "required"),
+    (CHAT, {"response_format": "json"}, "Cannot read the request: "
+     "AttributeError(\"'str' object has no attribute 'get'\")"),
+]
+
+
+def fake_ask(target=CHAT, body=b"", method="POST", key=KEY):
+    """Return the status of the fake service's answer, and its JSON."""
+    if isinstance(body, dict):
+        body = json.dumps({name: value for name, value in body.items()
+                           if value is not None}).encode()
+    head, _, answer = service_answer(Request(
+        method, target, {"authorization": "Bearer " + key}, body, 1)
+    ).partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(answer.decode())
+
+
+@pytest.mark.parametrize("target, change, message", FAKE_REFUSES)
+def test_what_the_fake_service_refuses(target, change, message):
+    body = change if isinstance(change, bytes) else {**FAKE_BODY, **change}
+    error = {"error": {"type": "invalid_request_error", "message": message}}
+    if target == MESSAGES:
+        error = {"type": "error", **error, "request_id": REQUEST_ID}
+    assert fake_ask(target, body) == (400, error)
+
+
+def test_the_fake_service_refuses_a_wrong_key_and_path():
+    assert fake_ask(CHAT, FAKE_BODY, key="sk-other") == (401, {"error": {
+        "type": "authentication_error", "message": "Invalid API key."}})
+    for method, target in (("POST", "/v1/models"), ("GET", CHAT)):
+        assert fake_ask(target, FAKE_BODY, method) == (404, {"error": {
+            "type": "not_found_error", "message": "No such path: " + target}})
+
+
+@pytest.mark.parametrize("target", [CHAT, MESSAGES])
+def test_the_fake_service_answers_every_body(target):
+    tool = {"name": "f", "function": {"name": "f", "parameters": {
+        "type": "object", "properties": {"a": {"type": "array"}}}},
+        "input_schema": {"properties": {"a": {"enum": [1]}}}}
+    whole = {**FAKE_BODY, "tools": [tool], "tool_choice": "auto",
+             "response_format": {"type": "json_schema", "json_schema": {
+                 "schema": {"type": "object"}}}, "stream_options": {},
+             "thinking": {"type": "enabled"}, "reasoning_effort": "low"}
+    for path in json_paths(whole):
+        for odd in (None, 5, "x", True, [], [None], ["x"], {}, {"a": 1}):
+            body = copy.deepcopy(whole)
+            place = body
+            for step in path[:-1]:
+                place = place[step]
+            place[path[-1]] = odd
+            status, answer = fake_ask(target, json.dumps(body).encode())
+            assert status == 200 or answer["error"]["message"], body
+
+
+def json_paths(value, path=()):
+    """Yield the path of each value inside a JSON value."""
+    entries = (value.items() if isinstance(value, dict) else
+               enumerate(value) if isinstance(value, list) else ())
+    for step, inner in entries:
+        yield path + (step,)
+        yield from json_paths(inner, path + (step,))
+
+
+# ---------------------------------------------------------------------------
+# Raw server
+#
+# It answers on loopback in whatever way a test says.
+# ---------------------------------------------------------------------------
+
+class Server:
+    """Serve each request of each connection with answer(wire, request).
+
+    `answer` is a function, or bytes to send each time, or a list of either,
+    one for each request in turn (the last one for all that follow).  `wire`
+    is the connected socket.  Where the function returns False, or raises
+    OSError, the connection is closed; otherwise the next request is read.
+    A request is always read to its end first.  `requests` is what came;
+    `connections` how often a client connected.
+    """
+
+    def __init__(self, answer, context=None, host="127.0.0.1"):
+        self.answers = answer if isinstance(answer, list) else [answer]
+        self.context = context
+        self.requests, self.connections = [], 0
+        self.lock, self.stopped = threading.Lock(), False
+        self.wires = set()
+        self.listener = socket.create_server(
+            (host, 0), backlog=128,
+            family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.port = self.listener.getsockname()[1]
+        self.url = "%s://%s:%d" % ("https" if context else "http",
+                                   "[%s]" % host if ":" in host else host,
+                                   self.port)
+        self.threads = [threading.Thread(target=self.accept, daemon=True)]
+        self.threads[0].start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def stop(self):
+        """Close everything; waits until all of its threads have ended."""
+        self.stopped = True
+        with contextlib.suppress(OSError), socket.socket(
+                self.listener.family) as wake:
+            wake.settimeout(10)  # nothing else ends accept() on all systems
+            wake.connect(self.listener.getsockname())
+        self.threads[0].join(10)
+        self.listener.close()
+        with self.lock:
+            for wire in list(self.wires):
+                try:
+                    wire.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass
+        for thread in self.threads[1:]:
+            thread.join(10)
+
+    def accept(self):
+        while True:
+            try:
+                wire, _ = self.listener.accept()
+            except OSError:
+                return
+            if self.stopped:
+                wire.close()
+                return
+            self.connections += 1
+            thread = threading.Thread(
+                target=self.converse, args=(wire, self.connections),
+                daemon=True)
+            with self.lock:
+                self.wires.add(wire)
+            self.threads.append(thread)
+            thread.start()
+
+    def converse(self, wire, number):
+        plain = wire
+        try:
+            if self.context:
+                wire = self.context.wrap_socket(wire, server_side=True)
+                with self.lock:
+                    self.wires.discard(plain)
+                    self.wires.add(wire)
+            with wire.makefile("rb") as reader:
+                while True:
+                    request = read_request(reader, number)
+                    if request is None:
+                        return
+                    with self.lock:
+                        self.requests.append(request)
+                        turn = min(len(self.requests), len(self.answers)) - 1
+                    answer = self.answers[turn]
+                    if isinstance(answer, bytes):
+                        wire.sendall(answer)
+                    elif answer(wire, request) is False:
+                        return
+        except (OSError, ValueError):
+            pass  # the client hung up, or the test is over
+        finally:
+            with self.lock:
+                self.wires.discard(wire)
+            wire.close()
+
+
+def read_request(reader, connection):
+    """Read one request whole; None at the end of the connection."""
+    line = reader.readline().decode("latin-1").split()
+    if len(line) != 3 or not line[2].startswith("HTTP/"):
+        return None
+    headers = {}
+    while True:
+        name, _, value = reader.readline().decode("latin-1").partition(":")
+        if not name.strip():
+            break
+        name = name.strip().lower()
+        before = headers[name] + ", " if name in headers else ""
+        headers[name] = before + value.strip()
+    body = reader.read(int(headers.get("content-length", 0)))
+    return Request(line[0], line[1], headers, body, connection)
+
+
 def demo(argv):
-    """Run serv's command line against the stand-in; return its status."""
+    """Run serv's command line against the fake service; return its status."""
     with Server(service) as server:
         os.environ.update(SERV_BASE_URL=server.url, SERV_API_KEY=KEY,
                           NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
         return serv.main(argv)
 
 
-# -- What every test starts with ----------------------------------------------
+# ---------------------------------------------------------------------------
+# Fixtures
+#
+# What every test starts with, and the helpers that many tests share.
+# ---------------------------------------------------------------------------
 
 LIVE = os.environ.get("SERV_LIVE") == "1"
 MODEL, SYSTEM = "gpt-5.4-mini", "Be brief."
@@ -469,29 +679,30 @@ MODEL, SYSTEM = "gpt-5.4-mini", "Be brief."
 
 @pytest.fixture(scope="session", autouse=True)
 def shared():
-    """A stand-in of the tests that do not look at what it was asked."""
-    gc.freeze()  # what pytest has made is much, and stays
+    """A fake service for the tests that do not look at its requests."""
+    if hasattr(gc, "freeze"):  # what pytest has made is much, and stays
+        gc.freeze()
     with Server(service) as server:
         yield server
 
 
 @pytest.fixture
 def standin():
-    """A stand-in of a test's own."""
+    """A fake service of a test's own."""
     with Server(service) as server:
         yield server
 
 
 @pytest.fixture
 def real():
-    """For a test of the service itself, with the settings as they are."""
+    """For a test of the real service, with the settings as they are."""
     if not LIVE:
         pytest.skip("needs SERV_LIVE=1, and the other SERV_ variables")
 
 
 @pytest.fixture(autouse=True)
 def settings(request, monkeypatch, shared):
-    """Have the SERV_ variables lead to the stand-in, unless it is real."""
+    """Have the SERV_ variables lead to the fake service, or leave them."""
     if "real" in request.fixturenames:
         return
     for name in list(os.environ):
@@ -504,34 +715,6 @@ def settings(request, monkeypatch, shared):
     monkeypatch.setenv("SERV_API_KEY", KEY)
     monkeypatch.setenv("SERV_MODEL", MODEL)
 
-
-def at_once(*cases, threads=None):
-    """Run a test with each case, all at the same time: most of them wait."""
-    def decorate(test):
-        @functools.wraps(test)
-        def run(**fixtures):
-            with concurrent.futures.ThreadPoolExecutor(
-                    threads or len(cases)) as pool:
-                ends = [pool.submit(test, *case, **fixtures) for case in cases]
-            for case, end in zip(cases, ends):
-                if end.exception():
-                    raise AssertionError(
-                        "with %.999r" % (case,)) from end.exception()
-        parameters = list(inspect.signature(test).parameters.values())
-        run.__signature__ = inspect.Signature(parameters[len(cases[0]):])
-        return run
-    return decorate
-
-
-def in_turn(*cases):
-    """Run a test with each case, one after the other: each takes no time."""
-    return at_once(*(case if isinstance(case, tuple) else (case,)
-                     for case in cases), threads=1)
-
-
-# ---------------------------------------------------------------------------
-# The calls, and how their requests are built.
-# ---------------------------------------------------------------------------
 
 def message(messages, **options):
     """Call message() with a limit, which it requires."""
@@ -571,50 +754,281 @@ def sent(server):
     return body_of(request)
 
 
+def error_of(answer, call=serv.chat, **options):
+    """Return the error that a call raises for an answer; it asks once."""
+    with Server(answer) as server:
+        with pytest.raises(serv.ServError) as caught:
+            call("Hi", **{"system": SYSTEM, "base_url": server.url,
+                          "max_retries": 0, "timeout": 20, **options})
+        assert len(server.requests) == 1
+    return caught.value
+
+
+# ---------------------------------------------------------------------------
+# Errors
+#
+# The tree, what an error says, and errors that a caller makes for a test.
+# Which answers are errors, and of which class, is under "Reading answers".
+# ---------------------------------------------------------------------------
+
+ERROR_TREE = [
+    # the name, its base, the status of one that a caller makes
+    ("ServError", "Exception", None),
+    ("APIConnectionError", "ServError", None),
+    ("APITimeoutError", "APIConnectionError", None),
+    ("APIResponseError", "ServError", None),
+    ("APIStatusError", "ServError", 0),
+    ("BadRequestError", "APIStatusError", 400),
+    ("AuthenticationError", "APIStatusError", 401),
+    ("BillingError", "APIStatusError", 402),
+    ("PermissionDeniedError", "APIStatusError", 403),
+    ("NotFoundError", "APIStatusError", 404),
+    ("RateLimitError", "APIStatusError", 429),
+    ("InternalServerError", "APIStatusError", 500),
+]
+ERROR_STATUSES = [
+    (400, "BadRequestError"), (401, "AuthenticationError"),
+    (402, "BillingError"), (403, "PermissionDeniedError"),
+    (404, "NotFoundError"), (408, "APIStatusError"), (409, "APIStatusError"),
+    (413, "APIStatusError"), (418, "APIStatusError"), (422, "APIStatusError"),
+    (429, "RateLimitError"), (500, "InternalServerError"),
+    (502, "InternalServerError"), (503, "InternalServerError"),
+    (529, "InternalServerError"), (599, "InternalServerError")]
+ERROR_BODY = {"error": {"message": "No\n way.", "type": "t", "code": "c",
+                        "param": "p"}}
+NO_FACTS = {"status": 0, "type": None, "code": None, "param": None,
+            "message": "", "body": None, "retry_after": None,
+            "request_id": None, "reply": None, "retries": 0, "headers": {}}
+
+
+def error_facts(error):
+    """Return all that an error tells, as values that can be compared."""
+    facts = {name: getattr(error, name) for name in NO_FACTS
+             if hasattr(error, name)}
+    return {**facts, "class": type(error), "str": str(error),
+            "headers": dict(facts.get("headers", {}))}
+
+
+def test_every_public_error_is_in_the_tree():
+    public = {name for name in serv.__all__ if name.endswith("Error")}
+    assert public == {name for name, _, _ in ERROR_TREE}
+
+
+@pytest.mark.parametrize("name, base, status", ERROR_TREE)
+def test_an_error_can_be_made_by_hand(name, base, status):
+    kind = getattr(serv, name)
+    assert [each.__name__ for each in kind.__bases__] == [base]
+    assert kind.__doc__ != getattr(serv, base, Exception).__doc__
+    facts = {"class": kind, "str": "no", "reply": None, "retries": 0,
+             "request_id": None, "headers": {}}
+    if status is not None:
+        facts.update({**NO_FACTS, "status": status, "message": "no"})
+    assert error_facts(kind("no")) == facts
+
+
+def test_an_error_made_by_hand_has_headers_of_its_own():
+    one, other = serv.RateLimitError("no"), serv.RateLimitError("no")
+    one.headers["Retry-After"] = "7"
+    assert one.headers["retry-after"] == "7"
+    assert len(other.headers) == len(serv.RateLimitError("no").headers) == 0
+
+
 @each_call
-def test_an_answer(call, standin):
-    assert call("Hi", system=SYSTEM).text == 'You said: "Hi"'
+def test_what_an_error_says(call):
+    answer = http_answer(ERROR_BODY, "418 Teapot", retry_after="7",
+                         x_request_id="r1")
+    error = error_of(answer, call)
+    text = str(error)
+    assert error_facts(error) == {
+        "class": serv.APIStatusError, "str": text, "status": 418, "type": "t",
+        "code": "c", "param": "p", "message": "No\n way.", "body": ERROR_BODY,
+        "retry_after": 7, "request_id": "r1", "reply": None, "retries": 0,
+        "headers": {"Content-Type": "application/json", "retry-after": "7",
+                    "content-length": str(len(json.dumps(ERROR_BODY))),
+                    "x-request-id": "r1"}}
+    assert error.headers["X-REQUEST-ID"] == "r1"
+    path = CHAT if call in CALLS[:2] else MESSAGES
+    for part in ("418", "No way.", "r1", "http://127.0.0.1:", path):
+        assert part in text
+    assert text.isprintable()  # so it is one line
 
 
-def test_a_chat_body_holds_what_was_asked_for_and_no_more(standin):
-    serv.chat("Hi", system=SYSTEM)
-    assert sent(standin) == {"model": MODEL, "messages": [
-        {"role": "system", "content": SYSTEM}, ASKED]}
+def test_an_error_that_says_no_more_than_its_status():
+    error = error_of(http_answer(b"", "400 Bad Request"))
+    assert error_facts(error) == {
+        **NO_FACTS, "class": serv.BadRequestError, "str": str(error),
+        "status": 400, "body": "", "headers": {
+            "Content-Type": "application/json", "content-length": "0"}}
+    assert "400" in str(error)
 
 
-def test_a_messages_body_holds_what_was_asked_for_and_no_more(standin):
-    serv.message("Hi", system=SYSTEM, max_tokens=7)
-    assert sent(standin) == {"model": MODEL, "messages": [ASKED],
-                             "system": SYSTEM, "max_tokens": 7}
+@pytest.mark.parametrize("status, name", ERROR_STATUSES)
+def test_the_class_follows_the_status(status, name):
+    error = error_of(http_answer({}, "%d Told" % status))
+    assert (type(error).__name__, error.status) == (name, status)
 
 
-def test_a_stream_adds_stream_and_no_more(standin):
-    read_stream("Hi", system=SYSTEM)
-    assert sent(standin) == {"model": MODEL, "stream": True, "messages": [
-        {"role": "system", "content": SYSTEM}, ASKED]}
+def test_the_status_of_an_answer_outweighs_the_type_in_it():
+    error = error_of(http_answer({"type": "error", "error": {
+        "type": "overloaded_error", "message": "No."}}, "400 No"))
+    assert (type(error), error.status, error.type) == (
+        serv.BadRequestError, 400, "overloaded_error")
 
 
-def test_a_messages_stream_adds_stream_and_no_more(standin):
-    stream_messages("Hi", system=SYSTEM)
-    assert sent(standin) == {"model": MODEL, "messages": [ASKED],
-                             "stream": True, "system": SYSTEM,
-                             "max_tokens": 50}
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_an_error_that_names_its_target(status):
+    with Server(service) as other:
+        target = other.url + "/here"
+        error = error_of(http_answer(b"", "%d Moved" % status,
+                                     location=target))
+        assert other.connections == 0
+    assert (type(error), error.status, error.headers["location"]) == (
+        serv.APIStatusError, status, target)
+    assert target in str(error)
+
+
+@pytest.mark.parametrize("text, shown", [
+    (b"<html><title>No way</title>\r\n" + b"." * 9999,
+     "<html><title>No way</title>\r\n" + "." * 9999),
+    (b"{No way", "{No way"), (b"No way \xff", "No way \ufffd"),
+    ("\ufeffNo way \u20ac".encode(), "No way \u20ac")],
+    ids=["a page", "broken JSON", "no UTF-8", "a byte order mark"])
+def test_the_body_of_an_error_that_is_not_json_is_its_text(text, shown):
+    error = error_of(http_answer(text, "502 Bad Gateway", "text/html"))
+    assert (type(error), error.status, error.body) == (
+        serv.InternalServerError, 502, shown)
+    assert "No way" in str(error) and str(error).isprintable()
+    assert len(str(error)) < 1000
+
+
+@pytest.mark.parametrize("kind", ["multipart/mixed; boundary=x",
+                                  "message/rfc822"])
+def test_the_headers_of_any_kind_of_answer_can_be_shown(kind):
+    error = error_of(http_answer(b"{}", "400 No", kind))
+    assert str(error.headers) == (
+        "Content-Type: %s\ncontent-length: 2\n\n" % kind)
+
+
+@pytest.mark.parametrize("headers, request_id", [
+    ({"x_openserv_request_id": "a", "x_request_id": "b", "request_id": "c"},
+     "a"),
+    ({"request_id": "c", "x_request_id": "b"}, "b"),
+    ({"request_id": "c"}, "c"), ({"X_REQUEST_ID": "b"}, "b"),
+    ({"x_openserv_request_id": "", "request_id": "c"}, "c"),
+    ({"cf_ray": "d"}, None)])
+def test_the_request_id_of_an_error_and_of_a_reply(headers, request_id):
+    error = error_of(http_answer({}, "400 No", **headers))
+    assert error.request_id == request_id
+    assert (request_id or "400") in str(error)
+    with Server(http_answer(REPLY, **headers)) as server:
+        reply = serv.chat("Hi", system=SYSTEM, base_url=server.url)
+    assert reply.request_id == request_id
+
+
+def test_a_cut_stream_says_how_many_tries_had_failed():
+    cut = stream_answer({"choices": [{"index": 0, "delta": {"content": "A"}}]})
+    busy = http_answer({}, "503 Busy", retry_after_ms="0")
+    with Server([busy, cut]) as server:
+        with pytest.raises(serv.APIConnectionError) as caught:
+            read_stream("Hi", system=SYSTEM, base_url=server.url)
+    assert (caught.value.retries, caught.value.reply.retries) == (1, 1)
+
+
+def error_samples():
+    """Yield one error of each class, as calls raise them."""
+    for status in (400, 401, 402, 403, 404, 409, 429, 500):
+        yield error_of(http_answer(ERROR_BODY, "%d No" % status,
+                                   retry_after="3", x_request_id="r1"))
+    yield error_of(http_answer(b"?", x_request_id="r1"))
+    yield error_of(closing(http_head(content_length=5)))
+    said = {"choices": [{"index": 0, "delta": {"content": "Hello"}}]}
+    for end in ([{"error": {"code": 429}}], ["{"], []):
+        yield error_of(stream_answer(said, *end), read_stream)
+    with Server(lambda wire, request: None) as server:
+        for options in ({"timeout": 0.05}, {"api_key": "\u2026"}):
+            with pytest.raises(serv.ServError) as caught:
+                serv.chat("Hi", system=SYSTEM, base_url=server.url, **options)
+            yield caught.value
+
+
+def test_errors_can_be_pickled_and_copied():
+    errors = list(error_samples())
+    assert {type(error).__name__ for error in errors} == {
+        name for name, _, _ in ERROR_TREE}
+    assert [error.reply for error in errors].count(None) == len(errors) - 3
+    for error in errors:
+        others = [pickle.loads(pickle.dumps(error, protocol))
+                  for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+        for other in others + [copy.copy(error), copy.deepcopy(error)]:
+            assert error_facts(other) == error_facts(error)
+            assert type(other.reply) is type(error.reply)
+
+
+def test_the_cause_of_an_error_is_an_error_of_the_system():
+    with Server(b"") as server:
+        pass  # so that nobody listens there any more
+    with pytest.raises(serv.APIConnectionError) as caught:
+        serv.chat("Hi", system=SYSTEM, base_url=server.url, max_retries=0)
+    assert isinstance(caught.value.__cause__, ConnectionRefusedError)
+    assert server.url + CHAT in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", [
+    http_answer(b"{"), stream_answer("{"), closing(http_head(
+        content_length=9)), closing(http_head(transfer_encoding="chunked")
+                                    + b"x\r\n"), closing(b"x\r\n"),
+    closing(b"")],
+    ids=["no JSON", "broken event", "cut", "no chunk", "no HTTP", "nothing"])
+def test_other_errors_have_no_cause_for_it_might_quote_the_server(answer):
+    assert error_of(answer, read_stream).__cause__ is None
+
+
+# ---------------------------------------------------------------------------
+# The calls
+#
+# chat(), message() and stream(): their arguments, and what they all do.
+# ---------------------------------------------------------------------------
+
+CALL_ARGUMENTS = {
+    "model": None, "system": None, "api_key": None, "base_url": None,
+    "timeout": None, "max_retries": 2, "headers": None}
+
+
+@pytest.mark.parametrize("call, own", [
+    (serv.chat, {}), (serv.message, {"max_tokens": inspect.Parameter.empty}),
+    (serv.stream, {"endpoint": "chat"})])
+def test_the_arguments_of_a_call(call, own):
+    first, *named, last = inspect.signature(call).parameters.values()
+    assert (first.name, first.kind) == (
+        "messages", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    assert {each.name: each.default for each in named} == {
+        **own, **CALL_ARGUMENTS}
+    assert {each.kind for each in named} == {inspect.Parameter.KEYWORD_ONLY}
+    assert (last.name, last.kind) == (
+        "params", inspect.Parameter.VAR_KEYWORD)
 
 
 @each_call
-def test_the_head_of_a_request(call, standin):
-    call("Hi", system=SYSTEM)
+def test_a_call_from_its_request_to_its_answer(call, standin):
+    reply = call("Hi", system=SYSTEM, model="m")
+    assert (reply.text, reply["model"]) == ('You said: "Hi"', "m")
     [request] = standin.requests
-    streamed = call in (read_stream, stream_messages)
-    assert request[:2] == ("POST", CHAT if call in CALLS[:2] else MESSAGES)
-    assert request.headers == {
-        "accept": "text/event-stream" if streamed else "application/json",
-        "accept-encoding": "identity",
-        "authorization": "Bearer " + KEY,
+    chat, streaming = call in CALLS[:2], call in (read_stream, stream_messages)
+    assert request[:2] == ("POST", CHAT if chat else MESSAGES)
+    assert request.headers == {  # a header that came twice has both values
+        "accept": "text/event-stream" if streaming else "application/json",
+        "accept-encoding": "identity", "authorization": "Bearer " + KEY,
         "content-length": str(len(request.body)),
         "content-type": "application/json",
-        "host": standin.url[len("http://"):],
-        "user-agent": serv.USER_AGENT}
+        "host": standin.url[len("http://"):], "user-agent": serv.USER_AGENT}
+    body = {"model": "m", "messages": [ASKED]}
+    if chat:
+        body["messages"].insert(0, {"role": "system", "content": SYSTEM})
+    else:
+        body.update(system=SYSTEM, max_tokens=50)
+    if streaming:
+        body["stream"] = True
+    assert body_of(request) == body
 
 
 @each_call
@@ -622,29 +1036,20 @@ def test_any_parameter_is_sent_as_it_is(call, standin):
     params = {"temperature": 0.2, "stop": None, "n": 1, "seed": 0, "user": "",
               "serv_new": {"a": [1, None, False, "\u00e9 \U0001f600"]},
               "metadata": {}, "logit_bias": {"50256": -100},
-              "max_completion_tokens": 2 ** 70, "endpoint_id": "chat",
+              "max_completion_tokens": 2 ** 70,
+              # names that a careless client would use for itself
               "self": 1, "body": 2, "params": {"x": 3}, "streaming": 4,
-              "chat": 5, "more": 6, "name": 7, "data": 8, "url": 9}
+              "chat": 5, "more": 6, "name": 7, "data": 8, "url": 9, "key": 10}
+    if call in (serv.chat, message):
+        params["endpoint"] = "mine"
     call("Hi", system=SYSTEM, **params)
     body = sent(standin)
-    assert {name: body[name] for name in params} == params
-    assert set(body) - set(params) <= {
-        "model", "messages", "system", "max_tokens", "stream"}
-
-
-def test_messages_are_sent_as_they_are(standin):
-    messages = [{"role": "developer", "content": SYSTEM, "name": "x"},
-                {"role": "user", "content": [{"type": "text", "text": "Hi"},
-                                             {"type": "image_url"}]},
-                {"role": "assistant", "content": None, "tool_calls": []},
-                {"role": "user", "content": "\u2028 \ud83d\ude00", "z": 1}]
-    serv.chat(messages)
-    assert sent(standin) == {"model": MODEL, "messages": json.loads(
-        json.dumps(messages))}
+    assert {name: body.pop(name) for name in params} == params
+    assert set(body) <= {"model", "messages", "system", "max_tokens", "stream"}
 
 
 @each_call
-def test_nothing_of_the_callers_is_changed(call, standin):
+def test_nothing_of_the_callers_is_changed(call):
     given = {"messages": [copy.deepcopy(ASKED)], "system": [
         {"type": "text", "text": SYSTEM}], "headers": {"X-A": "b"},
         "tools": [{"type": "function", "name": "f",
@@ -654,431 +1059,70 @@ def test_nothing_of_the_callers_is_changed(call, standin):
     assert given == before
 
 
-@chat_calls
-def test_chat_puts_the_system_prompt_first(call, standin):
-    system = {"role": "system", "content": "Rhyme."}
-    call([ASKED, system, ASKED], system=SYSTEM)
-    assert sent(standin)["messages"] == [
-        {"role": "system", "content": SYSTEM}, ASKED, system, ASKED]
-
-
-@pytest.mark.parametrize("role", ["system", "developer"])
-@chat_calls
-def test_chat_takes_a_system_prompt_among_the_messages(call, role, standin):
-    messages = [ASKED, {"role": role, "content": SYSTEM}, ASKED]
-    call(messages)
-    assert sent(standin)["messages"] == messages
-
-
-def test_a_list_of_text_blocks_is_a_system_prompt_too(standin):
-    blocks = [{"type": "text", "text": SYSTEM,
-               "cache_control": {"type": "ephemeral"}}]
-    message("Hi", system=blocks)
-    assert sent(standin)["system"] == blocks
-
-
-@each_call
-@in_turn(("Hi", None), ("Hi", ""), ("Hi", []), ([ASKED], None), ([], None))
-def test_no_system_prompt_is_refused(messages, system, call, standin):
-    with pytest.raises(ValueError, match="system=") as caught:
-        call(messages, system=system)
-    assert "system prompt" in str(caught.value)
-    assert standin.requests == []
-
-
-@each_call
-@in_turn(5, b"Be brief.", True, {"a": "b"})
-def test_a_system_prompt_of_a_wrong_type(system, call, standin):
-    with pytest.raises((ValueError, TypeError), match="system"):
-        call("Hi", system=system)
-    assert standin.requests == []
-
-
-@messages_calls
-def test_messages_has_one_place_for_the_system_prompt(call, standin):
-    with pytest.raises(ValueError, match="system="):
-        call([{"role": "system", "content": SYSTEM}, ASKED])
-    assert standin.requests == []
-
-
-# -- Settings: arguments, else the environment, read at each call -------------
-
-@each_call
-def test_the_model_is_the_argument_else_the_variable(call, standin,
-                                                     monkeypatch):
-    monkeypatch.setenv("SERV_MODEL", "a")
-    call("Hi", system=SYSTEM)
-    call("Hi", system=SYSTEM, model="")
-    monkeypatch.setenv("SERV_MODEL", "b")
-    call("Hi", system=SYSTEM)
-    call("Hi", system=SYSTEM, model="c")
-    assert [body_of(r)["model"] for r in standin.requests] == list("aabc")
-
-
-@pytest.mark.parametrize("value", [None, ""])
-@each_call
-def test_no_model_is_refused(call, value, standin, monkeypatch):
-    monkeypatch.delenv("SERV_MODEL")
-    if value is not None:
-        monkeypatch.setenv("SERV_MODEL", value)
-    with pytest.raises(ValueError, match="SERV_MODEL"):
-        call("Hi", system=SYSTEM)
-    assert standin.requests == []
-
-
-@pytest.mark.parametrize("prefix", ["", "/a", "/a/b", "/v1beta"])
-@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
-@pytest.mark.parametrize("by", ["argument", "variable"])
-def test_forms_of_base_url(prefix, end, by, monkeypatch):
-    with Server(http_answer(REPLY)) as server:
-        url = server.url + prefix + end
-        if by == "variable":
-            monkeypatch.setenv("SERV_BASE_URL", url)
-        serv.chat("Hi", system=SYSTEM,
-                  base_url=url if by == "argument" else "")
-    assert [r.target for r in server.requests] == [prefix + CHAT]
-
-
-def test_base_url_in_capitals(standin):
-    url = standin.url.replace("http", "HTTP")
-    assert serv.chat("Hi", system=SYSTEM, base_url=url).request_id
-
-
-@pytest.mark.parametrize("name", ["localhost", "LocalHost"])
-def test_base_url_with_a_host_by_name(name, standin):
-    url = standin.url.replace("127.0.0.1", name)
-    serv.chat("Hi", system=SYSTEM, base_url=url)
-    [request] = standin.requests
-    assert request.headers["host"].lower() == url[len("http://"):].lower()
-
-
-def test_base_url_with_an_ipv6_address():
-    try:
-        server = Server(http_answer(REPLY), host="::1")
-    except OSError:
-        pytest.skip("no IPv6 on this machine")
-    with server:
-        for _ in range(2):  # the second on the connection of the first
-            serv.chat("Hi", system=SYSTEM, base_url=server.url + "/v1")
-    assert [r.headers["host"] for r in server.requests] == [
-        "[::1]:%d" % server.port] * 2
-    assert server.connections == 1
-
-
-@in_turn(("http://h", ("http://h", False, "h", 80)),
-         ("HTTPS://h/v1/", ("HTTPS://h", True, "h", 443)),
-         ("https://h:/a", ("https://h:/a", True, "h", 443)),
-         ("https://[fe80::1%lo]:8/v1", ("https://[fe80::1%lo]:8", True,
-                                        "fe80::1%lo", 8)))
-def test_the_place_of_a_base_url(url, found):
-    assert serv.build_url(url) == found
-
-
-def test_a_host_that_would_become_another(standin):
-    """Under NFKC this is a/c.test: a host and a path."""
-    with pytest.raises(ValueError, match="NFKC"):
-        serv.chat("Hi", system=SYSTEM, base_url="http://\u2100.test")
-
-
-BAD_URLS = [
-    "ftp://127.0.0.1", "file:///etc/passwd", "127.0.0.1", "127.0.0.1:80",
-    "//127.0.0.1", "localhost", "http:", "http://", "http:///v1",
-    "http://:80", "https://?", "http://h:port", "http://h:65536", "http://h:0",
-    "http://h:\u0663",
-    "http://h:-1", "http://h?", "http://h?a=b", "http://h/v1?a=b",
-    "http://h#", "http://h/#a", "http://h/a b", " http://h", "http://h ",
-    "http://h\n", "http://h/\r\nX: y", "http://h\t", "http://h/\u2028",
-    "http://h/\x00", "http://user@h", "http://user:password@h",
-    "http://:password@h", "http://@h", "http://[::1", "http://h\\@i"]
-
-
-@pytest.mark.parametrize("by", ["argument", "variable"])
-@in_turn(*BAD_URLS)
-def test_a_base_url_that_is_refused(url, by, monkeypatch):
-    if by == "variable":
-        if "\x00" in url:
-            return  # no variable can hold it
-        monkeypatch.setenv("SERV_BASE_URL", url)
-    with pytest.raises(ValueError, match="base_url") as caught:
-        serv.chat("Hi", system=SYSTEM,
-                  base_url=url if by == "argument" else None)
-    assert "password@" not in str(caught.value)
-
-
-@each_call
-def test_the_key_is_the_argument_else_the_variable(call, monkeypatch):
-    with Server(service) as server:
-        def ask(**options):
-            try:
-                call("Hi", system=SYSTEM, base_url=server.url, **options)
-            except serv.AuthenticationError:
-                pass
-        ask()
-        monkeypatch.setenv("SERV_API_KEY", "sk-b")
-        ask()
-        ask(api_key="")
-        ask(api_key="sk-c")
-    assert [r.headers["authorization"] for r in server.requests] == [
-        "Bearer " + key for key in (KEY, "sk-b", "sk-b", "sk-c")]
-
-
-@pytest.mark.parametrize("key", [
-    KEY + "\n", KEY + "\r\n", "  %s\t" % KEY, "\u00a0" + KEY])
-@pytest.mark.parametrize("by", ["argument", "variable"])
-def test_white_space_around_a_key_is_dropped(key, by, standin, monkeypatch):
-    if by == "variable":
-        monkeypatch.setenv("SERV_API_KEY", key)
-    serv.chat("Hi", system=SYSTEM,
-              api_key=key if by == "argument" else None)
-    assert standin.requests[0].headers["authorization"] == "Bearer " + KEY
-
-
-BAD_KEYS = ["serv_\u2026", "sk-\u00e9t\u00e9-0123", "sk-0123\n4567",
-            "sk-0123\r\nX: 4567", "sk-0123\x7f4567", "sk-0123\t4567",
-            "sk-0123\x01", "\ud800sk-0123"]
-
-
-@two_calls
-@in_turn(*BAD_KEYS)
-def test_a_key_that_no_header_can_carry_is_not_shown(key, call, standin):
-    with pytest.raises(serv.ServError) as caught:
-        call("Hi", system=SYSTEM, api_key=key)
-    assert type(caught.value) is serv.ServError
-    error = caught.value
-    for text in (str(error), repr(error), repr(vars(error))):
-        assert not any(part in text for part in
-                       ("sk-", "serv_\u2026", "0123", "4567"))
-    assert standin.requests == []
-
-
-@pytest.mark.parametrize("key", [None, "", " ", "\n"])
-@each_call
-def test_no_key(call, key, standin, monkeypatch):
-    monkeypatch.delenv("SERV_API_KEY")
-    if key is not None:
-        monkeypatch.setenv("SERV_API_KEY", key)
-    with pytest.raises(serv.ServError, match="SERV_API_KEY") as caught:
-        call("Hi", system=SYSTEM)
-    assert type(caught.value) is serv.ServError
-    assert caught.value.reply is None
-    assert standin.requests == []
-
-
-def test_a_space_is_printable_and_may_be_in_a_key():
-    with Server(http_answer(REPLY)) as server:
-        serv.chat("Hi", system=SYSTEM, api_key="a b~", base_url=server.url)
-    assert server.requests[0].headers["authorization"] == "Bearer a b~"
-
-
-@pytest.mark.parametrize("value", [
-    0, -1, 0.0, float("nan"), float("inf"), "soon", "1 s", "-3", "0", "nan",
-    "inf", "1_0"])
-@two_calls
-def test_a_timeout_that_is_refused(call, value, standin, monkeypatch):
-    with pytest.raises(ValueError, match="timeout"):
-        call("Hi", system=SYSTEM, timeout=value)
-    monkeypatch.setenv("SERV_TIMEOUT", str(value))
-    with pytest.raises(ValueError, match="SERV_TIMEOUT"):
-        call("Hi", system=SYSTEM)
-    assert standin.requests == []
-
-
-@pytest.mark.parametrize("value", [
-    None, "", 5, 0.5, 5e3, 1e300, "7", "7.5", ".5", "1e3"])
-@two_calls
-def test_a_timeout_that_is_taken(call, value, standin, monkeypatch):
-    call("Hi", system=SYSTEM, timeout=value)
-    monkeypatch.setenv("SERV_TIMEOUT", str(value or ""))
-    call("Hi", system=SYSTEM)
-    assert len(standin.requests) == 2
-
-
-def test_a_timeout_as_an_argument_goes_before_the_variable(monkeypatch):
-    monkeypatch.setenv("SERV_TIMEOUT", "0.05")
-    assert serv.chat("Hi", system=SYSTEM, timeout=60).text
-    with Server(lambda wire, request: None) as server:
-        with pytest.raises(serv.APITimeoutError):
-            serv.chat("Hi", system=SYSTEM, base_url=server.url)
-
-
-@two_calls
-@in_turn(-1, 1.5, "2", None, float("inf"), True)
-def test_max_retries_is_a_whole_number(value, call, standin):
-    with pytest.raises((ValueError, TypeError), match="max_retries"):
-        call("Hi", system=SYSTEM, max_retries=value)
-    assert standin.requests == []
-
-
-# -- Headers, and input that is refused before anything is sent ---------------
-
-@each_call
-def test_headers_are_added(call, standin):
-    call("Hi", system=SYSTEM, headers={
-        "X-OpenServ-Prompt-Cache": "False", "x-empty": "", "x-a": "\u00e9"})
-    [request] = standin.requests
-    assert {name: text for name, text in request.headers.items()
-            if name.startswith("x-")} == {
-                "x-openserv-prompt-cache": "False", "x-empty": "",
-                "x-a": "\u00e9"}
-    assert request.headers["authorization"] == "Bearer " + KEY
-
-
-@pytest.mark.parametrize("name", [
-    "User-Agent", "Content-Type", "Accept", "Accept-Encoding"])
-@pytest.mark.parametrize("change", [str.lower, str.upper, str.title])
-@two_calls
-def test_a_header_replaces_ours_in_any_case(call, name, change, standin):
-    call("Hi", system=SYSTEM, headers={change(name): "mine"})
-    assert standin.requests[0].headers[name.lower()] == "mine"
-
-
-@pytest.mark.parametrize("change", [str.lower, str.upper, str.title])
-def test_no_header_is_sent_twice(change):
-    listener = socket.create_server(("127.0.0.1", 0))
-    ours = ["Accept", "Accept-Encoding", "Authorization", "Content-Type",
-            "User-Agent"]
-    heads = []
-
-    def serve():
-        wire, _ = listener.accept()
-        with wire, wire.makefile("rb") as reader:
-            heads.extend(iter(lambda: reader.readline().decode(), "\r\n"))
-            length = [int(line[15:]) for line in heads
-                      if line.lower().startswith("content-length:")]
-            reader.read(length[0])
-            wire.sendall(http_answer(REPLY, connection="close"))
-
-    with listener:
-        thread = threading.Thread(target=serve)
-        thread.start()
-        serv.chat("Hi", system=SYSTEM, headers={
-            change(name): "mine" for name in ours},
-            base_url="http://127.0.0.1:%d" % listener.getsockname()[1])
-        thread.join()
-    names = sorted(line.split(":")[0].lower() for line in heads[1:])
-    assert names == sorted([name.lower() for name in ours]
-                           + ["content-length", "host"])
-
-
-@pytest.mark.parametrize("name", ["Authorization", "authorization",
-                                  "AUTHORIZATION"])
-@pytest.mark.parametrize("key", [None, "", "serv_\u2026", "sk-other"])
-@two_calls
-def test_with_an_authorization_of_ones_own_no_key_is_needed(
-        call, key, name, standin, monkeypatch):
-    monkeypatch.delenv("SERV_API_KEY")
-    call("Hi", system=SYSTEM, api_key=key, headers={name: "Bearer " + KEY})
-    assert standin.requests[0].headers["authorization"] == "Bearer " + KEY
-
-
-@two_calls
-@in_turn(
-    "Content-Length", "content-length", "Transfer-Encoding",
-    "TRANSFER-ENCODING", "Host", "host", "X-A\r\nX-B", "X-A\n", "X:A", "", " ",
-    "X A", "X-\u00e9")
-def test_a_header_name_that_is_refused(name, call, standin):
-    with pytest.raises(ValueError, match="headers"):
-        call("Hi", system=SYSTEM, headers={name: "1"})
-    assert standin.requests == []
-
-
-@two_calls
-@in_turn("a\r\nX-B: b", "a\n", "\ra", "a\n b", "a\x00", "\u2026", "a\x0b")
-def test_a_header_value_that_is_refused(value, call, standin):
-    with pytest.raises(ValueError, match="headers.*X-A"):
-        call("Hi", system=SYSTEM, headers={"X-A": value})
-    assert standin.requests == []
-
-
-@each_call
-@in_turn({"X-A": 1}, {"X-A": None}, {"X-A": b"a"}, {1: "a"}, {b"X-A": "a"})
-def test_headers_are_str(headers, call, standin):
-    with pytest.raises(TypeError, match="headers"):
-        call("Hi", system=SYSTEM, headers=headers)
-    assert standin.requests == []
-
-
-LOOP = []
-LOOP.append(LOOP)
-
-
-@two_calls
-@in_turn(float("nan"), float("inf"), [1, {"a": -float("inf")}], {1}, b"a",
-         {"a": object()}, {("a",): 1}, LOOP, 1j)
-def test_what_json_cannot_say_is_refused_by_name(value, call, standin):
-    with pytest.raises((ValueError, TypeError), match="top_k"):
-        call("Hi", system=SYSTEM, temperature=1, top_k=value, seed=2)
-    assert standin.requests == []
-
-
-@each_call
-@in_turn(
-    ({"messages": [{"role": "user", "content": {1}}]}, "messages"),
-    ({"messages": [{"role": "user", "content": b"Hi"}]}, "messages"),
-    ({"tools": [{"name": float("nan")}]}, "tools"))
-def test_what_json_cannot_say_deep_inside(options, name, call, standin):
-    with pytest.raises((ValueError, TypeError), match=name):
-        call(**{"messages": "Hi", "system": SYSTEM, **options})
-    assert standin.requests == []
+CALL_MISUSES = {
+    "no system prompt": ({"system": None}, ValueError, "system="),
+    "no JSON": ({"top_k": {1}}, TypeError, "top_k"),
+    "a bad header": ({"headers": {"Host": "h"}}, ValueError, "headers"),
+    "a bad URL": ({"base_url": "ftp://h"}, ValueError, "base_url"),
+    "a bad timeout": ({"timeout": 0}, ValueError, "timeout"),
+    "bad retries": ({"max_retries": -1}, ValueError, "max_retries"),
+    "a bad key": ({"api_key": "\u2026"}, serv.ServError, "API key"),
+    "extra_headers": ({"extra_headers": {"X-A": "b"}}, TypeError,
+                      "extra_headers.*headers="),
+    "extra_body": ({"extra_body": {"top_k": 1}}, TypeError, "extra_body"),
+    "extra_query": ({"extra_query": {"a": "b"}}, TypeError, "extra_query"),
+}
+
+
+@table("arguments, error, match", CALL_MISUSES)
+@pytest.mark.parametrize("call", [
+    serv.chat, message, serv.stream,
+    lambda messages, **arguments: serv.stream(
+        messages, endpoint="messages", max_tokens=9, **arguments)],
+    ids=["chat", "message", "stream", "stream of messages"])
+def test_misuse_is_refused_before_anything_is_sent(
+        call, arguments, error, match, standin):
+    with pytest.raises(error, match=match):
+        call("Hi", **{"system": SYSTEM, **arguments})
+    assert standin.connections == 0
 
 
 @pytest.mark.parametrize("call", [serv.chat, message])
-def test_stream_true_is_refused_with_a_pointer_to_stream(call, standin):
+def test_stream_true_is_refused_with_a_pointer_to_stream(call):
     with pytest.raises(ValueError, match=r"stream\(\)"):
         call("Hi", system=SYSTEM, stream=True)
-    assert standin.requests == []
 
 
-@each_call
-@in_turn(None, 5, b"Hi", {"role": "user", "content": "Hi"}, ["Hi"], [None])
-def test_messages_that_are_refused(messages, call, standin):
-    with pytest.raises((ValueError, TypeError), match="messages"):
-        call(messages, system=SYSTEM)
-    assert standin.requests == []
+def test_messages_requires_max_tokens():
+    with pytest.raises(TypeError, match="max_tokens"):
+        serv.message("Hi", system=SYSTEM)
+    with pytest.raises(TypeError, match="max_tokens"):
+        serv.stream("Hi", system=SYSTEM, endpoint="messages")
 
 
 @pytest.mark.parametrize("endpoint", ["", "message", "Chat", None, "models"])
-def test_an_endpoint_that_is_refused(endpoint, standin):
+def test_an_endpoint_is_chat_or_messages(endpoint):
     with pytest.raises(ValueError, match="endpoint.*chat.*messages"):
         serv.stream("Hi", system=SYSTEM, endpoint=endpoint)
-    assert standin.requests == []
-
-
-def test_messages_requires_max_tokens(standin):
-    with pytest.raises(TypeError, match="max_tokens"):
-        serv.message("Hi", system=SYSTEM)
-    with pytest.raises((ValueError, TypeError), match="max_tokens"):
-        serv.stream("Hi", system=SYSTEM, endpoint="messages")
-    assert standin.requests == []
-
-
-@pytest.mark.parametrize("call", [serv.chat, serv.message, serv.stream])
-def test_only_messages_may_go_unnamed(call):
-    with pytest.raises(TypeError):
-        call("Hi", SYSTEM)
 
 
 # ---------------------------------------------------------------------------
-# Reply: the service's JSON, and the same views of both formats.
+# Replies
+#
+# The service's JSON as a dict, and the same views of both formats.
 # ---------------------------------------------------------------------------
 
-def get(answer, call=serv.chat, **headers):
-    """Return the reply that a call makes of an answer's JSON."""
-    with Server(http_answer(answer, **headers)) as server:
-        return call("Hi", system=SYSTEM, base_url=server.url)
-
-
-def get_chat(finish="stop", **entry):
-    """Return the reply to a chat answer with these fields of its message."""
-    return get({"object": "chat.completion", "choices": [
+def chat_reply(finish="stop", **entry):
+    """Return the reply of a chat answer with these fields of its message."""
+    return serv.Reply({"object": "chat.completion", "choices": [
         {"index": 0, "message": {"role": "assistant", **entry},
          "finish_reason": finish}]})
 
 
-def get_message(*blocks, stop="end_turn", **top):
-    """Return the reply to a Messages answer with these blocks."""
-    return get({"type": "message", "role": "assistant",
-                "content": list(blocks), "stop_reason": stop, **top}, message)
+def message_reply(*blocks, stop="end_turn", **top):
+    """Return the reply of a Messages answer with these blocks."""
+    return serv.Reply({"type": "message", "role": "assistant",
+                       "content": list(blocks), "stop_reason": stop, **top})
 
 
 def text_block(text):
@@ -1086,10 +1130,28 @@ def text_block(text):
 
 
 def views(reply):
-    """Return what the views say, those that both formats share."""
+    """Return what the views say, except `message`."""
     return {name: getattr(reply, name) for name in (
         "text", "thinking", "tool_calls", "stop_reason", "refusal",
-        "truncated", "usage", "request_id")}
+        "truncated", "usage", "request_id", "retries", "partial")}
+
+
+NO_VIEWS = {
+    "text": "", "thinking": "", "tool_calls": [], "stop_reason": None,
+    "refusal": None, "truncated": False, "usage": {}, "request_id": None,
+    "retries": 0, "partial": False}
+
+
+@each_call
+def test_a_reply_is_a_dict_with_views_on_top(call):
+    reply = call("Hi", system=SYSTEM)
+    assert isinstance(reply, dict) and type(reply) is serv.Reply
+    assert str(reply) == reply.text
+    assert repr(dict(reply)) in repr(reply)
+    assert reply == dict(reply) == json.loads(json.dumps(reply))
+    kind = reply.headers["content-TYPE"]
+    assert kind == reply.headers["Content-Type"]
+    assert kind in ("application/json", "text/event-stream")
 
 
 @pytest.mark.parametrize("call, stop, usage", [
@@ -1098,38 +1160,35 @@ def views(reply):
     (message, "end_turn", {"input_tokens": 1, "output_tokens": 3})])
 def test_the_views_of_a_plain_answer(call, stop, usage):
     assert views(call("Hi", system=SYSTEM)) == {
-        "text": 'You said: "Hi"', "thinking": "", "tool_calls": [],
-        "stop_reason": stop, "refusal": None, "truncated": False,
+        **NO_VIEWS, "text": 'You said: "Hi"', "stop_reason": stop,
         "usage": usage, "request_id": REQUEST_ID}
 
 
 @each_call
-def test_a_reply_is_a_dict_with_views_on_top(call):
-    started = time.monotonic()
-    reply = call("Hi", system=SYSTEM)
-    took = time.monotonic() - started
-    assert isinstance(reply, dict) and isinstance(reply, serv.Reply)
-    assert str(reply) == reply.text
-    assert repr(dict(reply)) in repr(reply)
-    assert reply == dict(reply) and dict(reply) == reply
-    assert json.loads(json.dumps(reply)) == reply
-    assert 0 < reply.elapsed <= took
-    for name in ("Content-Type", "content-type", "CONTENT-TYPE"):
-        assert reply.headers[name].split(";")[0] in (
-            "application/json", "text/event-stream")
+def test_the_time_of_a_reply_is_that_from_the_call_to_the_last_byte(call):
+    def answer(wire, request):
+        time.sleep(0.05)
+        service(wire, request)
+
+    with Server(answer) as server:
+        started = time.monotonic()
+        reply = call("Hi", system=SYSTEM, base_url=server.url)
+        took = time.monotonic() - started
+    assert 0.03 < reply.elapsed <= took
 
 
-@pytest.mark.parametrize("copied", [
-    copy.copy, copy.deepcopy, lambda reply: pickle.loads(pickle.dumps(reply)),
-    lambda reply: pickle.loads(pickle.dumps(reply, 2))])
 @each_call
-def test_copies_of_a_reply(call, copied):
+def test_replies_can_be_pickled_and_copied(call):
+    def facts(reply):
+        return {**views(reply), "type": type(reply), "dict": dict(reply),
+                "elapsed": reply.elapsed, "headers": dict(reply.headers)}
+
     reply = call("Hi", system=SYSTEM)
-    other = copied(reply)
-    assert type(other) is serv.Reply and other == reply
-    assert views(other) == views(reply)
-    assert other.elapsed == reply.elapsed
-    assert other.headers["x-openserv-request-id"] == REQUEST_ID
+    others = [pickle.loads(pickle.dumps(reply, protocol))
+              for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    for other in others + [copy.copy(reply), copy.deepcopy(reply)]:
+        assert facts(other) == facts(reply)
+        assert other.headers["X-OPENSERV-request-id"] == REQUEST_ID
 
 
 @pytest.mark.parametrize("call", [serv.chat, message])
@@ -1137,88 +1196,77 @@ def test_the_answer_is_whole_and_untouched(call):
     answer = {"choices": [{"message": {"content": "A", "x": 1}, "y": 2}],
               "content": [], "new": {"a": [1, None, 2.5e-9]}, "id": None,
               "text": "not a view", "headers": 1, "\u00e9": "\ud83d"}
-    assert get(answer, call) == answer
+    with Server(http_answer(answer)) as server:
+        assert call("Hi", system=SYSTEM, base_url=server.url) == answer
 
 
-@pytest.mark.parametrize("content, text", [
-    ("A", "A"), ("", ""), (None, ""), ([], ""),
-    ([text_block("A"), text_block("B")], "AB"),
-    ([{"type": "image_url"}, text_block("A")], "A"),
-    ([{"type": "thinking", "thinking": [text_block("Hm")]}, text_block("A")],
-     "A")])
-def test_text_of_chat(content, text):
-    assert get_chat(content=content).text == text
+# -- Text and thinking --------------------------------------------------------
+
+THOUGHT = {"type": "thinking", "thinking": "Hm.", "signature": "c2ln"}
+CHAT_TEXTS = {
+    # fields of the message, the text, the thinking
+    "text": ({"content": "A"}, "A", ""),
+    "no text": ({"content": ""}, "", ""),
+    "null": ({"content": None}, "", ""),
+    "no content": ({}, "", ""),
+    "parts are joined, but for those of another type": (
+        {"content": [text_block("A"), {"type": "image_url"}, {"text": "B"},
+                     {"type": "output_text", "text": "C"}]}, "ABC", ""),
+    "thinking in parts (Magistral)": (
+        {"content": [{"type": "thinking", "thinking": [text_block("Hm")]},
+                     text_block("A")]}, "A", "Hm"),
+    "reasoning_content (DeepSeek)": (
+        {"content": "A", "reasoning_content": "Hm"}, "A", "Hm"),
+    "reasoning (OpenRouter)": ({"content": "A", "reasoning": "Hm"}, "A", "Hm"),
+    "an empty field gives way to the other": (
+        {"content": "A", "reasoning_content": "", "reasoning": "Hm"}, "A",
+        "Hm"),
+    "of two fields with the thinking one is read": (
+        {"content": "A", "reasoning_content": "Hm", "reasoning": "Hm"}, "A",
+        "Hm"),
+    "half a character is U+FFFD, two halves are one": (
+        {"content": "\ud83d B \ud83d\ude00", "reasoning": "\ud83d"},
+        "\ufffd B \U0001f600", "\ufffd"),
+}
+MESSAGES_TEXTS = {
+    # the blocks, the text, the thinking
+    "no blocks": ([], "", ""),
+    "text blocks are joined": (
+        [text_block("A "), {"type": "new", "text": 5}, text_block("B")],
+        "A B", ""),
+    "thinking blocks are joined": (
+        [THOUGHT, {"type": "redacted_thinking", "data": "eA=="}, THOUGHT,
+         text_block("A")], "A", "Hm.Hm."),
+    "a tool is no text": (
+        [{"type": "tool_use", "id": "1", "name": "f", "input": {}}], "", ""),
+}
 
 
-def test_text_of_chat_is_that_of_the_first_choice():
-    reply = get({"choices": [
+@table("entry, text, thinking", CHAT_TEXTS)
+def test_the_text_and_the_thinking_of_chat(entry, text, thinking):
+    reply = chat_reply(**entry)
+    assert (reply.text, reply.thinking) == (text, thinking)
+
+
+@table("blocks, text, thinking", MESSAGES_TEXTS)
+def test_the_text_and_the_thinking_of_messages(blocks, text, thinking):
+    reply = message_reply(*blocks)
+    assert (reply.text, reply.thinking) == (text, thinking)
+
+
+def test_the_first_of_several_choices_speaks():
+    reply = serv.Reply({"choices": [
         {"message": {"content": "A"}, "finish_reason": "stop"},
         {"message": {"content": "B"}, "finish_reason": "length"}]})
     assert (reply.text, reply.stop_reason, reply.truncated) == (
         "A", "stop", False)
 
 
-@pytest.mark.parametrize("blocks, text", [
-    ([], ""), ([text_block("A")], "A"),
-    ([text_block("A "), {"type": "new"}, text_block("B")], "A B"),
-    ([{"type": "thinking", "thinking": "Hm"}, text_block("A")], "A"),
-    ([{"type": "tool_use", "id": "1", "name": "f", "input": {}}], "")])
-def test_text_of_messages_is_that_of_all_text_blocks(blocks, text):
-    assert get_message(*blocks).text == text
-
-
-def test_text_can_always_be_encoded():
-    text = get_chat(content="A \ud83d B \ud83d\ude00 \u00e9").text
-    assert text == "A \ufffd B \U0001f600 \u00e9"
-
-
-@pytest.mark.parametrize("entry", [
-    {"reasoning_content": "Hm"}, {"reasoning": "Hm"},
-    {"reasoning_content": "", "reasoning": "Hm"},
-    {"content": [{"type": "thinking", "thinking": [text_block("Hm")]}]}])
-def test_thinking_of_chat(entry):
-    assert get_chat(**{"content": "A", **entry}).thinking == "Hm"
-
-
-@pytest.mark.parametrize("entry", [
-    {}, {"reasoning_content": None}, {"reasoning": ""}])
-def test_no_thinking_in_chat(entry):
-    assert get_chat(content="A", **entry).thinking == ""
-
-
-def test_thinking_of_messages():
-    reply = get_message({"type": "thinking", "thinking": "Hm, ",
-                         "signature": "c2ln"},
-                        {"type": "redacted_thinking", "data": "eA=="},
-                        {"type": "thinking", "thinking": "yes."},
-                        text_block("A"))
-    assert (reply.thinking, reply.text) == ("Hm, yes.", "A")
-
-
-@chat_calls
-def test_reasoning_effort_brings_thinking(call):
-    reply = call("Hi", system=SYSTEM, reasoning_effort="high")
-    assert reply.thinking == "The user wants an answer."
-    assert reply.text == 'You said: "Hi"'
-
-
-@messages_calls
-def test_a_thinking_block_is_kept_with_its_signature(call):
-    reply = call("Hi", system=SYSTEM,
-                 thinking={"type": "enabled", "budget_tokens": 1024})
-    assert reply.thinking == "The user wants an answer."
-    assert reply.message == {"role": "assistant", "content": [
-        {"type": "thinking", "thinking": "The user wants an answer.",
-         "signature": "c2lnbmVk"}, text_block('You said: "Hi"')]}
-
-
 # -- Tool calls ---------------------------------------------------------------
 
-def chat_call(arguments, **more):
-    """Return the fields of a chat message that calls f."""
-    return {"content": None, "tool_calls": [{
-        "id": "1", "type": "function", **more,
-        "function": {"name": "f", "arguments": arguments}}]}
+def chat_call(arguments="{}", id="1", name="f"):
+    return {"id": id, "type": "function",
+            "function": {"name": name, "arguments": arguments}}
 
 
 @pytest.mark.parametrize("arguments, decoded", [
@@ -1227,36 +1275,69 @@ def chat_call(arguments, **more):
     ("{}", {}), (" { } ", {}), ({"a": 1}, {"a": 1}), (None, {}), ("", ""),
     ('{"a": 1', '{"a": 1'), ("[1]", "[1]"), ("1", "1"), ("null", "null"),
     ('"a"', '"a"'), ('{"a": 1} {}', '{"a": 1} {}'), ("Paris", "Paris")])
-def test_arguments_of_a_chat_call(arguments, decoded):
-    [call] = get_chat(**chat_call(arguments)).tool_calls
-    assert call == serv.ToolCall("1", "f", decoded)
+def test_arguments_that_are_no_json_object_stay_text(arguments, decoded):
+    [call] = chat_reply(tool_calls=[chat_call(arguments)]).tool_calls
+    assert call == ("1", "f", decoded)
     assert type(call.arguments) is type(decoded)
 
 
-def test_calls_in_a_chat_answer_keep_their_order():
-    calls = [{"id": str(n), "type": "function", "function": {
-        "name": "f%d" % n, "arguments": '{"n": %d}' % n}} for n in range(3)]
-    assert get_chat("tool_calls", tool_calls=calls).tool_calls == [
-        ("0", "f0", {"n": 0}), ("1", "f1", {"n": 1}), ("2", "f2", {"n": 2})]
+def test_arguments_that_are_nested_too_deeply_stay_text():
+    for depth, kind in ((serv.MAX_DEPTH, dict), (serv.MAX_DEPTH + 1, str),
+                        (100000, str)):
+        text = '{"a":' * depth + "1" + "}" * depth
+        [call] = chat_reply(tool_calls=[chat_call(text)]).tool_calls
+        assert type(call.arguments) is kind
+        assert call.arguments == (text if kind is str else json.loads(text))
 
 
-@pytest.mark.parametrize("calls", [None, [], [None], "x"])
-def test_no_calls_in_a_chat_answer(calls):
-    assert get_chat(content="A", tool_calls=calls).tool_calls == []
+SPLIT_CALLS = [  # gpt-5.4 behind a gateway: the text in one, the call in one
+    {"index": 0, "finish_reason": "stop",
+     "message": {"role": "assistant", "content": "I look."}},
+    {"index": 1, "finish_reason": "tool_calls", "message": {
+        "role": "assistant", "content": None, "tool_calls": [chat_call()]}}]
+SERVER_BLOCKS = [
+    {"type": "server_tool_use", "id": "0", "name": "web_search",
+     "input": {"query": "x"}},
+    {"type": "web_search_tool_result", "tool_use_id": "0", "content": []},
+    {"type": "mcp_tool_use", "id": "3", "name": "h", "input": {}}]
+TOOL_CALLS = {
+    "chat: calls keep their order": (
+        chat_reply(tool_calls=[chat_call('{"n": 2}', "b", "g"), chat_call()]),
+        [("b", "g", {"n": 2}), ("1", "f", {})]),
+    "chat: a custom tool gets text": (
+        chat_reply(tool_calls=[{"id": "1", "type": "custom", "custom": {
+            "name": "f", "input": "SELECT 1"}}]), [("1", "f", "SELECT 1")]),
+    "chat: null": (chat_reply(tool_calls=None), []),
+    "chat: none": (chat_reply(tool_calls=[]), []),
+    "chat: what is no call": (chat_reply(tool_calls=[None]), []),
+    "chat: what is no list": (chat_reply(tool_calls="x"), []),
+    "chat: a call without a name is none": (
+        chat_reply(tool_calls=[chat_call(name=""), chat_call(id="2")]),
+        [("2", "f", {})]),
+    "chat: the calls of a later choice, where the first has none": (
+        serv.Reply({"choices": copy.deepcopy(SPLIT_CALLS)}), [("1", "f", {})]),
+    "chat: the calls of the first choice, where it has some": (
+        serv.Reply({"choices": [
+            {"message": {"tool_calls": [chat_call("{}", "0", "g")]}},
+            {"message": {"tool_calls": [chat_call()]}}]}), [("0", "g", {})]),
+    "messages: only what the caller is to run": (
+        message_reply(*SERVER_BLOCKS, {
+            "type": "tool_use", "id": "1", "name": "f", "input": {"a": [1]}},
+            text_block("A"), {
+                "type": "tool_use", "id": "2", "name": "g", "input": {}}),
+        [("1", "f", {"a": [1]}), ("2", "g", {})]),
+    "messages: a call without a name is none": (
+        message_reply({"type": "tool_use", "id": "1", "input": {}}), []),
+    "messages: no input is an empty one": (
+        message_reply({"type": "tool_use", "id": "1", "name": "f"}),
+        [("1", "f", {})]),
+}
 
 
-def test_calls_in_a_messages_answer_are_those_that_the_caller_is_to_run():
-    reply = get_message(
-        text_block("Let me see."),
-        {"type": "server_tool_use", "id": "0", "name": "web_search",
-         "input": {"query": "x"}},
-        {"type": "web_search_tool_result", "tool_use_id": "0", "content": []},
-        {"type": "mcp_tool_use", "id": "3", "name": "h", "input": {}},
-        {"type": "tool_use", "id": "1", "name": "f", "input": {"a": [1]}},
-        {"type": "tool_use", "id": "2", "name": "g", "input": {}},
-        stop="tool_use")
-    assert reply.tool_calls == [("1", "f", {"a": [1]}), ("2", "g", {})]
-    assert reply.text == "Let me see."
+@table("reply, calls", TOOL_CALLS)
+def test_the_tool_calls_of_a_reply(reply, calls):
+    assert reply.tool_calls == calls
+    assert all(type(call) is serv.ToolCall for call in reply.tool_calls)
 
 
 def test_a_tool_call_has_names():
@@ -1265,1023 +1346,1168 @@ def test_a_tool_call_has_names():
     assert pickle.loads(pickle.dumps(call)) == call == copy.copy(call)
 
 
-SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}},
-          "required": ["city"]}
-CHAT_TOOL = {"type": "function", "function": {
-    "name": "get_weather", "parameters": SCHEMA}}
-MESSAGES_TOOL = {"name": "get_weather", "input_schema": SCHEMA}
+# -- Why it stopped -----------------------------------------------------------
+
+STOP_WORDS = [
+    # as a server says it, whether the answer is blocked, whether cut off
+    ("stop", False, False), ("end_turn", False, False),
+    ("tool_calls", False, False), ("tool_use", False, False),
+    ("function_call", False, False), ("stop_sequence", False, False),
+    ("pause_turn", False, False), ("STOP", False, False),
+    ("new", False, False), (None, False, False),
+    ("length", False, True), ("max_tokens", False, True),
+    ("model_context_window_exceeded", False, True),
+    ("MAX_TOKENS", False, True),  # Gemini, where it is not translated
+    ("model_length", False, True),  # Mistral
+    ("max_output_tokens", False, True),
+    ("content_filter", True, False), ("refusal", True, False),
+    ("Content_Filter", True, False),
+    ("content_filter: PROHIBITED_CONTENT", True, False),  # Gemini
+    ("content_filter: RECITATION", True, False),
+    ("function_call_filter: MALFORMED_FUNCTION_CALL", True, False),
+    ("SAFETY", True, False), ("safety", True, False),
+    ("RECITATION", True, False), ("PROHIBITED_CONTENT", True, False),
+    ("BLOCKLIST", True, False), ("SPII", True, False),
+    ("sensitive", True, False),  # GLM
+    ("guardrail_intervened", True, False),  # Bedrock
+]
 
 
-@chat_calls
-def test_a_tool_round_trip_in_chat(call, standin):
-    messages = [{"role": "user", "content": "Weather in Paris?"}]
-    first = call(messages, system=SYSTEM, tools=[CHAT_TOOL])
-    assert first.tool_calls == [("call_1", "get_weather", {"city": "Paris"})]
-    assert (first.text, first.stop_reason) == ("", "tool_calls")
-    messages.append(first.message)
-    messages += [{"role": "tool", "tool_call_id": asked.id,
-                  "content": "18 C in " + asked.arguments["city"]}
-                 for asked in first.tool_calls]
-    last = call(messages, system=SYSTEM, tools=[CHAT_TOOL])
-    assert last.text == 'The tool says: "18 C in Paris"'
-    entry = body_of(standin.requests[1])["messages"][2]
-    assert entry["role"] == "assistant" and entry["content"] in (None, "")
-    assert entry["tool_calls"] == [{
-        "id": "call_1", "type": "function", "function": {
-            "name": "get_weather", "arguments": '{"city": "Paris"}'}}]
+@pytest.mark.parametrize("reply", [chat_reply, message_reply])
+@pytest.mark.parametrize("word, blocked, truncated", STOP_WORDS)
+def test_what_a_stop_reason_says(reply, word, blocked, truncated):
+    reply = (chat_reply(word, content="A") if reply is chat_reply else
+             message_reply(text_block("A"), stop=word))
+    assert (reply.stop_reason, reply.refusal, reply.truncated) == (
+        word, word if blocked else None, truncated)
 
 
-@messages_calls
-def test_a_tool_round_trip_in_messages(call, standin):
-    messages = [{"role": "user", "content": "Weather in Paris?"}]
-    options = {"system": SYSTEM, "tools": [MESSAGES_TOOL],
-               "thinking": {"type": "enabled", "budget_tokens": 1024}}
-    first = call(messages, **options)
-    assert first.tool_calls == [("toolu_1", "get_weather", {"city": "Paris"})]
-    assert (first.text, first.stop_reason) == ("", "tool_use")
-    messages.append(first.message)
-    messages.append({"role": "user", "content": [
-        {"type": "tool_result", "tool_use_id": asked.id,
-         "content": "18 C in " + asked.arguments["city"]}
-        for asked in first.tool_calls]})
-    last = call(messages, **options)
-    assert last.text == 'The tool says: "18 C in Paris"'
-    assert body_of(standin.requests[1])["messages"][1] == {
-        "role": "assistant", "content": [
+REFUSALS = {
+    "chat: null": (chat_reply(content="A", refusal=None), None),
+    "chat: empty": (chat_reply(content="A", refusal=""), None),
+    "chat: its text": (chat_reply(content=None, refusal="No."), "No."),
+    "chat: its text, rather than the reason": (
+        chat_reply("content_filter", content=None, refusal="No."), "No."),
+    "chat: a part": (
+        chat_reply(content=[{"type": "refusal", "refusal": "No."}]), "No."),
+    "chat: no message beside the reason (Gemini)": (
+        serv.Reply({"choices": [{"index": 0, "finish_reason":
+                                 "content_filter: RECITATION"}]}),
+        "content_filter: RECITATION"),
+    "messages: no text beside the reason": (
+        serv.Reply({"type": "message", "content": None,
+                    "stop_reason": "refusal"}), "refusal"),
+    "messages: the explanation, rather than the reason": (
+        message_reply(stop="refusal", stop_details={
+            "type": "refusal", "category": "cyber", "explanation": "No."}),
+        "No."),
+    "messages: no explanation": (
+        message_reply(stop="refusal", stop_details={
+            "type": "refusal", "explanation": None}), "refusal"),
+    "messages: no details": (
+        message_reply(stop="refusal", stop_details=None), "refusal"),
+}
+
+
+@table("reply, refusal", REFUSALS)
+def test_the_refusal_of_a_reply(reply, refusal):
+    assert reply.refusal == refusal
+
+
+# -- The next turn ------------------------------------------------------------
+
+MESSAGE_BLOCKS = [
+    THOUGHT, {"type": "redacted_thinking", "data": "eA=="},
+    {"type": "new", "x": None}, text_block("A"), *SERVER_BLOCKS,
+    {"type": "tool_use", "id": "1", "name": "f", "input": {}}]
+CHAT_ENTRY = {"role": "assistant", "content": None, "refusal": "No.",
+              "new": 1, "tool_calls": [chat_call()]}
+ENTRIES = {
+    "chat: the answer's own": (
+        serv.Reply({"choices": [{"message": CHAT_ENTRY}]}), CHAT_ENTRY),
+    "chat: with the calls of a later choice": (
+        serv.Reply({"choices": copy.deepcopy(SPLIT_CALLS)}),
+        {"role": "assistant", "content": "I look.",
+         "tool_calls": [chat_call()]}),
+    "messages: all blocks": (
+        message_reply(*MESSAGE_BLOCKS, id="msg_1"),
+        {"role": "assistant", "content": MESSAGE_BLOCKS}),
+}
+
+
+@table("reply, entry", ENTRIES)
+def test_the_entry_for_the_next_turn(reply, entry):
+    before = copy.deepcopy(reply)
+    assert reply.message == entry
+    assert reply == before
+
+
+CITY_SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+ROUND_TRIPS = {
+    # the calls, their options, the tool's result, what is sent before it
+    "chat": (
+        CALLS[:2], {"reasoning_effort": "high", "tools": [
+            {"type": "function", "function": {
+                "name": "get_weather", "parameters": CITY_SCHEMA}}]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "18 C"},
+        {"role": "assistant", "tool_calls": [chat_call(
+            '{"city": "Paris"}', "call_1", "get_weather")],
+         "reasoning_content": "The user wants an answer."}),
+    "messages": (
+        CALLS[2:], {"thinking": {"type": "enabled"}, "tools": [
+            {"name": "get_weather", "input_schema": CITY_SCHEMA}]},
+        {"role": "user", "content": [{
+            "type": "tool_result", "tool_use_id": "toolu_1",
+            "content": "18 C"}]},
+        {"role": "assistant", "content": [
             {"type": "thinking", "thinking": "The user wants an answer.",
              "signature": "c2lnbmVk"},
             {"type": "tool_use", "id": "toolu_1", "name": "get_weather",
-             "input": {"city": "Paris"}}]}
+             "input": {"city": "Paris"}}]}),
+}
 
 
-@each_call
-def test_tool_choice_none_brings_no_call(call):
-    chat = call in (serv.chat, read_stream)
-    reply = call("Hi", system=SYSTEM,
-                 tools=[CHAT_TOOL if chat else MESSAGES_TOOL],
-                 tool_choice="none" if chat else {"type": "none"})
-    assert (reply.text, reply.tool_calls) == ('You said: "Hi"', [])
+@pytest.mark.parametrize("streamed", [False, True])
+@table("calls, options, result, entry", ROUND_TRIPS)
+def test_a_tool_round_trip(calls, options, result, entry, streamed, standin):
+    call, options = calls[streamed], {"system": SYSTEM, **options}
+    messages = [{"role": "user", "content": "Weather in Paris?"}]
+    reply = call(messages, **options)
+    [tool_call] = reply.tool_calls
+    assert tool_call[1:] == ("get_weather", {"city": "Paris"})
+    assert (reply.text, reply.thinking) == ("", "The user wants an answer.")
+    messages += [reply.message, result]
+    assert call(messages, **options).text == 'The tool says: "18 C"'
+    came = body_of(standin.requests[1])["messages"][-2]
+    assert {name: came.get(name) for name in entry} == entry
+    assert '"%s"' % tool_call.id in json.dumps(result)
 
 
-def test_structured_output():
-    schema = {"type": "object", "properties": {
-        "name": {"type": "string"}, "age": {"type": "integer"},
-        "tags": {"type": "array", "items": {"type": "string"}}}}
-    reply = serv.chat("Ada is 36.", system=SYSTEM, response_format={
-        "type": "json_schema", "json_schema": {
-            "name": "person", "schema": schema}})
-    assert json.loads(reply.text) == {
-        "name": "a name", "age": 3, "tags": ["a tags"]}
-
-
-# -- Why it stopped, and the next turn ----------------------------------------
-
-@pytest.mark.parametrize("finish, entry, refusal", [
-    ("stop", {"content": "A"}, None),
-    ("stop", {"content": "A", "refusal": None}, None),
-    ("stop", {"content": "A", "refusal": ""}, None),
-    ("stop", {"content": None}, None),
-    ("length", {"content": "A"}, None),
-    ("tool_calls", {"content": None}, None),
-    ("stop", {"content": None, "refusal": "No."}, "No."),
-    ("content_filter", {"content": "I can't share that."}, "content_filter"),
-    ("content_filter", {"content": None}, "content_filter"),
-    ("content_filter", {"content": None, "refusal": "No."}, "No."),
-    ("stop", {"content": [{"type": "refusal", "refusal": "No."}]}, "No.")])
-def test_refusals_in_chat(finish, entry, refusal):
-    assert get_chat(finish, **entry).refusal == refusal
-
-
-@pytest.mark.parametrize("stop, refusal", [
-    ("end_turn", None), ("max_tokens", None), ("tool_use", None),
-    (None, None), ("new", None), ("refusal", "refusal")])
-def test_refusals_in_messages(stop, refusal):
-    assert get_message(text_block("A"), stop=stop).refusal == refusal
-
-
-@each_call
-def test_a_blocked_answer(call):
-    reply = call("blocked, please", system=SYSTEM)
-    refusal = "content_filter" if call in CALLS[:2] else "refusal"
-    assert (reply.text, reply.refusal, reply.stop_reason) == (
-        "I can't share that.", refusal, refusal)
-
-
-@pytest.mark.parametrize("finish, truncated", [
-    ("length", True), ("stop", False), ("content_filter", False),
-    ("tool_calls", False), (None, False), ("new", False)])
-def test_truncated_in_chat(finish, truncated):
-    reply = get_chat(finish, content="A")
-    assert (reply.truncated, reply.stop_reason) == (truncated, finish)
-
-
-@pytest.mark.parametrize("stop, truncated", [
-    ("max_tokens", True), ("model_context_window_exceeded", True),
-    ("end_turn", False), ("stop_sequence", False), ("pause_turn", False),
-    (None, False)])
-def test_truncated_in_messages(stop, truncated):
-    reply = get_message(text_block("A"), stop=stop)
-    assert (reply.truncated, reply.stop_reason) == (truncated, stop)
-
-
-@each_call
-def test_an_answer_cut_off_by_the_limit(call):
-    limit = "max_completion_tokens" if call in CALLS[:2] else "max_tokens"
-    reply = call("one two three", system=SYSTEM, **{limit: 3})
-    assert (reply.text, reply.truncated) == ('You said: "one', True)
-
-
-@each_call
-def test_the_next_turn(call, standin):
-    messages = [{"role": "user", "content": "Hi"}]
-    reply = call(messages, system=SYSTEM)
-    messages += [reply.message, {"role": "user", "content": "And now?"}]
-    assert call(messages, system=SYSTEM).text == 'You said: "And now?"'
-    turns = body_of(standin.requests[1])["messages"][-3:]
-    assert turns[0] == ASKED and turns[1]["role"] == "assistant"
-    assert turns[1]["content"] in (
-        'You said: "Hi"', [text_block('You said: "Hi"')])
-
-
-def test_the_entry_of_chat_is_the_answers_own():
-    entry = {"role": "assistant", "content": None, "refusal": "No.", "new": 1}
-    assert get({"choices": [{"message": entry}]}).message == entry
-
-
-def test_the_entry_of_messages_holds_all_blocks():
-    blocks = [{"type": "thinking", "thinking": "Hm", "signature": "c2ln"},
-              {"type": "redacted_thinking", "data": "eA=="},
-              {"type": "new", "x": None}, text_block("A"),
-              {"type": "tool_use", "id": "1", "name": "f", "input": {}}]
-    assert get_message(*blocks).message == {"role": "assistant",
-                                            "content": blocks}
-
-
-# -- The rest of the views ----------------------------------------------------
+# -- Odd answers break no view ------------------------------------------------
 
 @pytest.mark.parametrize("usage, seen", [
     ({"total_tokens": 0}, {"total_tokens": 0}), ({}, {}), (None, {}),
     ([], {}), (3, {})])
-def test_usage(usage, seen):
-    assert get_message(usage=usage).usage == seen
+def test_the_usage_of_a_reply(usage, seen):
+    assert message_reply(usage=usage).usage == seen
 
 
-def test_no_usage():
-    assert get_chat(content="A").usage == {}
-
-
-@pytest.mark.parametrize("headers, seen", [
-    ({"x_openserv_request_id": "a", "x_request_id": "b", "request_id": "c"},
-     "a"),
-    ({"request_id": "c", "x_request_id": "b"}, "b"),
-    ({"request_id": "c"}, "c"), ({"X_OPENSERV_REQUEST_ID": "a"}, "a"),
-    ({"x_openserv_request_id": "", "request_id": "c"}, "c"), ({}, None)])
-def test_request_id(headers, seen):
-    assert get(REPLY, **headers).request_id == seen
-
-
-@pytest.mark.parametrize("choice", [
-    {}, {"message": None}, {"message": {}}, {"message": "x"}, None, "x",
-    {"message": {"content": 5, "tool_calls": 6, "refusal": None}}])
-def test_an_odd_choice_breaks_no_view(choice):
-    reply = get({"choices": [choice]})
-    assert views(reply) == {
-        "text": "", "thinking": "", "tool_calls": [], "stop_reason": None,
-        "refusal": None, "truncated": False, "usage": {}, "request_id": None}
+@pytest.mark.parametrize("choices", [
+    [], None, "x", [None], ["x"], [{}], [{"message": None}],
+    [{"message": {}}], [{"message": "x"}],
+    [{"message": {"content": 5, "tool_calls": 6, "refusal": None}}],
+    [{"message": {"content": [None, "x", 5, {}], "reasoning": 5}}]],
+    ids=repr)
+def test_an_odd_choice_breaks_no_view(choices):
+    reply = serv.Reply({"choices": choices})
+    assert views(reply) == NO_VIEWS
     assert isinstance(reply.message, dict)
 
 
 @pytest.mark.parametrize("block", [
     None, "x", {}, {"type": None}, {"type": "text"}, {"type": "thinking"},
-    {"type": "text", "text": None}, {"type": "thinking", "thinking": 5}])
+    {"type": "text", "text": None}, {"type": "thinking", "thinking": 5}],
+    ids=repr)
 def test_an_odd_block_breaks_no_view(block):
-    reply = get_message(block, text_block("A"), stop=None)
-    assert views(reply) == {
-        "text": "A", "thinking": "", "tool_calls": [], "stop_reason": None,
-        "refusal": None, "truncated": False, "usage": {}, "request_id": None}
+    reply = message_reply(block, text_block("A"), stop=None)
+    assert views(reply) == {**NO_VIEWS, "text": "A"}
     assert reply.message["content"] == [block, text_block("A")]
 
 
 # ---------------------------------------------------------------------------
-# Command line.
+# Building requests
+#
+# Pure, except for the SERV_ variables: arguments in; URL, headers, body out.
 # ---------------------------------------------------------------------------
 
-SCRIPT = os.path.abspath(serv.__file__)
+def build(endpoint="chat", **arguments):
+    """Return a request, with a system prompt, and max_tokens for Messages."""
+    arguments = {"messages": "Hi", "system": SYSTEM, **arguments}
+    if endpoint == "messages":
+        arguments["params"] = {"max_tokens": 9, **arguments.get("params", {})}
+    return serv.build_request(endpoint, **arguments)
 
 
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    """Run the command line here; return its status, output and errors."""
-    def run(*argv, stdin=""):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        return (serv.main(list(argv)), *capsys.readouterr())
-    return run
+def built_headers(**arguments):
+    """Return the headers of a request by names in lower case."""
+    headers = build(**arguments).headers
+    lower = {name.lower(): value for name, value in headers.items()}
+    assert len(lower) == len(headers)  # no name is there twice
+    return lower
 
 
-def start(*argv, **options):
-    """Start the command line as a process of its own."""
-    python = [sys.executable, "-S", "-W", "error"]  # -S: half the time
-    return subprocess.Popen([*python, SCRIPT, *argv], **{
-        "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE, **options})
+# -- The body -----------------------------------------------------------------
+
+SYSTEM_ENTRY = {"role": "system", "content": SYSTEM}
+SYSTEM_BLOCKS = [{"type": "text", "text": SYSTEM,
+                  "cache_control": {"type": "ephemeral"}}]
+LONG_CHAT = [
+    {"role": "user", "content": [{"type": "text", "text": "Hi"},
+                                 {"type": "image_url"}]},
+    {"role": "assistant", "content": None, "tool_calls": []},
+    {"role": "user", "content": "\u2028 \ud83d \U0001f600", "z": 1}]
+BODIES = {
+    "chat: a list is sent as it is, after the prompt": (
+        "chat", {"messages": LONG_CHAT},
+        {"messages": [SYSTEM_ENTRY] + LONG_CHAT}),
+    "chat: the prompt goes before another prompt": (
+        "chat", {"messages": [ASKED, SYSTEM_ENTRY]},
+        {"messages": [SYSTEM_ENTRY, ASKED, SYSTEM_ENTRY]}),
+    "chat: a system entry anywhere is a prompt": (
+        "chat", {"system": None, "messages": [ASKED, SYSTEM_ENTRY]},
+        {"messages": [ASKED, SYSTEM_ENTRY]}),
+    "chat: a developer entry is a prompt": (
+        "chat", {"system": "", "messages": [
+            {"role": "developer", "content": SYSTEM_BLOCKS}, ASKED]},
+        {"messages": [
+            {"role": "developer", "content": SYSTEM_BLOCKS}, ASKED]}),
+    "chat: blocks are a prompt": (
+        "chat", {"system": SYSTEM_BLOCKS}, {"messages": [
+            {"role": "system", "content": SYSTEM_BLOCKS}, ASKED]}),
+    "chat: nothing but parameters is added": (
+        "chat", {"params": {"max_tokens": 5, "stop": None}},
+        {"messages": [SYSTEM_ENTRY, ASKED], "max_tokens": 5, "stop": None}),
+    "messages: blocks are a prompt": (
+        "messages", {"system": SYSTEM_BLOCKS},
+        {"messages": [ASKED], "system": SYSTEM_BLOCKS, "max_tokens": 9}),
+    "messages: a list is sent as it is": (
+        "messages", {"messages": LONG_CHAT},
+        {"messages": LONG_CHAT, "system": SYSTEM, "max_tokens": 9}),
+}
 
 
-def run_process(*argv, stdin=b"", **environment):
-    """Run the command line in a process; return status, output, errors."""
-    with start(*argv, stdin=subprocess.PIPE,
-               env={**os.environ, **environment}) as process:
-        out, err = process.communicate(stdin, 20)
-    return process.returncode, out, err
+@table("endpoint, arguments, body", BODIES)
+def test_the_body_of_a_request(endpoint, arguments, body):
+    data = build(endpoint, **arguments).body
+    assert json.loads(data.decode()) == {"model": MODEL, **body}
 
 
-def one_line(err):
-    """Whether errors are one line as they ought to be."""
-    return re.fullmatch("serv: [^\n\r]+\n", err) is not None
+NO_PROMPTS = {
+    "no prompt": ("chat", None, "Hi"), "an empty one": ("chat", "", "Hi"),
+    "no blocks": ("messages", [], "Hi"),
+    "a blank one": ("messages", " \n", "Hi"),
+    "a user's words": ("chat", None, [ASKED]),
+    "no messages": ("chat", None, []),
+    "an empty entry": (
+        "chat", None, [{"role": "developer", "content": ""}, ASKED]),
+    "an entry, where Messages wants a field": (
+        "messages", None, [SYSTEM_ENTRY, ASKED]),
+}
 
 
-HI = 'You said: "Hi"\n'
-each_endpoint = pytest.mark.parametrize("endpoint", ["chat", "messages"])
-each_way = pytest.mark.parametrize("way", [(), ("--no-stream",)])
+@table("endpoint, system, messages", NO_PROMPTS)
+def test_no_system_prompt_is_refused(endpoint, system, messages):
+    with pytest.raises(ValueError, match="system prompt.*system="):
+        build(endpoint, system=system, messages=messages)
 
 
-@each_way
-@each_endpoint
-def test_only_the_answer_is_printed(endpoint, way, cli):
-    assert cli("-e", endpoint, *way, "Hi") == (0, HI, "")
+@pytest.mark.parametrize("name", ["messages", "system"])
+@pytest.mark.parametrize("value", [5, b"Hi", {"a": "b"}, ["Hi"], [None]],
+                         ids=repr)
+def test_messages_and_system_are_str_or_list_of_dicts(name, value):
+    with pytest.raises(TypeError, match=name):
+        build(**{name: value})
 
 
-@at_once(([SCRIPT],), (["-m", "serv"],))
-def test_as_a_script_and_as_a_module(way):
-    done = subprocess.run(
-        [sys.executable, "-W", "error", *way, "Hi"], timeout=20,
-        cwd=os.path.dirname(SCRIPT), stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert (done.returncode, done.stdout, done.stderr) == (
-        0, HI.encode(), b"")
+def test_a_reply_in_messages_is_refused_with_a_pointer_to_its_message():
+    with pytest.raises(TypeError, match=r"messages.*reply\.message"):
+        build(messages=[ASKED, serv.Reply(REPLY)])
 
 
-def test_the_stand_in_can_be_tried_without_a_key_or_pytest():
-    folders = [os.path.dirname(os.path.abspath(__file__)),
-               os.path.dirname(SCRIPT)]
-    code = ("import sys; import %s as tests; "
-            "sys.exit(tests.demo(sys.argv[1:]))" % __name__)
-    shown = subprocess.run(
-        [sys.executable, "-S", "-c", code, "Hello!"], timeout=20,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={"PYTHONPATH": os.pathsep.join(folders),
-             "PYTHONDONTWRITEBYTECODE": "1", "http_proxy": "http://none"})
-    assert (shown.returncode, shown.stdout.decode().splitlines()) == (
-        0, ['You said: "Hello!"'])
+BODY_LOOP = []
+BODY_LOOP.append(BODY_LOOP)
+NO_JSON = {
+    "NaN": (float("nan"), ValueError), "a loop": (BODY_LOOP, ValueError),
+    "an infinity deep inside": ([1, {"a": -float("inf")}], ValueError),
+    "a set": ({1}, TypeError), "bytes": (b"a", TypeError),
+    "an object deep inside": ([{"a": object()}], TypeError),
+    "a tuple as a key": ({("a",): 1}, TypeError),
+}
 
 
-@pytest.mark.parametrize("argv, stdin, prompt", [
-    (["Hi"], "", "Hi"), (["a", "b  c", "d"], "", "a b  c d"),
-    ([], "piped", "piped"), (["-"], "piped", "piped"),
-    (["Sum", "up:"], "piped\ntext", "Sum up:\n\npiped\ntext"),
-    (["Sum up:", "-"], "piped", "Sum up:\n\npiped"),
-    (["a", "-m", "x", "b"], "", "a b"),
-    (["\u00e9"], "\U0001f600", "\u00e9\n\n\U0001f600")])
-def test_the_prompt(argv, stdin, prompt, cli, standin):
-    status, _, err = cli(*argv, stdin=stdin)
-    assert (status, err) == (0, "")
-    assert sent(standin)["messages"][-1] == {"role": "user",
-                                             "content": prompt}
+@table("value, error", NO_JSON)
+def test_what_json_cannot_say_is_refused_by_name(value, error):
+    with pytest.raises(error, match="top_k"):
+        build(params={"a": 1, "top_k": value, "b": 2})
+    with pytest.raises(error, match="messages"):
+        build(messages=[{"role": "user", "content": value}])
 
 
-def test_the_indentation_of_a_piped_prompt_is_kept(cli, standin):
-    assert cli(stdin="    indented\n  less\n")[0] == 0
-    prompt = sent(standin)["messages"][-1]["content"]
-    assert prompt.rstrip("\n") == "    indented\n  less"
+def test_max_tokens_of_none_is_none():
+    with pytest.raises(TypeError, match="max_tokens"):
+        build("messages", params={"max_tokens": None})
 
 
-@pytest.mark.parametrize("argv", [[], ["-"], [""], ["-", "-"]])
-def test_no_prompt_is_wrong_usage(argv, cli, standin):
-    status, out, err = cli(*argv)
-    assert (status, out, one_line(err)) == (2, "", True)
-    assert standin.requests == []
+@pytest.mark.parametrize("arguments, name", [
+    ({"messages": [{"role": "system", "content": 0}]}, "messages"),
+    ({"params": {"tools": 0}}, "tools")])
+def test_json_that_is_too_deep_is_refused_by_name(arguments, name):
+    deep = []
+    for _ in range(100000):
+        deep = [deep]
+    place = arguments.get("params") or arguments["messages"][0]
+    place.update({key: deep for key, value in place.items() if value == 0})
+    with pytest.raises(ValueError, match=name):
+        build(**arguments)
+    while deep:  # or its garbage would be as deep
+        deep = deep.pop()
 
 
-@pytest.mark.parametrize("endpoint, argv, body", [
-    ("chat", [], {}), ("messages", [], {"max_tokens": 4096}),
-    ("chat", ["-n", "7"], {"max_completion_tokens": 7}),
-    ("messages", ["-n", "7"], {"max_tokens": 7}),
-    ("messages", ["--max-tokens", "7"], {"max_tokens": 7}),
-    ("messages", ["-o", "max_tokens=8"], {"max_tokens": 8}),
-    ("chat", ["-o", "max_tokens=8"], {"max_tokens": 8}),
-    ("chat", ["-o", "temperature=0.5", "-o", "stop=[\"a\", null]",
-              "--option", "user=ann", "-o", "x={\"y\": true}", "-o", "z=",
-              "-o", "e=a=b", "-o", "q=\"1\"", "-o", "t=true"],
-     {"temperature": 0.5, "stop": ["a", None], "user": "ann",
-      "x": {"y": True}, "z": "", "e": "a=b", "q": "1", "t": True})])
-@each_way
-def test_the_parameters_that_are_sent(endpoint, argv, body, way, cli,
-                                      standin):
-    assert cli("-s", SYSTEM, "-e", endpoint, *way, *argv, "Hi")[0] == 0
-    prompt = ({"messages": [{"role": "system", "content": SYSTEM}, ASKED]}
-              if endpoint == "chat" else
-              {"system": SYSTEM, "messages": [ASKED]})
-    streamed = {} if way else {"stream": True}
-    assert sent(standin) == {"model": MODEL, **prompt, **streamed, **body}
+# -- Settings: the argument, else the variable, read at each call -------------
+
+SETTINGS = {
+    "model": (lambda request: json.loads(request.body.decode())["model"],
+              "SERV_MODEL", "%s"),
+    "api_key": (lambda request: {name.lower(): value for name, value in
+                                 request.headers.items()}["authorization"],
+                "SERV_API_KEY", "Bearer %s"),
+    "base_url": (lambda request: request.url, "SERV_BASE_URL", "%s" + CHAT)}
 
 
-@each_endpoint
-def test_a_limit_of_0_is_not_passed_over(endpoint, cli, standin):
-    status, _, err = cli("-e", endpoint, "-n", "0", "Hi")
-    limits = [body_of(request).get("max_tokens" if endpoint == "messages"
-                                   else "max_completion_tokens")
-              for request in standin.requests]
-    assert (status, limits) in ((2, []), (3, [0]))
-    assert one_line(err)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_is_the_argument_else_the_variable(name, monkeypatch):
+    read, variable, form = SETTINGS[name]
+    a, b, c = "http://a", "http://b", "http://c"
+    monkeypatch.setenv(variable, a)
+    assert read(build()) == form % a
+    assert read(build(**{name: ""})) == form % a
+    monkeypatch.setenv(variable, b)
+    assert read(build(**{name: None})) == form % b
+    assert read(build(**{name: c})) == form % c
 
 
-@each_endpoint
-def test_the_model(endpoint, cli, standin, monkeypatch):
-    monkeypatch.setenv("SERV_MODEL", "from-the-variable")
-    cli("-e", endpoint, "Hi")
-    cli("-e", endpoint, "--model", "from-the-flag", "Hi")
-    monkeypatch.setenv("SERV_MODEL", "")
-    cli("-e", endpoint, "Hi")
-    monkeypatch.delenv("SERV_MODEL")
-    cli("-e", endpoint, "Hi")
-    example = {"chat": "gpt-5.4-mini", "messages": "claude-haiku-4.5"}
-    assert [body_of(r)["model"] for r in standin.requests] == [
-        "from-the-variable", "from-the-flag"] + [example[endpoint]] * 2
+@pytest.mark.parametrize("variable", [None, ""])
+def test_settings_that_are_not_set(variable, monkeypatch):
+    for name in ("SERV_MODEL", "SERV_API_KEY", "SERV_BASE_URL",
+                 "SERV_TIMEOUT"):
+        if variable is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, variable)
+    with pytest.raises(ValueError, match="SERV_MODEL"):
+        build(api_key=KEY)
+    with pytest.raises(serv.ServError, match="SERV_API_KEY") as caught:
+        build(model="m")
+    assert type(caught.value) is serv.ServError
+    assert build(model="m", api_key=KEY).url == serv.BASE_URL + CHAT
 
 
-def test_the_system_prompt(cli, standin):
-    cli("Hi")
-    cli("--system", "Rhyme.", "Hi")
-    first, second = [body_of(r)["messages"][0] for r in standin.requests]
-    assert first["role"] == "system" and "helpful" in first["content"]
-    assert second == {"role": "system", "content": "Rhyme."}
+@pytest.mark.parametrize("value", [
+    0, -1, 0.0, 86401, 10 ** 400, float("nan"), float("inf"), "soon", True,
+    [5]], ids=lambda value: repr(value)[:9])
+def test_a_timeout_that_is_refused(value):
+    with pytest.raises(ValueError, match="timeout"):
+        build(timeout=value)
 
 
-@each_way
-def test_headers_of_the_command_line(way, cli, standin):
-    cli("-H", "X-A: 1: 2", "--header", "user-agent:mine", *way, "Hi")
-    [request] = standin.requests
-    assert request.headers["x-a"] == "1: 2"
-    assert request.headers["user-agent"] == "mine"
+@pytest.mark.parametrize("value", [
+    "soon", "1 s", "-3", "0", "86401", "nan", "inf", "1_0"])
+def test_a_timeout_in_the_variable_that_is_refused(value, monkeypatch):
+    monkeypatch.setenv("SERV_TIMEOUT", value)
+    with pytest.raises(ValueError, match="SERV_TIMEOUT"):
+        build()
+    build(timeout=5)  # then nobody looks at the variable
 
 
-@each_endpoint
-def test_json_prints_the_whole_reply(endpoint, cli, standin):
-    status, out, err = cli("-e", endpoint, "--json", "Hi \u00e9")
-    build = chat_answer if endpoint == "chat" else messages_answer
-    assert (status, err) == (0, "")
-    assert json.loads(out) == build(sent(standin))
+@pytest.mark.parametrize("value", [0.001, 5, 86400, "7", "7.5", ".5", "1e3"])
+def test_a_timeout_that_is_taken(value, monkeypatch):
+    if not isinstance(value, str):
+        build(timeout=value)
+    monkeypatch.setenv("SERV_TIMEOUT", str(value))
+    build()
 
 
-@each_endpoint
-def test_verbose_tells_id_time_and_tokens_on_stderr(endpoint, cli):
-    status, out, err = cli("-v", "-e", endpoint, "-o",
-                           'stream_options={"include_usage": true}', "Hi")
-    assert (status, out, one_line(err)) == (0, HI, True)
-    assert REQUEST_ID in err and re.search(r"\d\.\d+ ?s", err)
-    assert re.search(r"tokens\D+1\b", err) and re.search(r"tokens\D+3\b", err)
+def test_the_timeout_of_the_variable_counts(monkeypatch):
+    monkeypatch.setenv("SERV_TIMEOUT", "0.05")
+    with Server(lambda wire, request: None) as server:
+        with pytest.raises(serv.APITimeoutError):
+            serv.chat("Hi", system=SYSTEM, base_url=server.url)
 
 
-@pytest.mark.parametrize("flag", ["--version", "--help", "-h"])
-def test_flags_that_ask_the_program(flag, cli, standin, monkeypatch):
+@pytest.mark.parametrize("value", [-1, 1.5, "2", None, float("inf"), True])
+def test_max_retries_is_a_whole_number(value):
+    with pytest.raises(ValueError, match="max_retries"):
+        build(max_retries=value)
+
+
+# -- The URL ------------------------------------------------------------------
+
+@pytest.mark.parametrize("endpoint", ["chat", "messages"])
+@pytest.mark.parametrize("prefix", ["", "/a", "/a/b", "/v1beta", "/v1/x"])
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/", "//", "//v1//"])
+def test_a_base_url_with_and_without_v1(endpoint, prefix, end):
+    url = "https://h:8" + prefix
+    assert build(endpoint, base_url=url + end).url == (
+        url + (CHAT if endpoint == "chat" else MESSAGES))
+
+
+@pytest.mark.parametrize("blanks", [" %s", "%s ", "%s\n", "\t%s\r\n"])
+def test_white_space_around_a_base_url_is_dropped(blanks, monkeypatch):
+    url = blanks % "http://h/v1"
+    assert build(base_url=url).url == "http://h" + CHAT
+    monkeypatch.setenv("SERV_BASE_URL", url)
+    assert build().url == "http://h" + CHAT
+
+
+@pytest.mark.parametrize("url, place", [
+    ("http://h", ("http://h", False, "h", 80)),
+    ("https://h/v1/", ("https://h", True, "h", 443)),
+    ("http://h:8/a/v1", ("http://h:8/a", False, "h", 8)),
+    ("https://h:/a", ("https://h:/a", True, "h", 443)),
+    ("http://[::1]:8", ("http://[::1]:8", False, "::1", 8)),
+    ("https://[fe80::1%lo]:8/v1",
+     ("https://[fe80::1%lo]:8", True, "fe80::1%lo", 8)),
+    ("http://h/~a!$-._%41/[1]", ("http://h/~a!$-._%41/[1]", False, "h", 80)),
+    ("http://b\u00fccher.test:8/v1", (
+        "http://xn--bcher-kva.test:8", False, "xn--bcher-kva.test", 8))])
+def test_where_a_base_url_leads(url, place):
+    assert serv.build_url(url) == place
+
+
+BAD_URLS = {
+    "another scheme": ["ftp://h", "file:///etc/passwd", "socks5://h",
+                       "data:text/plain,hi", "unix:///run/s",
+                       "javascript:1"],
+    "no scheme": ["127.0.0.1", "127.0.0.1:80", "//h", "localhost", "h/v1"],
+    "no host": ["http:", "http://", "http:///v1", "http://:80", "https://?",
+                "http:h"],
+    "a bad port": ["http://h:port", "http://h:65536", "http://h:0",
+                   "http://h:-1", "http://h:99999", "http://h:\u0663"],
+    "a query": ["http://h?", "http://h?a=b", "http://h/v1?a=b"],
+    "a fragment": ["http://h#", "http://h/#a"],
+    "white space inside": ["http://h/a b", "http://e h/", "http://h/\r\nX: y",
+                           "http://h/ HTTP/1.1\r\nX: y\r\n\r\nz",
+                           "http://h/\ta", "http://h\n.test", "http:// h"],
+    "control characters": ["http://h/\x00", "http://h/\x7f", "http://h\x1b/"],
+    "a user": ["http://user@h", "http://user:password@h",
+               "http://:password@h", "http://@h", "http://h\\@i"],
+    "no address": ["http://[::1", "http://[h]"],
+    "a path beyond ASCII": ["http://h/\u2028a", "http://h/\u00e9"],
+    "a host that would become another": ["http://\u2100.test"],  # a/c.test
+}
+
+
+@pytest.mark.parametrize("url", [
+    pytest.param(url, id="%s: %a" % (rule, url))
+    for rule, urls in BAD_URLS.items() for url in urls])
+def test_a_base_url_that_is_refused(url):
+    with pytest.raises(ValueError, match="base_url") as caught:
+        build(base_url=url)
+    assert "password" not in str(caught.value)
+
+
+@pytest.mark.parametrize("base_url, host", [
+    ("http://h", "h"), ("http://h:80/a", "h"), ("HTTPS://h:443", "h"),
+    ("http://h:443", "h:443"), ("https://h:8/v1", "h:8"),
+    ("http://[::1]:8", "[::1]:8"), ("https://[fe80::1%lo]/v1", "[fe80::1]"),
+    ("http://b\u00fccher.test", "xn--bcher-kva.test")])
+def test_the_host_header_follows_the_url(base_url, host):
+    assert built_headers(base_url=base_url)["host"] == host
+
+
+@pytest.mark.parametrize("base_url", [5, b"http://h", ["http://h"]], ids=repr)
+def test_a_base_url_is_a_str(base_url):
+    with pytest.raises(TypeError, match="base_url"):
+        build(base_url=base_url)
+
+
+def test_an_ipv6_address():
+    try:
+        server = Server(service, host="::1")
+    except OSError:
+        pytest.skip("no IPv6 on this machine")
+    with server:
+        for _ in range(2):  # the second on the connection of the first
+            serv.chat("Hi", system=SYSTEM, base_url=server.url + "/v1")
+    assert [(request.headers["host"], request.connection)
+            for request in server.requests] == [
+                ("[::1]:%d" % server.port, 1)] * 2
+
+
+# -- The key ------------------------------------------------------------------
+
+@pytest.mark.parametrize("key, header", [
+    (KEY + "\n", KEY), (KEY + "\r\n", KEY), ("  %s\t" % KEY, KEY),
+    ("\u00a0" + KEY, KEY), ("a b~", "a b~")])
+def test_white_space_around_a_key_is_dropped(key, header, monkeypatch):
+    assert built_headers(api_key=key)["authorization"] == "Bearer " + header
+    if key.isascii():  # or it might not fit into the environment
+        monkeypatch.setenv("SERV_API_KEY", key)
+        assert built_headers()["authorization"] == "Bearer " + header
+
+
+@pytest.mark.parametrize("key", [
+    "serv_\u2026", "sk-\u00e9t\u00e9-0123", "sk-0123\n4567",
+    "sk-0123\r\nX: 4567", "sk-0123\x7f4567", "sk-0123\t4567", "sk-0123\x01x",
+    "\ud800sk-0123"], ids=ascii)
+def test_a_key_that_no_header_can_carry_is_not_shown(key):
+    with pytest.raises(serv.ServError) as caught:
+        build(api_key=key)
+    error = caught.value
+    assert type(error) is serv.ServError
+    shown = repr(error) + str(error) + repr(vars(error))
+    for part in ("sk-", "serv_\u2026", "0123", "4567"):
+        assert part not in shown
+
+
+@pytest.mark.parametrize("key", [" ", "\t\r\n"], ids=ascii)
+def test_a_key_of_white_space_is_none(key):
+    with pytest.raises(serv.ServError, match="SERV_API_KEY"):
+        build(api_key=key)
+
+
+@pytest.mark.parametrize("name", [
+    "Authorization", "authorization", "AUTHORIZATION"])
+@pytest.mark.parametrize("key", [None, "", "serv_\u2026", "sk-other"])
+def test_with_an_authorization_of_ones_own_no_key_is_needed(
+        key, name, monkeypatch):
     monkeypatch.delenv("SERV_API_KEY")
-    status, out, err = cli(flag)
-    assert (status, err) == (0, "")
-    assert ("usage:" in out) == (flag != "--version")
-    assert (serv.__version__ in out) == (flag == "--version")
-    assert standin.requests == []
+    headers = built_headers(api_key=key, headers={name: "Basic x"})
+    assert headers["authorization"] == "Basic x"
 
 
-def test_no_flag_takes_the_key(cli, standin):
-    assert "key" not in re.findall(r"--([a-z-]+)", cli("--help")[1])
-    for argv in (["--api-key", "x"], ["--key=x"], ["-o", "api_key=sk-x"]):
-        status, out, err = cli(*argv, "Hi")
-        assert (status, out, one_line(err)) == (2, "", True)
-        assert "sk-x" not in err
-    assert standin.requests == []
+# -- Headers ------------------------------------------------------------------
+
+OUR_HEADERS = {
+    "accept": "application/json", "accept-encoding": "identity",
+    "authorization": "Bearer " + KEY, "content-type": "application/json",
+    "user-agent": serv.USER_AGENT}
 
 
-# -- Exit status, and what goes where -----------------------------------------
+@pytest.mark.parametrize("change", [str.lower, str.upper, str.title])
+@pytest.mark.parametrize("name", OUR_HEADERS)
+def test_a_header_replaces_ours_in_any_case(name, change):
+    headers = built_headers(base_url="http://h",
+                            headers={change(name): "mine"})
+    assert headers == {"host": "h", **OUR_HEADERS, name: "mine"}
 
-@pytest.mark.parametrize("argv", [
-    ["-e", "models", "Hi"], ["-n", "few", "Hi"], ["-n"], ["--unknown", "Hi"],
-    ["-o", "temperature", "Hi"], ["-o", "=1", "Hi"], ["-H", "X-A", "Hi"],
-    ["-H", ": a", "Hi"], ["-H", "Host: a", "Hi"], ["-s", "", "Hi"],
-    ["-o", "model=m", "Hi"], ["-o", "stream=true", "Hi"],
-    ["-o", "messages=[]", "Hi"], ["-o", "system=Rhyme.", "Hi"],
-    ["-o", "timeout=1", "Hi"], ["-o", "max_retries=0", "Hi"],
-    ["-o", "base_url=http://h", "Hi"], ["-o", "headers={}", "Hi"],
-    ["-o", "endpoint=messages", "Hi"],
-    ["-H", "X-A: a\nX-B: b", "Hi"]])
-def test_wrong_usage(argv, cli, standin):
-    status, out, err = cli(*argv)
-    assert (status, out, one_line(err)) == (2, "", True), err
-    assert standin.requests == []
+
+@each_call
+def test_headers_are_added(call, standin):
+    call("Hi", system=SYSTEM, headers={
+        "X-OpenServ-Prompt-Cache": "False", "x-empty": "", "x-a": "\u00e9",
+        "USER-AGENT": "mine"})
+    [request] = standin.requests
+    assert {name: value for name, value in request.headers.items()
+            if name.startswith("x-") or name in OUR_HEADERS} == {
+                **OUR_HEADERS, "accept": request.headers["accept"],
+                "x-openserv-prompt-cache": "False", "x-empty": "",
+                "x-a": "\u00e9", "user-agent": "mine"}
+
+
+BAD_NAMES = [
+    "Content-Length", "content-length", "TRANSFER-ENCODING", "Host", "host",
+    "X-A\r\nX-B", "X-A\n", "X-B: 1\r\nX-A", "X:A", "", " ", "X A", "X-\u00e9"]
+BAD_VALUES = [
+    "a\r\nX-B: b", "a\n", "\ra", "a\r\n b", "a\n b", "a\x00", "a\x0b",
+    "a\x7f", "a\x85", "\u2026", "a\u010ab"]  # whose lower byte is a line feed
 
 
 @pytest.mark.parametrize("name, value", [
-    ("SERV_BASE_URL", "example.com"), ("SERV_TIMEOUT", "soon")])
-def test_a_wrong_variable(name, value, cli, standin, monkeypatch):
-    monkeypatch.setenv(name, value)
-    status, out, err = cli("Hi")
-    assert (status, out, one_line(err)) == (2, "", True)
-    assert standin.requests == []
-
-
-@pytest.mark.parametrize("key", ["", "\n", "serv_\u2026"])
-@each_way
-@each_endpoint
-def test_no_usable_key(endpoint, way, key, cli, standin, monkeypatch):
-    monkeypatch.setenv("SERV_API_KEY", key)
-    status, out, err = cli("-e", endpoint, *way, "Hi")
-    assert (status, out, one_line(err)) == (1, "", True)
-    assert standin.requests == []
-
-
-def say_no(told, status="400 Bad Request"):
-    return http_answer({"error": {"type": "invalid_request_error",
-                                  "message": told}}, status,
-                       x_openserv_request_id=REQUEST_ID)
-
-
-@pytest.mark.parametrize("answer, says", [
-    (say_no("No such thing."), "No such thing."),
-    (say_no("Line 1\r\nline\x1b[2J 2\u2028line 3"), "Line 1"),
-    (say_no("\u00e9" * 5000), "\u00e9"),
-    (http_answer(b"<html>\n<h1>Bad gateway</h1>\n</html>",
-                 "502 Bad Gateway", "text/html", x_should_retry="false"),
-     "502"),
-    (http_answer(b"<html>\nSign in\n</html>", kind="text/html"), "Sign in"),
-    (http_head("301 Moved", location="http://elsewhere", content_length=0),
-     "http://elsewhere"),
-    (say_no("Your key %s is bad." % KEY, "401 Unauthorized"), "401")])
-@each_way
-def test_a_failed_call(answer, says, way, cli, monkeypatch):
-    with Server(answer) as server:
-        monkeypatch.setenv("SERV_BASE_URL", server.url)
-        status, out, err = cli(*way, "Hi")
-    assert (status, out, one_line(err)) == (1, "", True), err
-    assert says in err and KEY not in err
-    assert len(err.splitlines()) == 1 and err[:-1].isprintable()
-
-
-def test_no_connection(cli, monkeypatch):
-    with Server(b"") as server:
-        pass
-    monkeypatch.setenv("SERV_BASE_URL", server.url)
-    monkeypatch.setenv("SERV_TIMEOUT", "0.3")
-    status, out, err = cli("Hi")
-    assert (status, out, one_line(err)) == (1, "", True)
-
-
-def delta(text, reason=None):
-    """Return a chunk of a chat stream."""
-    return {"object": "chat.completion.chunk", "choices": [{
-        "index": 0, "delta": {"content": text}, "finish_reason": reason}]}
-
-
-def test_a_cut_stream(cli, monkeypatch):
-    data = http_head(kind="text/event-stream") + sse(delta("Half an"))
-    with Server([lambda wire, request: wire.sendall(data) or False]) as server:
-        monkeypatch.setenv("SERV_BASE_URL", server.url)
-        status, out, err = cli("Hi")
-    assert (status, out.rstrip("\n"), one_line(err)) == (1, "Half an", True)
-
-
-@each_way
-@each_endpoint
-def test_a_blocked_answer_ends_with_3(endpoint, way, cli):
-    status, out, err = cli("-e", endpoint, *way, "blocked")
-    assert (status, out) == (3, "I can't share that.\n")
-    assert one_line(err) and "blocked" in err
-
-
-@each_way
-@each_endpoint
-def test_an_answer_that_was_cut_off_ends_with_3(endpoint, way, cli):
-    status, out, err = cli("-e", endpoint, "-n", "2", *way, "Hi")
-    assert (status, out) == (3, "You said:\n")
-    assert one_line(err) and "token limit" in err
-
-
-@pytest.mark.parametrize("argv", [["blocked"], ["-n", "2", "Hi"]])
-@each_endpoint
-def test_with_json_too(endpoint, argv, cli, standin):
-    status, out, err = cli("-e", endpoint, "--json", *argv)
-    build = chat_answer if endpoint == "chat" else messages_answer
-    assert (status, json.loads(out)) == (3, build(sent(standin)))
-    assert one_line(err)
-
-
-# -- The command that is printed, run for real --------------------------------
-
-NASTY = ["$HOME `id` $(id) \\ \"q\" 'p' !", "@/etc/hostname",
-         "\u00e9\U0001f600", "a\nb\n\nc\t%d%%", "'; exit 1; '"]
-
-
-needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
-
-
-@needs_curl
-@pytest.mark.parametrize("argv", [
-    ["-H", "X-A: 'b' $c \"d\" @e", "-o", "x={\"y\": \"$z\"}", *NASTY],
-    ["-e", "messages", "-n", "9", "-s", "'$HOME'\n", "--no-stream", "Hi"],
-    ["-H", "User-Agent: mine", "-H", "X-Empty:", "Hi"],
-    ["-m", "a/b'c", "-H", "Accept: */*", "Hi"],
-    ["-H", "authorization: Bearer " + KEY, "Hi"],
-    ["What is 'Authorization: Bearer $SERV_API_KEY' in it?"],
-    ["-H", "X-Too: Authorization: Bearer $SERV_API_KEY", "Hi"]])
-def test_a_dry_run_prints_what_curl_then_sends(argv, cli, standin, tmp_path,
-                                               monkeypatch):
-    assert cli(*argv)[0] == 0
-    monkeypatch.delenv("SERV_API_KEY")  # it needs none
-    status, out, err = cli("--dry-run", *argv)
-    assert (status, err, len(standin.requests)) == (0, "", 1)
-    run_shell(out, tmp_path)
-    ours, curls = standin.requests
-    assert curls[:4] == ours[:4]
-
-
-def run_shell(command, home):
-    """Run a command that is to say nothing on standard error."""
-    shell = subprocess.run(
-        ["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        timeout=20, env={**os.environ, "HOME": str(home), "SERV_API_KEY": KEY})
-    assert (shell.returncode, shell.stderr) == (0, b"")
-
-
-@pytest.mark.parametrize("key, said, status", [
-    (KEY, b'You said: "Hi"\n', 0), ("", b"", 1)])
-def test_standard_error_may_be_closed(key, said, status, standin):
-    shell = subprocess.run(
-        ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, SCRIPT, "Hi"],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=20,
-        env={**os.environ, "SERV_API_KEY": key, "SERV_BASE_URL": standin.url})
-    assert (shell.stdout, shell.returncode) == (said, status)
-
-
-def test_standard_output_may_not_be_closed(standin):
-    """Nothing is asked, which would be billed and read by nobody."""
-    shell = subprocess.run(
-        ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, SCRIPT, "Hi"],
-        stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=20,
-        env={**os.environ, "SERV_BASE_URL": standin.url})
-    assert (shell.stderr, shell.returncode, standin.requests) == (
-        b"serv: standard output is closed\n", 1, [])
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="not on this one")
-def test_standard_error_may_be_full(standin):
-    run = subprocess.run(
-        ["sh", "-c", 'exec "$@" 2>/dev/full', "sh", sys.executable, SCRIPT,
-         "Hi"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=20,
-        env={**os.environ, "SERV_BASE_URL": standin.url})
-    assert (run.stdout, run.returncode) == (b'You said: "Hi"\n', 0)
-
-
-@needs_curl
-@pytest.mark.parametrize("path", ["/it's/$HOME", "/{a,b}/[1-2]", "/a/../b"])
-def test_a_dry_run_of_a_base_url_with_odd_characters(path, cli, tmp_path,
-                                                     monkeypatch):
-    with Server(http_answer(REPLY)) as server:
-        monkeypatch.setenv("SERV_BASE_URL", server.url + path)
-        assert cli("--no-stream", "Hi")[0] == 0
-        run_shell(cli("--no-stream", "--dry-run", "Hi")[1], tmp_path)
-    ours, curls = server.requests
-    assert curls[:4] == ours[:4]
-
-
-@each_endpoint
-def test_a_dry_run_sends_nothing_and_does_not_show_the_key(endpoint, cli,
-                                                           standin):
-    status, out, err = cli("-e", endpoint, "--dry-run", "Hi")
-    assert (status, err) == (0, "")
-    assert out.startswith("curl ")
-    assert "$SERV_API_KEY" in out and KEY not in out
-    assert standin.requests == []
-
-
-# -- Processes: pipes, signals, terminals -------------------------------------
-
-class Pausing:
-    """A service that streams a piece, then waits to be told to go on."""
-
-    def __init__(self, first, *rest):
-        self.first, self.rest = delta(first), rest
-        self.go_on = threading.Event()
-
-    def __call__(self, wire, request):
-        wire.sendall(http_head(kind="text/event-stream") + sse(self.first))
-        if self.go_on.wait(20):
-            for event in self.rest:
-                wire.sendall(sse(event))
-        return False
-
-
-@pytest.fixture
-def pausing(monkeypatch):
-    """Start a service that pauses; the SERV_ variables lead to it."""
-    servers = []
-
-    def run(*texts):
-        service = Pausing(*texts)
-        servers.append((service, Server(service)))
-        monkeypatch.setenv("SERV_BASE_URL", servers[-1][1].url)
-        return service.go_on
-    yield run
-    for service, server in servers:
-        service.go_on.set()
-        server.stop()
-
-
-def test_pieces_are_printed_as_they_come(pausing):
-    go_on = pausing("One ", delta("two", "stop"), "[DONE]")
-    with start("Hi") as process:
-        assert process.stdout.read(4) == b"One "
-        go_on.set()
-        assert process.communicate(timeout=20) == (b"two\n", b"")
-    assert process.returncode == 0
-
-
-@pytest.fixture
-def interrupts():
-    """Let processes be interrupted also where the tests themselves cannot."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_an_interrupted_answer(pausing, interrupts):
-    pausing("One ")
-    with start("Hi") as process:
-        assert process.stdout.read(4) == b"One "
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
-    assert (process.returncode, out.strip()) == (130, b"")
-    assert one_line(err.decode()) and b"interrupted" in err
-
-
-@at_once(((),), (("--no-stream",),))
-def test_an_interrupt_while_waiting(way, interrupts):
-    came = threading.Event()
-
-    def silent(wire, request):
-        came.set()
-
-    with Server(silent) as server:
-        with start(*way, "Hi", env={
-                **os.environ, "SERV_BASE_URL": server.url}) as process:
-            assert came.wait(20)
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=20)
-    assert (process.returncode, out) == (130, b"")
-    assert one_line(err.decode()) and b"interrupted" in err
-
-
-def test_a_closed_pipe_ends_it_quietly(pausing):
-    go_on = pausing("One ", *[delta("two " * 1000)] * 100, "[DONE]")
-    with start("Hi") as process:
-        assert process.stdout.read(4) == b"One "
-        process.stdout.close()
-        go_on.set()
-        err = process.stderr.read()
-        assert (process.wait(20), err) == (1, b"")
-
-
-@at_once(("--no-stream",), ("--dry-run",), ("--help",))
-def test_a_pipe_that_was_closed_before(way):
-    reader, writer = os.pipe()
-    os.close(reader)
-    try:
-        with start(way, "Hi", stdout=writer) as process:
-            err = process.stderr.read()
-            assert (process.wait(20), err) == (1, b"")
-    finally:
-        os.close(writer)
-
-
-@at_once(
-    (["Echo"], "d\u00e9j\u00e0 \U0001f600".encode(),
-     "Echo\n\nd\u00e9j\u00e0 \U0001f600"),
-    ([], b"a \xff b", "a \ufffd b"), ([b"a \xff b"], b"", "a \ufffd b"))
-def test_bytes_are_text_and_not_fatal_where_they_are_none(argv, stdin, prompt):
-    with Server(service) as server:
-        status, out, err = run_process(
-            *argv, stdin=stdin, PYTHONUTF8="1", SERV_BASE_URL=server.url)
-    assert (status, err) == (0, b"")
-    assert out.decode() == 'You said: "%s"\n' % prompt
-    assert sent(server)["messages"][1]["content"] == prompt
-
-
-@at_once(((),), (("--json",),))
-def test_what_the_terminals_encoding_cannot_say_is_replaced(way):
-    status, out, err = run_process(
-        *way, "d\u00e9j\u00e0", PYTHONIOENCODING="ascii", PYTHONUTF8="1")
-    assert (status, err) == (0, b"")
-    assert b"d?j?" in out and out.isascii()
-
-
-@at_once(("--no-stream",), ("--json",))
-def test_half_a_character_is_replaced(way):
-    answer = chat_answer({"model": MODEL, "messages": [
-        {"role": "user", "content": "a \ud83d b"}]})
-    with Server(http_answer(answer)) as server:
-        status, out, err = run_process(way, "Hi", SERV_BASE_URL=server.url)
-    assert (status, err) == (0, b"")
-    assert b"a \xef\xbf\xbd b" in out or b"a ? b" in out
-
-
-def test_an_error_in_an_encoding_that_cannot_say_it():
-    with Server(say_no("No \u00e9.")) as server:
-        status, out, err = run_process("Hi", PYTHONIOENCODING="ascii",
-                                       SERV_BASE_URL=server.url)
-    assert (status, out) == (1, b"")
-    assert one_line(err.decode("ascii")) and b"No ?." in err
-
-
-@pytest.mark.skipif(not shutil.which("sh"), reason="needs sh")
-def test_standard_input_that_is_closed():
-    shell = subprocess.run(
-        ["sh", "-c", 'exec "$0" "$1" Hi <&-', sys.executable, SCRIPT],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
-    assert (shell.returncode, shell.stdout, shell.stderr) == (
-        0, HI.encode(), b"")
-
-
-def on_screen(data):
-    """Return what a line of a terminal shows after some output."""
-    line, column = [], 0
-    for part in re.findall("\r|\x1b\\[K|\x1b\\[2K|.", data):
-        if part == "\r":
-            column = 0
-        elif part.startswith("\x1b"):
-            del line[column if part == "\x1b[K" else 0:]
-        else:
-            line[column:column + 1] = part
-            column += 1
-    return "".join(line).rstrip()
-
-
-def read_terminal(terminal, until):
-    """Read what is written to a terminal up to a text."""
-    data = ""
-    while until not in data:
-        data += os.read(terminal, 1000).decode()
-    return data
-
-
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs terminals")
-@at_once(((),), (("--no-stream",),))
-def test_on_a_terminal_a_note_says_what_is_waited_for(way):
-    came, go_on = threading.Event(), threading.Event()
-
-    def slow(wire, request):
-        came.set()
-        return go_on.wait(20) and service(wire, request)
-
-    terminal, line = os.openpty()
-    try:
-        with Server(slow) as server:
-            with start(*way, "Hi", stdin=line, stderr=line, env={
-                    **os.environ, "SERV_BASE_URL": server.url}) as process:
-                try:
-                    note = read_terminal(terminal, MODEL)
-                    assert came.wait(20)
-                finally:
-                    go_on.set()
-                assert process.stdout.read() == HI.encode()
-                assert process.wait(20) == 0
-            os.write(line, b"#")  # after all that the process wrote
-            rest = read_terminal(terminal, "#")
-    finally:
-        os.close(terminal)
-        os.close(line)
-    assert on_screen(note) == on_screen(note).strip() != ""
-    assert on_screen(note + rest) == "#"
+    *((name, "1") for name in BAD_NAMES),
+    *(("X-A", value) for value in BAD_VALUES),
+    ("Authorization", "Bearer a\r\nX-B: 1")], ids=ascii)
+def test_headers_that_are_refused(name, value):
+    with pytest.raises(ValueError, match="headers") as caught:
+        build(headers={name: value})
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("headers, shown", [
+    ({"X-Secret": KEY + "\n"}, "the value of X-Secret "),
+    ({KEY: "\n"}, "the value of a header "),
+    ({"Authorization: Bearer " + KEY: ""}, "a name ")])  # mixed up
+def test_a_refused_header_is_named_unless_it_may_be_the_key(headers, shown):
+    with pytest.raises(ValueError, match="headers: " + shown) as caught:
+        build(headers=headers)
+    assert KEY not in str(caught.value)
+
+
+def test_a_refused_name_is_not_shown_where_no_key_is_known(monkeypatch):
+    monkeypatch.delenv("SERV_API_KEY")
+    with pytest.raises(ValueError, match="headers: a name ") as caught:
+        build(headers={"Authorization: Bearer " + KEY: ""})
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("headers", [
+    {"X-A": 1}, {"X-A": None}, {"X-A": b"a"}, {1: "a"}, {b"X-A": "a"},
+    [("a", "b")], "a: b", 5], ids=repr)
+def test_headers_are_a_mapping_of_str_to_str(headers):
+    with pytest.raises(TypeError, match="headers"):
+        build(headers=headers)
 
 
 # ---------------------------------------------------------------------------
-# Live: the service itself, or any other that speaks both formats.  They cost
-# money, so they run only where SERV_LIVE is 1; SERV_BASE_URL, SERV_API_KEY
-# and SERV_MODEL say where.  What a model says is its own affair: these tests
-# look at the shapes only.
+# Reading answers
+#
+# Pure: an answer's JSON, text and headers in; values and errors out.
 # ---------------------------------------------------------------------------
 
-WEATHER = "What is the weather in Paris?"
+# -- JSON ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, value", [
+    ('{"a": [1, null, true, 2.5]}', {"a": [1, None, True, 2.5]}),
+    ("[]", []), ("5", 5), ("null", None), ('"a"', "a"),
+    ("\n\n  {}\r\n", {}),  # OpenRouter sends blank lines while it waits
+    ('{"a": "\t\n"}', {"a": "\t\n"}),  # raw control characters: some servers
+    ('"\\ud83d"', "\ud83d"), ('["[[[[", "\\"]"]', ["[[[[", '"]'])])
+def test_what_is_json(text, value):
+    assert serv.parse_json(text) == value
 
 
-def whole(reply):
-    """Whether a reply has all that an answer ought to have."""
-    return (isinstance(reply.text, str) and bool(reply.stop_reason)
-            and reply.refusal is None and reply.elapsed > 0
-            and json.loads(json.dumps(reply)) == reply)
+@pytest.mark.parametrize("text", [
+    "", " ", "{", '{"a": 1} {}', "[1,]", "<html>", "None", "{'a': 1}",
+    '{"a"}', "tru", "data: {}", "\ufeff"])
+def test_what_is_no_json(text):
+    with pytest.raises(ValueError):
+        serv.parse_json(text)
 
 
-def limit(call):
-    """Return the limit of an answer, as the endpoint wants it named."""
-    chat = call in ("chat", serv.chat, read_stream)
-    return {"max_completion_tokens" if chat else "max_tokens": 200}
+DEEP_FORMS = {"lists": ("[", "1", "]"), "objects": ('{"a":', "1", "}"),
+              "both": ('[{"a":', "1", "}]"),
+              "open lists": ("[", "", ""), "open objects": ('{"a":', "", "")}
+
+
+@table("left, middle, right", DEEP_FORMS)
+def test_json_that_is_too_deep_is_not_decoded(left, middle, right):
+    step = left.count("[") + left.count("{")
+
+    def nest(depth):
+        return left * (depth // step) + middle + right * (depth // step)
+
+    if right:
+        deepest = nest(serv.MAX_DEPTH)
+        assert json.dumps(serv.parse_json(deepest),
+                          separators=(",", ":")) == deepest
+    for depth in (serv.MAX_DEPTH + step, 100000):
+        with pytest.raises(ValueError):
+            serv.parse_json(nest(depth))
+
+
+def test_the_deepest_json_can_be_copied_pickled_and_dumped():
+    text = "[" * serv.MAX_DEPTH + "]" * serv.MAX_DEPTH
+    value = serv.parse_json(text)
+    assert pickle.loads(pickle.dumps(value)) == copy.deepcopy(value) == value
+    assert json.dumps(value) == repr(value) == text
+
+
+def test_brackets_in_a_text_are_not_deep():
+    text = "[{" * 1000
+    for value in ([text + '"' + text], {text: text}, ["\\", text], [[]] * 999):
+        assert serv.parse_json(json.dumps(value)) == value
+    with pytest.raises(ValueError):
+        serv.parse_json('["\\\\", %s%s, "\\\\"]' % ("[" * 999, "]" * 999))
+
+
+# -- What is an answer --------------------------------------------------------
+
+@pytest.mark.parametrize("call, body, text, stop_reason", [
+    (serv.chat, b"\n   \n\n" + json.dumps(REPLY).encode(),
+     'You said: "Hi"', "stop"),
+    (message, b'{"type": "message", "content": null, '
+     b'"stop_reason": "refusal"}', "", "refusal"),
+    (serv.chat, b'{"choices": [{"finish_reason": "SAFETY"}]}', "", "SAFETY")],
+    ids=["blank lines first", "content: null", "no message"])
+def test_what_is_an_answer(call, body, text, stop_reason):
+    with Server(http_answer(body)) as server:
+        reply = call("Hi", system=SYSTEM, base_url=server.url)
+    assert reply == json.loads(body.decode())
+    assert (reply.text, reply.stop_reason) == (text, stop_reason)
+
+
+NO_ANSWERS = {
+    # the body of a 200, what the error shows of it
+    "a page": (b"<html>Log in</html>", "<html>Log in</html>"),
+    "no text": (b"\xff\xfe", "\ufffd\ufffd"),
+    "null": (b"null", "null"), "a list": (b"[1, 2]", "[1, 2]"),
+    "a number": (b"5", "5"), "an empty object": (b"{}", "{}"),
+    "choices that are no list": (b'{"choices": 1}', '{"choices": 1}'),
+    "half an object": (b'{"choices": [{"mess', '{"choices": [{"mess'),
+    "another object": (b'{"object": "list", "data": []}', '"list"'),
+    "an answer in an envelope": (
+        b'{"data": {"choices": []}, "success": true}', '"success": true'),
+    "an event stream": (b'data: {"choices": []}\n\n', "data: {"),
+}
+
+
+@table("body, shown", NO_ANSWERS)
+@pytest.mark.parametrize("call", [serv.chat, message])
+def test_what_is_no_answer(call, body, shown):
+    error = error_of(http_answer(body, x_request_id="r1"), call)
+    assert type(error) is serv.APIResponseError
+    assert (error.request_id, error.reply) == ("r1", None)
+    assert shown in str(error) and str(error).isprintable()
+
+
+# -- Which answers are errors -------------------------------------------------
+
+ERRORS = {
+    # an answer or event that is an error; what it says, the status
+    "OpenAI": (
+        {"error": {"message": "No.", "type": "rate_limit_error",
+                   "code": "slow_down", "param": "model"}},
+        ("rate_limit_error", "slow_down", "model", "No."), 429),
+    "Anthropic": (
+        {"type": "error", "error": {"type": "overloaded_error",
+                                    "message": "No."}},
+        ("overloaded_error", None, None, "No."), 529),
+    "text": ({"error": "No."}, (None, None, None, "No."), None),
+    "text beside a code": (
+        {"error": "No.", "code": 404}, (None, 404, None, "No."), 404),
+    "a number in code (OpenRouter)": (
+        {"error": {"message": "No.", "code": 402}},
+        (None, 402, None, "No."), 402),
+    "in a list (Gemini)": (
+        [{"error": {"code": 429, "message": "No.",
+                    "status": "RESOURCE_EXHAUSTED"}}],
+        (None, 429, None, "No."), 429),
+    "errors (Cloudflare)": (
+        {"success": False, "errors": [{"code": 5007, "message": "No."}],
+         "messages": [], "result": None}, (None, 5007, None, "No."), None),
+    "flat (vLLM)": (
+        {"object": "error", "message": "No.", "type": "BadRequestError",
+         "param": None, "code": 404},
+        ("BadRequestError", 404, None, "No."), 404),
+    "a type and a message": (
+        {"type": "insufficient_quota", "message": "No."},
+        ("insufficient_quota", None, None, "No."), 429),
+    "a code and a message (DashScope)": (
+        {"code": "DataInspectionFailed", "message": "No.",
+         "request_id": "r"}, (None, "DataInspectionFailed", None, "No."),
+        None),
+    "a message alone": ({"message": "No."}, (None, None, None, "No."), None),
+    "detail (FastAPI)": ({"detail": "No."}, (None, None, None, "No."), None),
+    "a list of details (FastAPI)": (
+        {"detail": [{"loc": ["body"], "msg": "No."}]},
+        (None, None, None, '[{"loc": ["body"], "msg": "No."}]'), None),
+    "in a choice (OpenRouter)": (
+        {"choices": [{"index": 0, "delta": {}, "finish_reason": "error",
+                      "error": {"message": "No.", "code": 502}}]},
+        (None, 502, None, "No."), 502),
+    "beside choices": (
+        {"error": {"message": "No.", "type": "api_error"}, "choices": "x"},
+        ("api_error", None, None, "No."), 500),
+}
+
+
+@table("answer, says, status", ERRORS)
+def test_what_an_error_says_and_stands_for(answer, says, status):
+    fields = serv.parse_error(answer)
+    assert fields == dict(zip(("type", "code", "param", "message"), says))
+    assert serv.find_status(fields) == status
+    if not isinstance(answer, list):
+        assert serv.find_error(answer) is not None
+
+
+@table("answer, says, status", ERRORS)
+def test_an_error_in_a_200_is_raised(answer, says, status):
+    error = error_of(http_answer(answer, request_id="r1"))
+    assert isinstance(error, serv.APIStatusError)
+    assert (error.status, error.body, error.request_id, error.reply) == (
+        status or 500, answer, "r1", None)
+    assert (error.type, error.code, error.param, error.message) == says
 
 
 @each_call
-def test_live_turns(call, real):
-    messages = [{"role": "user", "content": "My name is Ada. Say hello."}]
-    for question in ("What is my name?", "Thank you!"):
-        reply = call(messages, system=SYSTEM, **limit(call))
-        assert whole(reply) and reply.text
-        assert reply.message["role"] == "assistant"
-        messages += [reply.message, {"role": "user", "content": question}]
+def test_an_error_in_a_200_is_raised_by_every_call(call):
+    error = error_of(http_answer(ERRORS["Anthropic"][0]), call)
+    assert (type(error), error.status, error.message) == (
+        serv.InternalServerError, 529, "No.")
 
 
-@each_endpoint
-def test_live_stream(endpoint, real):
-    with serv.stream("Count to five.", endpoint=endpoint, system=SYSTEM,
-                     **limit(endpoint)) as pieces:
-        texts = list(pieces)
-    assert len(texts) > 1 and all(texts)
-    assert "".join(texts) == pieces.reply.text
-    assert whole(pieces.reply)
+@pytest.mark.parametrize("reason", [
+    "error", "network_error", "insufficient_system_resource", "ERROR: no"])
+def test_a_finish_reason_that_says_the_server_failed(reason):
+    answer = {"choices": [{"message": {"content": "Part"},
+                           "finish_reason": reason}]}
+    assert serv.find_error(answer) is not None
+    error = error_of(http_answer(answer))
+    assert (type(error), error.status, error.body) == (
+        serv.InternalServerError, 500, answer)
+    assert reason in str(error)
 
 
-@each_endpoint
-def test_live_events(endpoint, real):
-    with serv.stream("Say hello.", endpoint=endpoint, system=SYSTEM,
-                     **limit(endpoint)) as stream:
-        events = list(stream.events())
-    if endpoint == "chat":
-        assert all("choices" in event for event in events)
+@pytest.mark.parametrize("event", [
+    {}, {"message": None}, {"text": "x"}, {"choices": []}, {"type": "error"}],
+    ids=repr)
+def test_an_event_named_error_is_one_whatever_it_holds(event):
+    assert serv.find_error(event, "error") is not None
+
+
+NO_ERRORS = {
+    "a chat answer": ({"choices": [{"message": {"content": "A"}}]}, ""),
+    "a Messages answer": (
+        {"type": "message", "content": [], "stop_reason": None}, ""),
+    "error: null beside an answer": (
+        {"error": None, "choices": [{"message": {"content": "A"}}]}, ""),
+    "a message beside choices": ({"message": "No.", "choices": []}, ""),
+    "a choice that a filter ended": (
+        {"choices": [{"delta": {}, "finish_reason": "content_filter"}]}, ""),
+    "a ping": ({"type": "ping"}, "ping"),
+    "a start": ({"type": "message_start", "message": {"content": []}},
+                "message_start"),
+    "a vendor's notice": ({"type": "quota", "message": "50 left"}, "quota"),
+    "no detail": ({"detail": ""}, ""),
+    "empty details": ({"detail": [], "usage": {}}, ""),
+    "no errors": ({"errors": [], "usage": {}}, ""),
+    "nothing": ({}, ""),
+}
+
+
+@table("event, name", NO_ERRORS)
+def test_what_is_no_error(event, name):
+    assert serv.find_error(event, name) is None
+
+
+ERROR_BODIES = {
+    # what the body of an error status says, where it is odd
+    "an object for a message": (
+        {"error": {"message": {"why": "No."}}},
+        (None, None, None, '{"why": "No."}')),
+    "a list for an error": ({"error": ["No."]}, "No."),
+    "a list": (["No."], "No."),
+    "text": ("No.", (None, None, None, "No.")),
+    "an empty object": ({}, (None, None, None, "")),
+    "an empty list": ([], (None, None, None, "")),
+    "null": (None, (None, None, None, "")),
+    "error: null": ({"error": None}, (None, None, None, "")),
+    "an empty error": ({"error": {}}, (None, None, None, "")),
+    "no message": ({"error": {"type": "t", "message": None}},
+                   ("t", None, None, "")),
+    "a type that is no text": (
+        {"error": {"message": "No.", "type": 5}}, (None, None, None, "No.")),
+}
+
+
+@table("body, says", ERROR_BODIES)
+def test_what_an_odd_error_says(body, says):
+    fields = serv.parse_error(body)
+    if isinstance(says, str):
+        assert says in fields["message"]
     else:
-        kinds = [event["type"] for event in events if event["type"] != "ping"]
-        assert (kinds[0], kinds[-1]) == ("message_start", "message_stop")
-    assert whole(stream.reply) and stream.reply.text
+        assert fields == dict(zip(("type", "code", "param", "message"), says))
+    error = error_of(http_answer(body, "403 Forbidden"))
+    assert (type(error), error.body) == (serv.PermissionDeniedError, body)
+    assert fields["message"] in str(error) and str(error).isprintable()
 
 
-@chat_calls
-def test_live_tool_round_trip_in_chat(call, real):
-    messages = [{"role": "user", "content": WEATHER}]
-    first = call(messages, system=SYSTEM, tools=[CHAT_TOOL],
-                 tool_choice="required", **limit(call))
-    assert whole(first) and first.tool_calls
-    for asked in first.tool_calls:
-        assert asked.id and asked.name == "get_weather"
-        assert isinstance(asked.arguments["city"], str)
-    messages.append(first.message)
-    messages += [{"role": "tool", "tool_call_id": asked.id, "content": "18 C"}
-                 for asked in first.tool_calls]
-    last = call(messages, system=SYSTEM, tools=[CHAT_TOOL],
-                tool_choice="none", **limit(call))
-    assert whole(last) and last.text and not last.tool_calls
+@pytest.mark.parametrize("body", [
+    b'data: {"error": {"message": "No.", "code": "c"}}\n\n',
+    b'event: error\ndata: {"type": "error", "error": {"message": "No.", '
+    b'"code": "c"}}\n\ndata: [DONE]\n\n'], ids=["chat", "Messages"])
+@pytest.mark.parametrize("kind", ["text/event-stream", "application/json"])
+def test_the_body_of_an_error_may_be_an_event_stream(body, kind):
+    error = error_of(http_answer(body, "429 Slow", kind), read_stream)
+    assert (type(error), error.message, error.code) == (
+        serv.RateLimitError, "No.", "c")
 
 
-@messages_calls
-def test_live_tool_round_trip_in_messages(call, real):
-    messages = [{"role": "user", "content": WEATHER}]
-    first = call(messages, system=SYSTEM, tools=[MESSAGES_TOOL],
-                 tool_choice={"type": "any"}, **limit(call))
-    assert whole(first) and first.tool_calls
-    for asked in first.tool_calls:
-        assert asked.id and asked.name == "get_weather"
-        assert isinstance(asked.arguments["city"], str)
-    messages.append(first.message)
-    messages.append({"role": "user", "content": [
-        {"type": "tool_result", "tool_use_id": asked.id, "content": "18 C"}
-        for asked in first.tool_calls]})
-    last = call(messages, system=SYSTEM, tools=[MESSAGES_TOOL], **limit(call))
-    assert whole(last)
+STATUSES = [
+    ("invalid_request_error", 400), ("authentication_error", 401),
+    ("billing_error", 402), ("permission_error", 403),
+    ("not_found_error", 404), ("request_too_large", 413),
+    ("rate_limit_error", 429), ("insufficient_quota", 429),
+    ("api_error", 500), ("server_error", 500), ("timeout_error", 504),
+    ("overloaded_error", 529), ("an_error_nobody_knows", None)]
+STATUS_CODES = [
+    (400, 400), (599, 599), (399, None), (600, None), (40301, None),
+    ("429", 429), ("rate_limit_error", 429), ("odd", None), (True, None)]
 
 
-@each_call
-def test_live_refusals_by_the_server(call, real):
-    with pytest.raises(serv.AuthenticationError) as caught:
-        call("Hi", system=SYSTEM, api_key="sk-no-such-key", **limit(call))
-    assert caught.value.status == 401
-    assert "sk-no-such-key" not in str(caught.value)
+@pytest.mark.parametrize("type, code, status", [
+    *((type, None, status) for type, status in STATUSES),
+    *((None, code, status) for code, status in STATUS_CODES),
+    (None, None, None), ("rate_limit_error", 500, 429), ("new", 503, 503)])
+def test_an_errors_type_else_its_code_stands_for_a_status(type, code, status):
+    assert serv.find_status({"type": type, "code": code, "param": None,
+                             "message": ""}) == status
 
 
-@each_way
-@each_endpoint
-def test_live_command_line(endpoint, way, real, cli):
-    status, out, err = cli("-v", "-e", endpoint, "-n", "100", *way, "Hello!")
-    assert status in (0, 3) and out.strip()
-    assert err.startswith("serv: request id ")
+# -- Whether to try again, and when -------------------------------------------
+
+def made(status, should_retry=None, **fields):
+    """Return an error of a status, as a server's answer makes it."""
+    error = serv.APIStatusError("no")
+    error.status = status
+    if should_retry is not None:
+        error.headers["X-Should-Retry"] = should_retry
+    for name, value in fields.items():
+        setattr(error, name, value)
+    return error
+
+
+RETRIED = {str(status): (made(status), True) for status in (
+    408, 409, 429, 500, 502, 503, 504, 529)}
+RETRIED.update((str(status), (made(status), False)) for status in (
+    302, 307, 400, 401, 402, 403, 404, 405, 410, 413, 422, 451))
+RETRIED.update({
+    "429 for want of money, by type": (
+        made(429, type="insufficient_quota"), False),
+    "429 for want of money, by code": (
+        made(429, code="insufficient_quota"), False),
+    "400, told to retry": (made(400, "true"), True),
+    "401, told to retry": (made(401, "True"), True),
+    "503, told not to": (made(503, "false"), False),
+    "429, told not to": (made(429, "False"), False),
+    "400, told nothing that is known": (made(400, "maybe"), False),
+    "503, told nothing that is known": (made(503, ""), True),
+})
+
+
+@table("error, again", RETRIED)
+def test_which_statuses_are_retried(error, again):
+    assert serv.is_worth_a_retry(error, True) is again
+
+
+@pytest.mark.parametrize("error, again", [
+    (serv.APIConnectionError("no"), True), (serv.ServError("no"), False),
+    (serv.APIResponseError("no"), False)], ids=repr)
+def test_which_other_errors_are_retried(error, again):
+    assert (serv.retry_wait(error, 0) is not None) == again
+
+
+@pytest.mark.parametrize("failed, most", [
+    (0, 0.5), (1, 1), (2, 2), (3, 4), (4, 8), (5, 8), (100, 8), (5000, 8)])
+def test_the_wait_doubles_from_half_a_second_to_eight(failed, most):
+    waits = {serv.retry_wait(serv.APIConnectionError("no"), failed)
+             for _ in range(100)}
+    assert most / 2 <= min(waits) <= max(waits) <= most
+    assert len(waits) > 50  # jitter
+
+
+RETRIED_200 = {
+    # an error in a 200; how often the call asks
+    "a type that is retried": ({"type": "overloaded_error"}, 2),
+    "a code that is retried": ({"code": 503}, 2),
+    "a type that is not": ({"type": "invalid_request_error"}, 1),
+    "a type that is not, though the code is": (
+        {"type": "invalid_request_error", "code": 503}, 1),
+    "a code that is not": ({"code": 404}, 1),
+    "neither": ({}, 1),
+    "neither that is known": ({"type": "new", "code": "odd"}, 1),
+}
+
+
+@table("fields, asks", RETRIED_200)
+def test_an_error_in_a_200_is_retried_where_it_stands_for_a_status(
+        fields, asks):
+    answer = http_answer({"error": {"message": "No.", **fields}},
+                         retry_after_ms="0")
+    with Server(answer) as server:
+        with pytest.raises(serv.APIStatusError):
+            serv.chat("Hi", system=SYSTEM, base_url=server.url, max_retries=1)
+        assert len(server.requests) == asks
+
+
+DATE = 784111777  # Sun, 06 Nov 1994 08:49:37 GMT
+RETRY_AFTER = [
+    # Retry-After, retry-after-ms, the seconds to wait
+    ("7", None, 7), ("7.5", None, 7.5), ("0", None, 0), (" 7 ", None, 7),
+    ("86400", None, 86400), ("-1", None, None), ("", None, None),
+    ("soon", None, None), ("nan", None, None), ("inf", None, None),
+    ("1_000", None, None), ("1e3", None, None), ("\u00b2", None, None),
+    (None, "1500", 1.5), ("7", "0", 0), ("7", "soon", 7), ("7", "-1", 7),
+    (None, None, None),
+    ("Sun, 06 Nov 1994 08:49:37 GMT", None, 60),
+    ("Sun, 06 Nov 1994 10:49:37 +0200", None, 60),
+    ("Sunday, 06-Nov-94 08:49:37 GMT", None, 60),
+    ("Sun, 06 Nov 1994 08:47:37 GMT", None, None),  # in the past
+    ("Sun, 06 Foo 1994 08:49:37 GMT", None, None),
+    ("Sun, 06 Nov 99999 08:49:37 GMT", None, None)]
+
+
+@pytest.mark.parametrize("seconds, milliseconds, wait", RETRY_AFTER)
+def test_what_a_server_asks_to_wait(seconds, milliseconds, wait):
+    headers = email.message.Message()
+    for name, value in (("Retry-After", seconds),
+                        ("Retry-After-Ms", milliseconds)):
+        if value is not None:
+            headers[name] = value
+    assert serv.parse_retry_after(headers, DATE - 60) == wait
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="needs time.tzset()")
+@pytest.mark.parametrize("date", [
+    "Sun Nov  6 08:49:37 1994", "Sun, 06 Nov 1994 08:49:37 -0000"])
+def test_a_date_without_a_zone_is_gmt_wherever_the_machine_is(
+        date, monkeypatch):
+    headers = email.message.Message()
+    headers["Retry-After"] = date
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        assert serv.parse_retry_after(headers, DATE - 60) == 60
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 # ---------------------------------------------------------------------------
-# Server-sent events, by the WHATWG rules.
+# Server-sent events
+#
+# Bytes in, (event, data) pairs out, by the WHATWG rules; then what a pair
+# holds: a JSON object, or [DONE], or noise.
 # ---------------------------------------------------------------------------
 
-SSE_CASES = [
+SSE_CASES = {  # bytes; their events: (name, data), or data alone
     # Which lines there are: LF, CRLF and CR end one, and nothing else does.
-    (b"data: a\n\ndata: b\n\n", [("message", "a"), ("message", "b")]),
-    (b"data: a\r\n\r\ndata: b\r\n\r\n", [("message", "a"), ("message", "b")]),
-    (b"data: a\r\rdata: b\r\r", [("message", "a"), ("message", "b")]),
-    (b"data: a\r\n\ndata: b\n\r\n", [("message", "a"), ("message", "b")]),
-    (b"data: a\ndata: b\rdata: c\r\ndata\n\n", [("message", "a\nb\nc\n")]),
-    (b"data: a\x0bb\x0cc\x1cd\x1de\x1ef\x00g\n\n",
-     [("message", "a\vb\fc\x1cd\x1de\x1ef\0g")]),
-    ("data: a\u0085b\u2028c\u2029\n\n".encode(),
-     [("message", "a\u0085b\u2028c\u2029")]),
+    "LF": (b"data: a\n\ndata: b\n\n", ["a", "b"]),
+    "CRLF": (b"data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"]),
+    "CR": (b"data: a\r\rdata: b\r\r", ["a", "b"]),
+    "CRLF and LF": (b"data: a\r\n\ndata: b\n\r\n", ["a", "b"]),
+    "all three": (b"data: a\ndata: b\rdata: c\r\ndata\n\n", ["a\nb\nc\n"]),
+    "control characters end no line": (
+        b"data: a\x0bb\x0cc\x1cd\x1de\x1ef\x00g\n\n",
+        ["a\vb\fc\x1cd\x1de\x1ef\0g"]),
+    "nor do the line ends of Unicode": (
+        "data: a\u0085b\u2028c\u2029\n\n".encode(),
+        ["a\u0085b\u2028c\u2029"]),
     # What a line says: a field and its value, less one space.
-    (b"data:a\n\n", [("message", "a")]),
-    (b"data:  a \n\n", [("message", " a ")]),
-    (b"data:\ta: b\n\n", [("message", "\ta: b")]),
-    (b"data\n\n", [("message", "")]),
-    (b"data:\n\n", [("message", "")]),
-    (b"data\ndata\n\n", [("message", "\n")]),
-    (b"data: {\ndata:\ndata: }\n\n", [("message", "{\n\n}")]),
-    (b": data: a\n:\n\n", []),
-    (b": a comment\ndata: a\n: another\n\n", [("message", "a")]),
-    (b"id: 1\nretry: 3000\nretry: soon\ndata: a\nnew: b\n\n",
-     [("message", "a")]),
-    (b"DATA: a\n data: b\ndata : c\ndat: d\ndatas: e\n\n", []),
+    "no space": (b"data:a\n\n", ["a"]),
+    "one space is dropped": (b"data:  a \n\n", [" a "]),
+    "a tab is kept": (b"data:\ta: b\n\n", ["\ta: b"]),
+    "a field without a colon": (b"data\n\n", [""]),
+    "a field without a value": (b"data:\n\n", [""]),
+    "lines of data join with LF": (b"data\ndata: {\ndata:\n\n", ["\n{\n"]),
+    "a comment is no event": (b": data: a\n:\n\n", []),
+    "comments in an event": (b": one\ndata: a\n: two\n\n", ["a"]),
+    "id, retry, unknown fields": (
+        b"id: 1\nretry: 3000\nretry: soon\nretry: " + b"9" * 5000
+        + b"\ndata: a\nnew: b\n\n\n\n", ["a"]),
+    "fields that look alike": (
+        b"DATA: a\n data: b\ndata : c\ndat: d\ndatas: e\n\n", []),
     # What an event is called, and for how long.
-    (b"event: ping\ndata: a\n\ndata: b\n\n",
-     [("ping", "a"), ("message", "b")]),
-    (b"data: a\nevent: ping\n\n", [("ping", "a")]),
-    (b"event: first\nevent: last\ndata: a\n\n", [("last", "a")]),
-    (b"event: ping\nevent\ndata: a\n\n", [("message", "a")]),
-    (b"event: ping\n\ndata: a\n\n", [("message", "a")]),
-    (b"event: ping\nid: 1\n\n", []),
+    "a name is of one event": (b"event: ping\ndata: a\n\ndata: b\n\n",
+                               [("ping", "a"), "b"]),
+    "a name behind the data": (b"data: a\nevent: ping\n\n", [("ping", "a")]),
+    "the last name": (b"event: one\nevent: two\ndata: a\n\n", [("two", "a")]),
+    "an empty name": (b"event: ping\nevent\ndata: a\n\n", ["a"]),
+    "a name without data": (b"event: ping\nid: 1\n\ndata: a\n\n", ["a"]),
     # One byte order mark is dropped, at the very start.
-    (b"\xef\xbb\xbfdata: a\n\n", [("message", "a")]),
-    (b"\xef\xbb\xbf\ndata: a\n\n", [("message", "a")]),
-    (b"\xef\xbb\xbf\xef\xbb\xbfdata: a\n\n", []),
-    (b"data: a\n\n\xef\xbb\xbfdata: b\n\n", [("message", "a")]),
-    (b"data: \xef\xbb\xbfa\n\n", [("message", "\ufeffa")]),
+    "a mark": (b"\xef\xbb\xbfdata: a\n\n", ["a"]),
+    "a mark alone on its line": (b"\xef\xbb\xbf\ndata: a\n\n", ["a"]),
+    "two marks": (b"\xef\xbb\xbf\xef\xbb\xbfdata: a\n\n", []),
+    "a mark later": (b"data: a\n\n\xef\xbb\xbfdata: b\n\n", ["a"]),
+    "a mark in a value": (b"data: \xef\xbb\xbfa\n\n", ["\ufeffa"]),
+    "half a mark": (b"\xef\xbbdata: a\n\ndata: b\n\n", ["b"]),
     # Text is UTF-8, and what is not becomes U+FFFD.
-    ("event: \u00e9\ndata: \u20ac \U0001f600\n\n".encode(),
-     [("\u00e9", "\u20ac \U0001f600")]),
-    (b"data: \xff\xfea\xe2\x82\n\n", [("message", "\ufffd\ufffda\ufffd")]),
+    "UTF-8": ("event: \u00e9\ndata: \u20ac \U0001f600\n\n".encode(),
+              [("\u00e9", "\u20ac \U0001f600")]),
+    "no UTF-8": (b"data: \xff\xfea\xe2\x82\xe2\x82\xac\xe2\x82\n\n",
+                 ["\ufffd\ufffda\ufffd\u20ac\ufffd"]),
+    "UTF-16": (b"\xff\xfe" + "data: a\n\n".encode("utf-16-le"), []),
     # What is pending at the end is discarded.
-    (b"", []),
-    (b"\n\r\n\r", []),
-    (b"data: a\n\ndata: lost", [("message", "a")]),
-    (b"data: a\n\ndata: lost\n", [("message", "a")]),
-    (b"data: a\n\ndata: lost\r\n", [("message", "a")]),
-]
+    "nothing": (b"", []),
+    "empty lines": (b"\n\r\n\r", []),
+    "half a line at the end": (b"data: a\n\ndata: lost", ["a"]),
+    "no empty line at the end": (b"data: a\n\ndata: lost\n", ["a"]),
+    "the same with CRLF": (b"data: a\r\n\r\ndata: lost\r\n", ["a"]),
+}
 
 
-@pytest.mark.parametrize("data, pairs", SSE_CASES)
-def test_events_are_read_however_they_are_cut(data, pairs):
+@table("data, events", SSE_CASES)
+def test_sse_events_however_they_are_cut(data, events):
+    pairs = [("message", event) if isinstance(event, str) else event
+             for event in events]
     drops = [data[i:i + 1] for i in range(len(data))]
-    assert list(serv.iter_events([data])) == pairs
-    assert list(serv.iter_events(drops)) == pairs
-    assert list(serv.iter_events(
-        itertools.chain.from_iterable((b"", drop, b"") for drop in drops)
-    )) == pairs
-    for cut in range(len(data)):
-        assert list(serv.iter_events([data[:cut], data[cut:]])) == pairs
+    halves = [[data[:cut], data[cut:]] for cut in range(min(len(data), 99))]
+    for chunks in ([data], drops, [b"", *drops, b""], *halves):
+        assert list(serv.iter_events(chunks)) == pairs
+    for junk in (b":\xff\xfe\ndata: lost", b"lost\n", b"\0"):
+        assert list(serv.iter_events([data + junk])) == pairs
+        assert list(serv.iter_events([data, junk])) == pairs
 
 
-@pytest.mark.parametrize("junk", [b":\xff\xfe\ndata: lost", b"lost\n", b"\0"])
-@in_turn(*SSE_CASES)
-def test_junk_behind_events_does_not_change_them(data, pairs, junk):
-    assert list(serv.iter_events([data + junk])) == pairs
-    assert list(serv.iter_events([data, junk])) == pairs
-
-
-def test_an_event_is_there_with_its_last_byte():
+def test_sse_an_event_is_there_with_its_last_byte():
     def chunks():
         for data in (b"data: a\n", b"\n", b"data: b\r", b"\r"):
             yield data
-            sent.append(data)
-    sent = []
+            taken.append(data)
+    taken = []
     events = serv.iter_events(chunks())
-    assert (next(events), len(sent)) == (("message", "a"), 1)
-    assert (next(events), len(sent)) == (("message", "b"), 3)
+    assert (next(events), len(taken)) == (("message", "a"), 1)
+    assert (next(events), len(taken)) == (("message", "b"), 3)
 
 
 @pytest.mark.parametrize("size", [64, 65536])
-def test_a_line_of_5_megabytes_in_pieces(size):
+def test_sse_a_line_of_5_megabytes_in_pieces(size):
     data = b"data: " + b"x" * 5000000 + b"\n\n"
     pieces = (data[i:i + size] for i in range(0, len(data), size))
     assert list(serv.iter_events(pieces)) == [("message", "x" * 5000000)]
 
 
 @pytest.mark.parametrize("line", [b"", b"data: ", b"event: ", b": "])
-def test_an_event_that_does_not_end_is_given_up(line):
-    piece = line + b"x" * 65536 + b"\n" * bool(line)
+def test_sse_an_event_that_does_not_end_is_given_up(line):
+    piece = line + b"x" * (1 << 20) + (b"\n" if line else b"")
     taken = []
     with pytest.raises(ValueError):
         for _ in serv.iter_events(map(lambda p: taken.append(1) or p,
-                                      itertools.repeat(piece))):
+                                      itertools.repeat(piece, 80))):
             pass
     assert len(taken) * len(piece) <= serv.MAX_BODY + 2 * len(piece)
 
 
+SSE_PARSED = {  # the name and the data of an event; what it holds
+    "an object": ("message", ' {"a": 1} ', [{"a": 1}]),
+    "an object over several lines": ("message", '{\n"a":\n1}', [{"a": 1}]),
+    "control characters": ("message", '{"a": "\x01\t"}', [{"a": "\x01\t"}]),
+    "half a character": ("message", r'{"a": "\ud83d"}', [{"a": "\ud83d"}]),
+    "the end": ("message", " [DONE] ", [serv.DONE]),
+    # The blank line between two events got lost (Claude Sonnet with adaptive
+    # thinking, behind a gateway).
+    "two objects": ("message", '{"a": 1}\n{"b": 2}', [{"a": 1}, {"b": 2}]),
+    "an object and the end": ("message", '{"a": 1}\n\n[DONE]',
+                              [{"a": 1}, serv.DONE]),
+    # JSON that is no object is noise, and so is nothing.
+    "nothing": ("message", " ", []),
+    "a number": ("message", "1", []),
+    "a text": ("message", '"a"', []),
+    "null": ("message", "null", []),
+    "a list": ("message", "[1]", []),
+    "a ping without data": ("ping", "", []),
+    "a vendor's own words": ("debug", "hello world", []),
+    # The event's name stands in for a type that is missing.
+    "a type by name": ("content_block_stop", '{"index": 0}',
+                       [{"type": "content_block_stop", "index": 0}]),
+    "a type goes before the name": ("message_stop", '{"type": "ping"}',
+                                    [{"type": "ping"}]),
+    "a chunk has no type": ("chunk", '{"choices": []}', [{"choices": []}]),
+}
+
+
+@table("name, data, events", SSE_PARSED)
+def test_sse_what_an_event_holds(name, data, events):
+    parsed = serv.parse_events(name, data)
+    assert parsed == events
+    assert [event is serv.DONE for event in parsed] == [
+        event is serv.DONE for event in events]
+
+
 # ---------------------------------------------------------------------------
-# Stream: how it is read.
+# Putting streams together
+#
+# Events in; out comes what the call without streaming would have returned.
 # ---------------------------------------------------------------------------
 
-STREAM_HEAD = http_head(kind="text/event-stream", transfer_encoding="chunked")
+def stream_chunk(delta=None, finish=None, top=(), **choice):
+    """Return a chunk of a chat stream.
+
+    `choice` are more fields of its one choice, `top` more of the chunk.
+    """
+    return {"id": "c1", "object": "chat.completion.chunk", "created": 1,
+            "model": "m", "choices": [{"index": 0, "delta": delta or {},
+                                       "finish_reason": finish, **choice}],
+            **dict(top)}
 
 
-def stream_chunk(delta=None, finish=None, **fields):
-    """Return a chunk of a chat stream, of its first choice."""
-    return dict({"id": "c1", "object": "chat.completion.chunk", "created": 1,
-                 "model": "m", "choices": [{
-                     "index": 0, "delta": delta or {},
-                     "finish_reason": finish}]}, **fields)
+def stream_whole(message, finish="stop", top=(), **choice):
+    """Return a whole chat answer, in the same way."""
+    return {"id": "c1", "object": "chat.completion", "created": 1,
+            "model": "m", "choices": [{
+                "index": 0, "finish_reason": finish, "message": {
+                    "role": "assistant", "content": None, **message},
+                **choice}], **dict(top)}
 
 
 def stream_text(*texts):
@@ -2289,537 +2515,884 @@ def stream_text(*texts):
     return [stream_chunk({"content": text}) for text in texts]
 
 
-def stream_block(index, block, *deltas):
-    """Return the events of a content block of the Messages format."""
-    return [{"type": "content_block_start", "index": index,
-             "content_block": block}] + [
-        {"type": "content_block_delta", "index": index, "delta": delta}
-        for delta in deltas] + [{"type": "content_block_stop", "index": index}]
+def stream_parts(*texts, kind="text"):
+    """Return content parts of a type; their text has the type's name."""
+    return [{"type": kind, kind: text} for text in texts]
+
+
+def stream_detail(text, kind="text", **fields):
+    """Return a list of one of OpenRouter's reasoning details."""
+    fields = {"type": "reasoning." + kind, **fields}
+    if "id" not in fields:
+        fields.setdefault("index", 0)
+    if text:
+        fields[kind] = text
+    return {"reasoning_details": [fields]}
+
+
+def stream_build(assembler, events):
+    """Put events together; return the answer, whose text is in the pieces."""
+    text = "".join([assembler.add(event) for event in events])
+    answer = assembler.build()
+    assert text == serv.Reply(answer).text
+    return answer
+
+
+# -- Chat: what grows, and what replaces --------------------------------------
+
+STREAM_DELTAS = {  # the deltas of a choice; its message, at the end
+    "text": ([{"role": "assistant", "content": ""}, {"content": "Hel"},
+              {"content": "lo"}], {"content": "Hello"}),
+    "white space, and what repeats": (
+        [{"content": text} for text in (" ", "\n", "\n", "a", " ")],
+        {"content": " \n\na "}),
+    "an empty text": ([{"role": "assistant", "content": ""}],
+                      {"content": ""}),
+    "no text": ([{"role": "assistant"}], {}),
+    "a role in each piece (Perplexity)": (
+        [{"role": "assistant", "content": text} for text in ("Hel", "lo")],
+        {"content": "Hello"}),
+    "a refusal": (
+        [{"content": None, "refusal": ""}, {"refusal": "I "},
+         {"refusal": "won't."}], {"refusal": "I won't."}),
+    "no refusal": ([{"content": "Hi", "refusal": None}],
+                   {"content": "Hi", "refusal": None}),
+    "reasoning_content (DeepSeek)": (
+        [{"content": None, "reasoning_content": "We"},
+         {"reasoning_content": "ll."},
+         {"content": "Yes.", "reasoning_content": None}],
+        {"content": "Yes.", "reasoning_content": "Well."}),
+    "reasoning (vLLM, OpenRouter)": (
+        [{"reasoning": "We"}, {"reasoning": "ll."}], {"reasoning": "Well."}),
+    "null, {} and [] erase nothing": (
+        [{"content": "Hel", "reasoning": "a", "mood": "b"},
+         *({"role": no, "content": no, "reasoning": no, "mood": no,
+            "tool_calls": no} for no in (None, {}, [])), {"content": "lo"}],
+        {"content": "Hello", "reasoning": "a", "mood": "b"}),
+    "a text nobody knows: the last": (
+        [{"mood": "bad"}, {"mood": "good"}], {"mood": "good"}),
+    "an object nobody knows: field by field": (
+        # open-webui/computer#224: the signature of Gemini beside its calls
+        [{"extra": {"a": 1}}, {"extra": {"google": {"signature": "S"}}},
+         {"extra": {"google": {"signature": "S"}}}],
+        {"extra": {"a": 1, "google": {"signature": "S"}}}),
+    # Lists: text parts go on, other parts begin.
+    "parts of a text": (
+        [{"content": stream_parts("Hel")}, {"content": stream_parts("lo")}],
+        {"content": stream_parts("Hello")}),
+    "parts of other types": (
+        [{"content": stream_parts("a")}, {"content": [{"type": "image"}]},
+         {"content": stream_parts("b")}],
+        {"content": [*stream_parts("a"), {"type": "image"},
+                     *stream_parts("b")]}),
+    "a list that came whole": ([{"content": stream_parts("a", "b")}],
+                               {"content": stream_parts("a", "b")}),
+    "a list in a part (Magistral)": (
+        [{"content": ""},
+         {"content": stream_parts(stream_parts("We"), kind="thinking")},
+         {"content": stream_parts(stream_parts("ll."), kind="thinking")},
+         {"content": "Y"}, {"content": "es."}],
+        {"content": stream_parts(stream_parts("Well."), kind="thinking")
+         + stream_parts("Yes.")}),
+    "a text before parts is a part": (
+        [{"content": "Hel"}, {"content": stream_parts("lo")},
+         {"content": "!"}], {"content": stream_parts("Hello!")}),
+    # agno#8794, langchain#36401, open-webui#26404: sent back in pieces, they
+    # are refused in the next turn.
+    "reasoning details: by type and index": (
+        [{"reasoning": "We", **stream_detail("We", format="f")},
+         {"reasoning": "ll.", **stream_detail("ll.", format="f")},
+         stream_detail("", signature="S"), stream_detail("So.", index=1),
+         stream_detail("", kind="encrypted", data="E")],
+        {"reasoning": "Well.", "reasoning_details": [
+            {"type": "reasoning.text", "index": 0, "text": "Well.",
+             "format": "f", "signature": "S"},
+            {"type": "reasoning.text", "index": 1, "text": "So."},
+            {"type": "reasoning.encrypted", "index": 0, "data": "E"}]}),
+    "reasoning details: a summary": (
+        [stream_detail(text, kind="summary") for text in ("We", "ll.")],
+        stream_detail("Well.", kind="summary")),
+    "reasoning details: an index is a key, never a size": (
+        [stream_detail(text, index=index) for text in ("We", "ll.")
+         for index in (-1, 10 ** 9)],
+        {"reasoning_details": [
+            {"type": "reasoning.text", "index": index, "text": "Well."}
+            for index in (-1, 10 ** 9)]}),
+    "reasoning details: an id in place of the index": (
+        [stream_detail(text, id="r") for text in ("We", "ll.")],
+        stream_detail("Well.", id="r")),
+    "reasoning details: another id": (
+        [stream_detail("a", id=id) for id in "rs"],
+        {"reasoning_details": [
+            {"type": "reasoning.text", "id": id, "text": "a"}
+            for id in "rs"]}),
+    "a signature that is repeated": (
+        [stream_detail("a", signature="S"), stream_detail("", signature="S")],
+        stream_detail("a", signature="S")),
+    "thinking blocks: no index, the signature last": (  # litellm#29428
+        [{"thinking_blocks": [
+            {"type": "thinking", "thinking": text, "signature": signature}]}
+         for text, signature in (("We", ""), ("ll.", ""), ("", "S"))],
+        {"thinking_blocks": [{"type": "thinking", "thinking": "Well.",
+                              "signature": "S"}]}),
+    "annotations: nothing says that they go on": (  # OpenRouter
+        [{"annotations": [{"type": "url_citation", "url_citation": url}]}
+         for url in "uv"],
+        {"annotations": [{"type": "url_citation", "url_citation": url}
+                         for url in "uv"]}),
+    "lists of texts go on": ([{"notes": ["a"]}, {"notes": ["b"]}],
+                             {"notes": ["a", "b"]}),
+}
+
+
+@table("deltas, message", STREAM_DELTAS)
+def test_stream_of_chat_what_grows_and_what_replaces(deltas, message):
+    events = [stream_chunk(delta) for delta in deltas]
+    assert stream_build(serv.ChatAssembler(), [
+        *events, stream_chunk({}, "stop")]) == stream_whole(message)
+
+
+# -- Chat: which call a piece belongs to --------------------------------------
+#
+# By its id, then by its index, else to the last; a name after whole arguments
+# begins the next call.
+
+def stream_call(text, **fields):
+    """Return a piece of a call, written "index id name arguments".
+
+    "-" stands for what it lacks.
+    """
+    index, id, name, arguments = (text + "   ").split(" ", 3)
+    arguments = arguments[:-3]
+    function = {} if name in "-" else {"name": name}
+    if arguments != "-":
+        function["arguments"] = arguments
+    piece = {"function": function, **fields}
+    if id not in "-":
+        piece.update(id=id, type="function")
+    if index not in "-":
+        piece["index"] = int(index)
+    return piece
+
+
+STREAM_CALLS = {  # pieces, " | " between chunks, " & " in one; the calls
+    "one whole": ('0 x f {"a": 1}', '- x f {"a": 1}'),
+    "in pieces": ('0 x f | 0 - - {"a" | 0 - - : 1}', '- x f {"a": 1}'),
+    "one after the other": ('0 x f | 0 - - {"a": 1} | 1 y g | 1 - - {}',
+                            '- x f {"a": 1} & - y g {}'),
+    "mixed": ("0 x f & 1 y g | 1 - - { & 0 - - { | 0 - - } | 1 - - }",
+              "- x f {} & - y g {}"),
+    "the second first": ("1 y g {} | 0 x f {}", "- x f {} & - y g {}"),
+    "an index from 1, with gaps": (
+        "1 x f { | 1 - - } | 7 y g { | 7 - - }", "- x f {} & - y g {}"),
+    "an index is a key, never a size": (
+        "-1 x f { | -1 - - } | 1000000000 y g { | 1000000000 - - }",
+        "- x f {} & - y g {}"),
+    "id and name in each piece": (
+        "0 x f { | 0 x f } | 1 y g { | 1 y g }", "- x f {} & - y g {}"),
+    "no index, whole (Mistral)": ("- x f {} & - y g {}",
+                                  "- x f {} & - y g {}"),
+    "no index, in pieces": ("- x f | - - - { | - - - } | - y g { | - - - }",
+                            "- x f {} & - y g {}"),
+    "no index, by id": ("- x f { & - y g { | - x - } | - y - }",
+                        "- x f {} & - y g {}"),
+    "no index, id and name in each piece": (
+        "- x f { | - x f } | - y g { | - y g }", "- x f {} & - y g {}"),
+    "all at index 0 (Gemini)": ("0 x f {} | 0 y g {} | 0 z g {}",
+                                "- x f {} & - y g {} & - z g {}"),
+    # dyedd/lens#49, omnigent-ai/omnigent#28
+    "all at index 0, without ids (Gemini)": (
+        '0 - f {"a": 1} | 0 - g { | 0 - - }', '- - f {"a": 1} & - - g {}'),
+    "neither index nor id": ("- - f {} & - - g { | - - - }",
+                             "- - f {} & - - g {}"),
+    "another id in each piece (poolsideai/pool#9)": (
+        "0 x f | 0 y f { | 0 z f }", "- x f {}"),
+    "an id that comes late (use-agent-os/agent-os#3265)": (
+        "0 - - | 0 x f {}", "- x f {}"),
+    "a name in pieces": ("0 x get_ | 0 - time {}", "- x get_time {}"),
+    "more arguments behind whole ones: no telling whose": (
+        "0 x f {} | 0 - - {}", "- x f {}{}"),
+    "arguments that are no JSON": ('0 x f {"a": ', '- x f {"a": '),
+    "a call without a name is none (LiteLLM)": ("-1 - - {} | 0 x f {}",
+                                                "- x f {}"),
+}
+
+
+@table("pieces, calls", STREAM_CALLS)
+def test_stream_of_chat_which_call_a_piece_belongs_to(pieces, calls):
+    events = [stream_chunk({"tool_calls": [
+        stream_call(text) for text in part.split(" & ")]})
+        for part in pieces.split(" | ")]
+    assert stream_build(serv.ChatAssembler(), [
+        *events, stream_chunk({}, "tool_calls")]) == stream_whole(
+            {"tool_calls": [{"type": "function", **stream_call(text)}
+                            for text in calls.split(" & ")]}, "tool_calls")
+
+
+STREAM_SIGNED = {"extra_content": {"google": {"thought_signature": "S"}}}
+
+
+@table("pieces, call", {
+    "null and empty labels in later pieces (LM Studio)": (
+        [stream_call("0 x f {"),
+         {"index": 0, "id": None, "type": None, "function": {
+             "name": None, "arguments": '"a":'}},
+         {"index": 0, "id": "", "type": "", "function": {
+             "name": "", "arguments": " 1}"}}],
+        stream_call('- x f {"a": 1}')),
+    "arguments that are an object": (
+        [{"index": 0, "id": "x", "type": "function", "function": {
+            "name": "f", "arguments": {"a": 1}}}, stream_call("0 - - ")],
+        {"id": "x", "type": "function", "function": {
+            "name": "f", "arguments": {"a": 1}}}),
+    "a function that begins as an empty list": (
+        [{"index": 0, "id": "x", "type": "function", "function": []},
+         stream_call("0 - f {}")], stream_call("- x f {}")),
+    "a custom tool": (
+        [{"index": 0, "id": "x", "type": "custom", "custom": {
+            "name": "f", "input": "Hel"}},
+         {"index": 0, "custom": {"input": "lo"}}],
+        {"id": "x", "type": "custom", "custom": {
+            "name": "f", "input": "Hello"}}),
+    "a signature, repeated (Gemini)": (
+        [stream_call("0 x f {", **STREAM_SIGNED),
+         stream_call("0 - - }", **STREAM_SIGNED)],
+        stream_call("- x f {}", **STREAM_SIGNED)),
+    "a signature in an entry of its own (Gemini)": (
+        [stream_call("- x f {}"), STREAM_SIGNED],
+        stream_call("- x f {}", **STREAM_SIGNED))})
+def test_stream_of_chat_fields_of_a_call(pieces, call):
+    events = [stream_chunk({"tool_calls": [piece]}) for piece in pieces]
+    assert stream_build(serv.ChatAssembler(), [
+        *events, stream_chunk({}, "stop")]) == stream_whole(
+            {"tool_calls": [call]})
+
+
+# -- Chat: what else a chunk holds --------------------------------------------
+
+STREAM_USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5,
+                "prompt_tokens_details": {"cached_tokens": 1}}
+STREAM_HI = {"index": 0, "finish_reason": "stop", "message": {
+    "role": "assistant", "content": "Hi"}}
+STREAM_CHUNKS = {  # chunks; their answer
+    "usage in the last chunk": (
+        [stream_chunk({"content": "Hi"}, "stop", {"usage": None}),
+         stream_chunk(top={"choices": [], "usage": STREAM_USAGE})],
+        stream_whole({"content": "Hi"}, top={"usage": STREAM_USAGE})),
+    "usage in each chunk: the last": (
+        [stream_chunk({"content": "Hi"}, top={"usage": {
+            "prompt_tokens": 3, "completion_tokens": 1}}),
+         stream_chunk({}, "stop", {"usage": STREAM_USAGE}),
+         stream_chunk(top={"choices": [], "usage": None})],
+        stream_whole({"content": "Hi"}, top={"usage": STREAM_USAGE})),
+    "usage without choices": (
+        [stream_chunk({"content": "Hi"}, "stop"), {"usage": STREAM_USAGE}],
+        stream_whole({"content": "Hi"}, top={"usage": STREAM_USAGE})),
+    "several choices, mixed": (
+        [stream_chunk({"content": "H"}, index=1),
+         stream_chunk({"content": "H"}), stream_chunk({"content": "i"}),
+         stream_chunk({"content": "i"}, "stop", index=1),
+         stream_chunk({}, "stop")],
+        stream_whole({}, top={"choices": [
+            STREAM_HI, {**STREAM_HI, "index": 1}]})),
+    "several choices in a chunk": (
+        [stream_chunk(top={"choices": [
+            {"index": index, "delta": {"content": "Hi"},
+             "finish_reason": "stop"} for index in (0, 1)]})],
+        stream_whole({}, top={"choices": [
+            STREAM_HI, {**STREAM_HI, "index": 1}]})),
+    "no index, no `object` (Moonshot)": (
+        [{"choices": [{"delta": {"content": "Hi"}}]},
+         {"choices": [{"finish_reason": "stop"}]}],
+        {"object": "chat.completion", "choices": [STREAM_HI]}),
+    "logprobs go on": (
+        [stream_chunk({"content": "Hel"}, logprobs={
+            "content": [{"token": "Hel"}], "refusal": None}),
+         stream_chunk({"content": "lo"}, logprobs={
+             "content": [{"token": "l"}, {"token": "o"}], "refusal": None}),
+         stream_chunk({}, "stop", logprobs=None)],
+        stream_whole({"content": "Hello"}, logprobs={
+            "content": [{"token": text} for text in ("Hel", "l", "o")],
+            "refusal": None})),
+    "fields nobody knows: the last": (
+        [stream_chunk({"content": "Hi"}, score=[1, 2], filters={"low": True},
+                      top={"citations": ["u"], "speed": 1}),
+         stream_chunk({}, "stop", filters={"low": False},
+                      top={"citations": ["u", "v"], "speed": 2})],
+        stream_whole({"content": "Hi"}, score=[1, 2], filters={"low": False},
+                     top={"citations": ["u", "v"], "speed": 2})),
+    "padding (OpenAI)": (
+        [stream_chunk({"content": "Hi"}, "stop", {"obfuscation": "aB3"})],
+        stream_whole({"content": "Hi"})),
+    "empty fields first, and a bare choice last (Azure)": (
+        [{"choices": [], "id": "", "model": "", "object": "",
+          "prompt_filter_results": [{"prompt_index": 0}]},
+         stream_chunk({"content": "Hi"}, "stop"),
+         {"choices": [{"index": 0, "finish_reason": None, "filters": {
+             "low": True}}], "id": "", "model": "", "object": ""}],
+        stream_whole({"content": "Hi"}, filters={"low": True}, top={
+            "prompt_filter_results": [{"prompt_index": 0}]})),
+    "a bare choice (Gemini, blocked)": (
+        [stream_chunk(top={"choices": [
+            {"index": 0, "finish_reason": "content_filter: RECITATION"}]})],
+        stream_whole({}, "content_filter: RECITATION")),
+    "a whole message": (
+        [stream_chunk(top={"choices": []}),
+         stream_chunk(top={"choices": [STREAM_HI]}),
+         stream_chunk(top={"choices": [
+             {**STREAM_HI, "index": 1, "delta": {}}]})],
+        stream_whole({}, top={"choices": [
+            STREAM_HI, {**STREAM_HI, "index": 1}]})),
+    "a whole message behind its pieces": (
+        [*stream_text("H", "i"), stream_chunk(top={"choices": [STREAM_HI]})],
+        stream_whole({"content": "Hi"})),
+    "the message so far beside the delta (Perplexity, Writer)": (
+        [stream_chunk({"content": "H"}, message={"content": "H"}),
+         stream_chunk({"content": "i"}, message={"content": None}),
+         stream_chunk({"content": None}, "stop", message={"content": "Hi"})],
+        stream_whole({"content": "Hi"})),
+    "events of a vendor's own": (
+        [{"type": "hermes.tool.progress", "tool": "f"}, {"type": "ping"},
+         {"id": "other"}, stream_chunk({"content": "Hi"}, "stop")],
+        stream_whole({"content": "Hi"})),
+}
+
+
+@table("chunks, whole", STREAM_CHUNKS)
+def test_stream_of_chat_chunks_and_their_answer(chunks, whole):
+    assert stream_build(serv.ChatAssembler(), [*chunks, serv.DONE]) == whole
+
+
+# -- Messages: blocks ---------------------------------------------------------
+
+STREAM_TOOL = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
+STREAM_STARTS = {"text": {"text": ""}, "tool_use": STREAM_TOOL,
+                 "thinking": {"thinking": "", "signature": ""}}
+
+
+def stream_start(*content, **fields):
+    """Return the first event of a Messages stream."""
+    return {"type": "message_start", "message": {
+        "id": "msg_1", "type": "message", "role": "assistant", "model": "m",
+        "content": list(content), "stop_reason": None, "stop_sequence": None,
+        "usage": {"input_tokens": 3, "output_tokens": 1}, **fields}}
+
+
+def stream_end(reason="end_turn", **fields):
+    """Return the last events of a Messages stream."""
+    return [{"type": "message_delta", "usage": {"output_tokens": 5},
+             "delta": {"stop_reason": reason, "stop_sequence": None,
+                       **fields}}, {"type": "message_stop"}]
+
+
+def stream_message(content, reason="end_turn", **fields):
+    """Return a whole Messages answer."""
+    return {"id": "msg_1", "type": "message", "role": "assistant",
+            "model": "m", "content": content, "stop_reason": reason,
+            "stop_sequence": None, "usage": {
+                "input_tokens": 3, "output_tokens": 5}, **fields}
+
+
+def stream_blocks(script):
+    """Return the events of blocks, of a script of "index what value | ...".
+
+    "1 begin text" begins a block of a type, "begin {...}" one of these
+    fields, "end" ends it; "text Hi" is a text_delta, and so are thinking and
+    signature; "json {" is an input_json_delta, "delta {...}" any other, and
+    "{...}" any event.  Without an index it is 0; "-" stands for none.
+    """
+    events = []
+    for line in script.split(" | "):
+        if line[0] == "{":
+            events.append(json.loads(line))
+            continue
+        index, _, line = (line if line[0] in "-0123456789" else
+                          "0 " + line).partition(" ")
+        what, _, value = line.partition(" ")
+        event = {"type": "content_block_" + {
+            "begin": "start", "end": "stop"}.get(what, "delta")}
+        if index != "-":
+            event["index"] = int(index)
+        if what == "begin":
+            event["content_block"] = (
+                {"type": value, **STREAM_STARTS[value]}
+                if value in STREAM_STARTS else json.loads(value))
+        elif what == "delta":
+            event["delta"] = json.loads(value)
+        elif what == "json":
+            event["delta"] = {"type": "input_json_delta",
+                              "partial_json": value}
+        elif what != "end":
+            event["delta"] = {"type": what + "_delta", what: value}
+        events.append(event)
+    return events
 
 
 def stream_said(*texts):
-    """Return a Messages stream up to the end of its one text block."""
-    return [{"type": "message_start", "message": {
-        "id": "msg_1", "type": "message", "role": "assistant", "model": "m",
-        "content": [], "stop_reason": None, "stop_sequence": None,
-        "usage": {"input_tokens": 3, "output_tokens": 1}}}] + stream_block(
-            0, {"type": "text", "text": ""},
-            *({"type": "text_delta", "text": text} for text in texts))
+    """Return a Messages stream of these texts, up to their block's end."""
+    return [stream_start(), *stream_blocks(" | ".join([
+        "begin text", *("text " + text for text in texts), "end"]))]
 
 
-def stream_end(reason="end_turn"):
-    """Return the last events of a Messages stream."""
-    return [{"type": "message_delta", "usage": {"output_tokens": 5},
-             "delta": {"stop_reason": reason, "stop_sequence": None}},
-            {"type": "message_stop"}]
+STREAM_BLOCKS = {  # a script between the first and the last event; content
+    # Each delta that the reference names.
+    "text_delta": ("begin text | text Hel | text lo | end",
+                   stream_parts("Hello")),
+    "input_json_delta": (
+        'begin tool_use | json | json {"a" | json : 1} | end',
+        [{**STREAM_TOOL, "input": {"a": 1}}]),
+    "thinking_delta, signature_delta": (
+        "begin thinking | thinking We | thinking ll. | signature S | end",
+        [{"type": "thinking", "thinking": "Well.", "signature": "S"}]),
+    "citations_delta": (
+        'begin {"type": "text", "text": "", "citations": []} | text Hi'
+        + 2 * ' | delta {"type": "citations_delta", "citation": {"n": 1}}',
+        [{"type": "text", "text": "Hi", "citations": [{"n": 1}, {"n": 1}]}]),
+    "citations_delta, not announced": (
+        'begin {"type": "text", "text": "Hi", "citations": null} | '
+        'delta {"type": "citations_delta", "citation": {"n": 1}}',
+        [{"type": "text", "text": "Hi", "citations": [{"n": 1}]}]),
+    "compaction_delta": (
+        'begin {"type": "compaction", "content": null} | '
+        'delta {"type": "compaction_delta", "content": "Sum."}',
+        [{"type": "compaction", "content": "Sum."}]),
+    "a delta nobody knows": (
+        'begin text | text Hel | delta null | text lo | '
+        'delta {"type": "new_delta", "news": [1], "text": "no"}',
+        [{"type": "text", "text": "Hello", "news": [1]}]),
+    # What a block begins with.
+    "a text": ('begin {"type": "text", "text": "Hel"} | text lo',
+               stream_parts("Hello")),
+    "no input": ("begin tool_use | json | end", [STREAM_TOOL]),
+    "an input that is no JSON (vllm#34887)": (
+        'begin tool_use | json a": 1 | json }',
+        [{**STREAM_TOOL, "input": 'a": 1}'}]),
+    "an input in the start": (
+        'begin {"type": "tool_use", "input": {"content": [{"n": 1}]}}',
+        [{"type": "tool_use", "input": {"content": [{"n": 1}]}}]),
+    'an input of "" or null (one-api)': (
+        'begin {"type": "tool_use", "input": ""} | json {"a": 1} | '
+        '1 begin {"type": "tool_use", "input": null}',
+        [{"type": "tool_use", "input": {"a": 1}},
+         {"type": "tool_use", "input": {}}]),
+    "an input that is an object": (
+        'begin tool_use | '
+        'delta {"type": "input_json_delta", "partial_json": {"a": 1}} | '
+        'delta {"type": "input_json_delta", "partial_json": {}}',
+        [{**STREAM_TOOL, "input": {"a": 1}}]),
+    "a tool of the server, and its result": (
+        'begin {"type": "server_tool_use", "input": {}} | json {"q": 1} | '
+        '1 begin {"type": "web_search_tool_result", "content": [{"type": "r",'
+        ' "u": 1}, {"type": "r", "u": 2}]}',
+        [{"type": "server_tool_use", "input": {"q": 1}},
+         {"type": "web_search_tool_result", "content": [
+             {"type": "r", "u": 1}, {"type": "r", "u": 2}]}]),
+    "a signature in the start, and repeated": (
+        'begin {"type": "thinking", "thinking": "a", "signature": "S"} | '
+        'thinking b | signature S',
+        [{"type": "thinking", "thinking": "ab", "signature": "S"}]),
+    "blocks nobody knows": (
+        'begin {"type": "redacted_thinking", "data": "D"} | end | '
+        '1 begin {"type": "picture", "size": {"x": 1}} | 1 end',
+        [{"type": "redacted_thinking", "data": "D"},
+         {"type": "picture", "size": {"x": 1}}]),
+    "an empty text is none: it would be refused (MaxKB#6683)": (
+        "begin text | end | 1 begin tool_use | 1 end", [STREAM_TOOL]),
+    # Events that say nothing of the blocks.
+    "pings, and events nobody knows": (
+        '{"type": "ping"} | begin text | {"type": "news", "index": 0, "text":'
+        ' "no"} | text Hi | {"type": "content_block_news", "index": 0}',
+        stream_parts("Hi")),
+    "a second message_start": (
+        'begin text | text Hel | {"type": "message_start", "message": {"id": '
+        '"msg_1", "content": []}} | text lo', stream_parts("Hello")),
+    # Which block a delta belongs to: that of its index, else the newest.
+    "side by side": (
+        "begin text | 1 begin tool_use | text Hel | 1 json { | text lo | "
+        "1 json }", [*stream_parts("Hello"), STREAM_TOOL]),
+    "no index": ("- begin text | - text Hel | - text lo | - begin tool_use",
+                 [*stream_parts("Hello"), STREAM_TOOL]),
+    "no index in the start": ('- begin tool_use | json {"a": 1}',
+                              [{**STREAM_TOOL, "input": {"a": 1}}]),
+    "all at index 0": (
+        'begin text | text Hel | end | begin tool_use | json {"a": 1} | end |'
+        ' begin text | text lo | end',
+        [*stream_parts("Hel"), {**STREAM_TOOL, "input": {"a": 1}},
+         *stream_parts("lo")]),
+    "all deltas at index 0": (
+        'begin {"type": "thinking", "thinking": ""} | thinking Hm | end | '
+        '1 begin text | text Hel | text lo | 1 end | 2 begin tool_use | '
+        'json {"a": 1} | 2 end',
+        [*stream_parts("Hm", kind="thinking"), *stream_parts("Hello"),
+         {**STREAM_TOOL, "input": {"a": 1}}]),
+    "no block": ("begin null | text Hi", stream_parts("Hi")),
+    "no types": ('begin {} | delta {"text": "Hel"} | delta {"text": "lo"}',
+                 stream_parts("Hello")),
+    # A delta of another type than its block begins a new one.
+    "thinking in a text (litellm#33938, claude-code-router#1725)": (
+        'begin {"type": "thinking", "thinking": ""} | thinking Hm | '
+        '1 begin text | 1 thinking Oh | 1 text Hi',
+        [*stream_parts("Hm", "Oh", kind="thinking"), *stream_parts("Hi")]),
+    "a text in a tool (sglang)": (
+        'begin tool_use | json {"a": 1} | text Hel | text lo',
+        [{**STREAM_TOOL, "input": {"a": 1}}, *stream_parts("Hello")]),
+}
+
+
+@table("script, content", STREAM_BLOCKS)
+def test_stream_of_messages_blocks_and_their_deltas(script, content):
+    assert stream_build(serv.MessagesAssembler(), [
+        stream_start(), *stream_blocks(script), *stream_end()
+    ]) == stream_message(content)
+
+
+@pytest.mark.parametrize("indexes, order", [
+    ([0, 1, 2], "ABC"), ([2, 0, 1], "BCA"), ([1, 10 ** 9, -4], "CAB"),
+    ([0, 0, 0], "ABC"), ([0, 1, 0, 1, 0, 1], "ABCDEF"), ([1, 0, 0], "BAC"),
+    (["-", "-", "-"], "ABC"), ([0, "-", "-"], "ABC"), (["-", 1, "-"], "ABC")])
+def test_stream_of_messages_blocks_stand_by_index_else_behind(indexes, order):
+    assembler = serv.MessagesAssembler()
+    for index, text in zip(indexes, "ABCDEF"):
+        for event in stream_blocks("{0} begin text | {0} text {1}".format(
+                index, text)):
+            assembler.add(event)
+    assert serv.Reply(assembler.build()).text == order
+
+
+STREAM_FIELDS = {  # events; their answer
+    "a stop sequence, and no usage at the end": (
+        stream_said("a") + [{"type": "message_delta", "delta": {
+            "stop_reason": "stop_sequence", "stop_sequence": "!"}}],
+        stream_message(stream_parts("a"), "stop_sequence", stop_sequence="!",
+                       usage={"input_tokens": 3, "output_tokens": 1})),
+    "usage is replaced field by field": (
+        stream_said("a") + [
+            {"type": "message_delta", "delta": {"stop_reason": None},
+             "usage": {"output_tokens": 4, "cache": {"read": 1}}},
+            *stream_end()],
+        stream_message(stream_parts("a"), usage={
+            "input_tokens": 3, "output_tokens": 5, "cache": {"read": 1}})),
+    "fields nobody knows": (
+        [stream_start(container={"id": "b"}, tier="one"), *stream_blocks(
+            'begin {"type": "text", "text": "a", "mood": "good"}'),
+         *stream_end(why="done")],
+        stream_message([{"type": "text", "text": "a", "mood": "good"}],
+                       container={"id": "b"}, tier="one", why="done")),
+    "a whole message in message_start": (
+        [stream_start(*stream_parts("a", "")), *stream_end()],
+        stream_message(stream_parts("a"))),
+    "a second message_start with more to say": (
+        [*stream_said("a"), stream_start(model="n"), *stream_end()],
+        stream_message(stream_parts("a"), model="n")),
+}
+
+
+@table("events, whole", STREAM_FIELDS)
+def test_stream_of_messages_fields_of_the_answer(events, whole):
+    assert stream_build(serv.MessagesAssembler(), events) == whole
+
+
+# -- Both formats -------------------------------------------------------------
+
+each_format = pytest.mark.parametrize("endpoint", ["chat", "messages"])
+
+
+def stream_events(endpoint, *texts):
+    """Return an assembler, and the events of a stream of these texts."""
+    if endpoint == "chat":
+        return serv.ChatAssembler(), [
+            *stream_text(*texts), stream_chunk({}, "stop"), serv.DONE]
+    return serv.MessagesAssembler(), stream_said(*texts) + stream_end()
+
+
+@each_format
+def test_stream_what_is_built_grows_and_is_a_copy(endpoint):
+    assembler, events = stream_events(endpoint, "Hel", "lo")
+    texts = []
+    for event in events:
+        assembler.add(event)
+        answer = assembler.build(partial=True)
+        texts.append(serv.Reply(answer).text)
+        (answer.get("choices") or answer["content"]).clear()
+        answer.clear()
+    assert texts == sorted(texts, key=len)
+    assert set(texts) >= {"Hel", "Hello"}
+
+
+@each_format
+@pytest.mark.parametrize("length, size", [(1 << 15, 4), (1 << 20, 512)])
+def test_stream_a_long_tool_call_in_small_pieces(endpoint, length, size):
+    given = json.dumps({"a": "x" * length})
+    texts = [given[i:i + size] for i in range(0, len(given), size)]
+    if endpoint == "chat":
+        answer = stream_build(serv.ChatAssembler(), [
+            stream_chunk({"tool_calls": [stream_call("0 x f " + text)]})
+            for text in texts])
+    else:
+        answer = stream_build(serv.MessagesAssembler(), [
+            stream_start(), *stream_blocks(" | ".join([
+                "begin tool_use", *("json " + text for text in texts)]))])
+    assert serv.Reply(answer).tool_calls == [
+        serv.ToolCall("x", "f", {"a": "x" * length})]
+
+
+@each_format
+def test_stream_20000_events(endpoint):
+    texts = ["%d " % number for number in range(20000)]
+    answer = stream_build(*stream_events(endpoint, *texts))
+    assert serv.Reply(answer).text == "".join(texts)
+
+
+# -- What proves a stream whole -----------------------------------------------
+
+STREAM_PROOFS = {  # how many choices were asked for, events; is it whole?
+    "nothing": (1, [], False),
+    "[DONE] alone": (1, [serv.DONE], False),
+    "[DONE] and no choice": (1, [{"choices": [], "usage": STREAM_USAGE},
+                                 serv.DONE], False),
+    "text": (1, stream_text("a"), False),
+    "text and [DONE] (Snowflake)": (1, [*stream_text("a"), serv.DONE], True),
+    "a finish_reason": (1, [stream_chunk({"content": "a"}, "stop")], True),
+    "any finish_reason": (1, [stream_chunk({}, "eos_token")], True),
+    "a finish_reason, then null": (
+        1, [stream_chunk({}, "stop"), stream_chunk({"content": ""})], True),
+    "a finish_reason, then more text": (
+        1, [stream_chunk({}, "stop"), *stream_text("a")], False),
+    "an empty finish_reason": (1, [stream_chunk({}, "")], False),
+    "one choice of two": (2, [stream_chunk({}, "stop")], False),
+    "one choice of two, [DONE]": (
+        2, [stream_chunk({}, "stop"), serv.DONE], False),
+    "two choices, one finish_reason": (
+        2, [stream_chunk({}, "stop"), stream_chunk({}, index=1)], False),
+    "two choices, one finish_reason, [DONE] (LiteLLM)": (
+        2, [stream_chunk({}, "stop"), stream_chunk({}, index=1), serv.DONE],
+        True),
+    "two choices, two finish_reasons": (
+        2, [stream_chunk({}, "stop", index=1), stream_chunk({}, "stop")],
+        True),
+    "more choices than asked for": (
+        1, [stream_chunk({}, "stop"), stream_chunk({}, index=1)], False),
+    "a ping": (None, [{"type": "ping"}], False),
+    "message_start": (None, [stream_start()], False),
+    "a block": (None, stream_said("a"), False),
+    "no stop_reason": (None, [*stream_said("a"), stream_end(None)[0]], False),
+    "message_stop alone": (None, [{"type": "message_stop"}], False),
+    "a block and message_stop": (
+        None, [*stream_said("a")[1:], {"type": "message_stop"}], False),
+    "message_start and message_stop": (
+        None, [stream_start(), {"type": "message_stop"}], True),
+    "a stop_reason": (None, stream_end()[:1], True),
+    "a stop_reason, then a block": (
+        None, [stream_end()[0], *stream_blocks("begin text")], False),
+    "a stop_reason, then more of a block": (
+        None, [*stream_said("a"), stream_end()[0], *stream_blocks("text b")],
+        False),
+    "a stop_reason in message_start": (
+        None, [stream_start(stop_reason="end_turn")], True),
+}
+
+
+@table("choices, events, whole", STREAM_PROOFS)
+def test_stream_what_proves_it_whole(choices, events, whole):
+    assembler = (serv.ChatAssembler(choices) if choices else
+                 serv.MessagesAssembler())
+    stream_build(assembler, events)
+    assert assembler.whole is whole
+
+
+# ---------------------------------------------------------------------------
+# Streams
+#
+# Over sockets: pieces and events, what else may come, how a stream ends,
+# close(), and errors.
+# ---------------------------------------------------------------------------
+
+STREAM_HEAD = http_head(kind="text/event-stream", transfer_encoding="chunked")
+STREAM_OPEN = {"chat": stream_text("Hel", "lo"),  # no end of it yet
+               "messages": stream_said("Hel", "lo")}
+STREAM_DONE = {"chat": [stream_chunk({}, "stop"), "[DONE]"],
+               "messages": stream_end()}
+STREAM_HELLO = {name: STREAM_OPEN[name] + STREAM_DONE[name]
+                for name in STREAM_OPEN}
+STREAM_ANSWER = {"chat": stream_whole({"content": "Hello"}),
+                 "messages": stream_message(stream_parts("Hello"))}
 
 
 def stream_open(server, endpoint="chat", **options):
     """Return a stream from a server, without retries."""
     if endpoint == "messages":
         options["max_tokens"] = 9
-    return serv.stream("Hi", endpoint=endpoint, system="s", timeout=20,
-                       base_url=server.url, max_retries=0, **options)
+    options = {"timeout": 20, "max_retries": 0, **options}
+    return serv.stream("Hi", endpoint=endpoint, system=SYSTEM,
+                       base_url=server.url, **options)
 
 
-def stream_read(answer, endpoint="chat"):
+def stream_bytes(data, kind="text/event-stream", size=1 << 20):
+    """Return an answer of a type (None for none), in chunks of a size."""
+    head = http_head(kind=kind or "", transfer_encoding="chunked")
+    if kind is None:
+        head = head.replace(b"Content-Type: \r\n", b"")
+    return head + b"".join(chunk(data[i:i + size]) for i in range(
+        0, len(data), size)) + chunk(b"")
+
+
+def stream_read(answer, endpoint="chat", **options):
     """Return the pieces of a stream, and the reply at its end."""
     with Server(answer) as server:
-        stream = stream_open(server, endpoint)
-        return list(stream), stream.reply
+        stream = stream_open(server, endpoint, **options)
+        pieces = list(stream)
+        assert list(stream) == list(stream.events()) == []
+    assert not stream.reply.partial
+    return pieces, stream.reply
 
 
-def stream_error(answer, endpoint="chat"):
-    """Return the pieces of a stream, and the error at its end."""
+def stream_error(answer, endpoint="chat", **options):
+    """Return the error of a stream that says "Hello" before it fails."""
     pieces = []
     with Server(answer) as server:
-        stream = stream_open(server, endpoint)
+        stream = stream_open(server, endpoint, **options)
         with pytest.raises(serv.ServError) as caught:
             for piece in stream:
                 pieces.append(piece)
-        with pytest.raises(type(caught.value)):
-            next(stream)  # a second loop is no silent end either
-        with pytest.raises(type(caught.value)):
-            next(stream.events())
-        assert caught.value.reply == stream.reply
-    return pieces, caught.value
+        for again in (stream, stream.events()):  # no silent end either
+            with pytest.raises(type(caught.value)):
+                next(again)
+    assert "".join(pieces) == caught.value.reply.text == "Hello"
+    assert caught.value.reply.partial and stream.reply.partial
+    assert caught.value.reply == stream.reply
+    return caught.value
 
 
-def stream_closing(data):
-    """Return an answer that sends data and closes the connection."""
-    def answer(wire, request):
-        wire.sendall(data)
-        return False
-    return answer
+def stream_refused(answer, endpoint="chat", **options):
+    """Return the error of a stream that says nothing before it fails."""
+    with Server(answer) as server:
+        with pytest.raises(serv.ServError) as caught:
+            list(stream_open(server, endpoint, **options))
+    return caught.value
 
 
-STREAM_HELLO = stream_text("Hel", "lo") + [stream_chunk({}, "stop"), "[DONE]"]
-STREAM_OPENINGS = [
-    ("chat", stream_text("Hel", "lo")),
-    ("messages", stream_said("Hel", "lo"))]
-
-
-@pytest.mark.parametrize("endpoint, events", [
-    ("chat", STREAM_HELLO),
-    ("messages", stream_said("Hel", "lo") + stream_end())])
-def test_a_piece_is_there_before_the_next_is_sent(endpoint, events):
+@each_format
+def test_stream_a_piece_is_there_before_the_next_is_sent(endpoint):
     def answer(wire, request):
         wire.sendall(STREAM_HEAD)
-        for event in events:
+        assert opened.wait(10)  # it is open before its first event
+        for event in STREAM_HELLO[endpoint]:
             wire.sendall(chunk(sse(event)))
             if "Hel" in str(event):
                 assert taken.wait(10)
         wire.sendall(chunk(b""))
-    taken = threading.Event()
+    opened, taken = threading.Event(), threading.Event()
     with Server(answer) as server:
-        pieces = iter(stream_open(server, endpoint))
+        pieces = stream_open(server, endpoint)
+        opened.set()
         assert next(pieces) == "Hel"
         taken.set()
         assert list(pieces) == ["lo"]
 
 
-def test_a_stream_is_open_before_its_first_event():
-    def answer(wire, request):
-        wire.sendall(STREAM_HEAD)
-        assert opened.wait(10)
-        wire.sendall(b"".join(map(chunk, (sse(*STREAM_HELLO), b""))))
-    opened = threading.Event()
-    with Server(answer) as server:
-        stream = stream_open(server)
-        opened.set()
-        assert "".join(stream) == "Hello"
-
-
-def test_a_stream_is_its_own_iterator_and_one_pass():
-    with Server(stream_answer(*STREAM_HELLO)) as server:
+def test_stream_is_one_pass_of_pieces_and_events():
+    with Server(stream_answer(*STREAM_HELLO["chat"])) as server:
         stream = stream_open(server)
         assert iter(stream) is stream
-        for piece in stream:  # noqa: B007
+        for piece in stream:
+            assert piece == "Hel"
             break
-        assert (piece, list(stream), list(stream)) == ("Hel", ["lo"], [])
+        assert next(stream.events()) == STREAM_HELLO["chat"][1]
+        assert (list(stream), stream.reply.text) == ([], "Hello")
 
 
-def test_events_are_whole_and_as_sent():
-    with Server(stream_answer(*STREAM_HELLO)) as server:
-        assert list(stream_open(server).events()) == STREAM_HELLO[:-1]
+def stream_wipe(value):
+    """Empty a dict or a list, and all that are in it."""
+    if isinstance(value, (dict, list)):
+        for inner in list(value.values() if isinstance(value, dict)
+                          else value):
+            stream_wipe(inner)
+        value.clear()
 
 
-def test_events_of_messages_are_whole_and_as_sent():
-    events = stream_said("Hello") + [{"type": "ping"}] + stream_end()
-    with Server(stream_answer(*events)) as server:
-        assert list(stream_open(server, "messages").events()) == events
+@each_format
+def test_stream_events_are_as_sent_and_the_callers_own(endpoint):
+    sent = [{"type": "ping"}, *STREAM_OPEN[endpoint], *(
+        [stream_chunk({"notes": [{"n": n}]}, top={"usage": STREAM_USAGE})
+         for n in (1, 2)] if endpoint == "chat" else
+        stream_blocks('1 begin {"type": "a", "notes": [{"n": 1}]}')),
+        STREAM_DONE[endpoint][0]]
+    replies = []
+    with Server(stream_answer(*sent, STREAM_DONE[endpoint][1])) as server:
+        for change in (stream_wipe, len):  # the reply is no less for it
+            stream = stream_open(server, endpoint)
+            for event in sent:
+                given = next(stream.events())
+                assert given == event
+                change(given)
+            list(stream)
+            replies.append(stream.reply)
+    assert replies[0] == replies[1] and replies[0].text == "Hello"
 
 
-def test_pieces_and_events_share_one_pass():
-    with Server(stream_answer(*STREAM_HELLO)) as server:
-        stream = stream_open(server)
-        assert next(stream) == "Hel"
-        assert next(stream.events()) == STREAM_HELLO[1]
-        assert list(stream) == []
-        assert stream.reply.text == "Hello"
-
-
-def test_the_reply_grows_with_the_stream():
-    with Server(stream_answer(*STREAM_HELLO)) as server:
-        stream = stream_open(server)
-        said = [(stream.reply.text, stream.reply.stop_reason)]
-        for _ in stream.events():
-            said.append((stream.reply.text, stream.reply.stop_reason))
-        assert said == [("", None), ("Hel", None), ("Hello", None),
-                        ("Hello", "stop")]
-
-
-def test_the_reply_of_a_stream_has_what_any_reply_has():
-    answer = stream_answer(*STREAM_HELLO, X_Request_Id="r1")
+def test_stream_reply_at_any_time():
+    answer = stream_answer(*STREAM_HELLO["chat"], X_Request_Id="r1")
     with Server(answer) as server:
         stream = stream_open(server)
-        assert (stream.reply.request_id, stream.reply.text) == ("r1", "")
-        list(stream)
-    elapsed = stream.reply.elapsed
-    assert isinstance(stream.reply, serv.Reply) and 0 < elapsed < 20
-    assert stream.reply.headers["content-TYPE"] == "text/event-stream"
-    assert stream.reply.elapsed == elapsed  # it ended with the last byte
+        seen = [stream.reply]
+        seen += [stream.reply for _ in stream.events()] + [stream.reply]
+    assert [(reply.text, reply.stop_reason, reply.partial)
+            for reply in seen] == [
+        ("", None, True), ("Hel", None, True), ("Hello", None, True),
+        ("Hello", "stop", False), ("Hello", "stop", False)]
+    reply = seen[-1]
+    assert isinstance(reply, serv.Reply)
+    assert reply == STREAM_ANSWER["chat"]
+    assert (reply.request_id, reply.retries) == ("r1", 0)
+    assert reply.headers["content-TYPE"] == "text/event-stream"
+    assert 0 < reply.elapsed < 20
+    assert stream.reply.elapsed == reply.elapsed  # up to the last byte
 
 
-def test_a_reply_is_a_copy_that_the_stream_does_not_change():
-    with Server(stream_answer(*STREAM_HELLO)) as server:
-        stream = stream_open(server)
-        next(stream)
-        early = stream.reply
-        early["choices"][0]["message"]["content"] = "changed"
-        early["choices"].append("changed")
-        assert "".join(stream) == "lo"
-        assert stream.reply.text == "Hello"
-        assert len(stream.reply["choices"]) == 1
+def test_stream_all_choices_that_were_asked_for_are_waited_for():
+    first = stream_chunk({"content": "Hello"}, "stop")
+    both = stream_answer(first, stream_chunk({}, "stop", index=1))
+    assert len(stream_read(both, n=2)[1]["choices"]) == 2
+    error = stream_error(stream_answer(first, "[DONE]"), n=2)
+    assert type(error) is serv.APIConnectionError
 
 
-# ---------------------------------------------------------------------------
-# Stream: its reply is what the call without streaming would have returned.
-# ---------------------------------------------------------------------------
-
-def stream_whole(said, finish="stop", **fields):
-    """Return a whole chat answer."""
-    return dict({"id": "c1", "object": "chat.completion", "created": 1,
-                 "model": "m", "choices": [{
-                     "index": 0, "finish_reason": finish, "message": dict(
-                         {"role": "assistant", "content": None}, **said)}]},
-                **fields)
+def test_stream_without_a_choice_0_says_the_text_of_its_first():
+    events = [stream_chunk({"content": text}, index=1) for text in ("a", "b")]
+    pieces, reply = stream_read(stream_answer(*events, "[DONE]"))
+    assert "".join(pieces) == reply.text == "ab"
 
 
-def stream_message(content, reason="end_turn", **fields):
-    """Return a whole Messages answer."""
-    return dict({
-        "id": "msg_1", "type": "message", "role": "assistant", "model": "m",
-        "content": content, "stop_reason": reason, "stop_sequence": None,
-        "usage": {"input_tokens": 3, "output_tokens": 5}}, **fields)
+# -- What else may come -------------------------------------------------------
+
+@pytest.mark.parametrize("noise", [
+    ": OPENROUTER PROCESSING", "id: 1", "retry: 1", "data:", "event: ping",
+    'event: ping\ndata: {"type": "ping"}', 'data: {"type": "ping"}',
+    'event: hermes.tool.progress\ndata: {"tool": "f"}', 'data: "a"',
+    "event: vendor\ndata: not JSON", "event: content_filter\ndata: ok",
+    'event: quota\ndata: {"message": "50 left"}', 'data: {"error": null}'])
+@each_format
+def test_stream_noise_changes_nothing(endpoint, noise):
+    noise = (noise + "\n\n").encode()
+    data = noise + b"".join(
+        sse(event) + noise for event in STREAM_HELLO[endpoint])
+    assert stream_read(stream_bytes(data), endpoint) == (
+        ["Hel", "lo"], STREAM_ANSWER[endpoint])
 
 
-def stream_choice(index, delta, finish=None, **fields):
-    """Return a chunk of one of several choices of a chat stream."""
-    return stream_chunk(choices=[dict(
-        {"index": index, "delta": delta, "finish_reason": finish}, **fields)])
+def test_stream_the_name_of_an_event_stands_in_for_its_type():
+    data = b"".join(b"event: %s\n" % event["type"].encode() + sse(json.dumps(
+        {name: event[name] for name in event if name != "type"}))
+        for event in STREAM_HELLO["messages"])
+    assert stream_read(stream_bytes(data), "messages") == (
+        ["Hel", "lo"], STREAM_ANSWER["messages"])
 
 
-def stream_token(text):
-    """Return the log probability of a token."""
-    return {"token": text, "logprob": -0.5, "bytes": list(text.encode()),
-            "top_logprobs": [{"token": text, "logprob": -0.5}]}
-
-
-STREAM_USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5,
-                "prompt_tokens_details": {"cached_tokens": 1}}
-STREAM_CHAT = {
-    "text": (
-        [stream_chunk({"role": "assistant", "content": ""})]
-        + stream_text("Hel", "lo") + [stream_chunk({}, "stop"), "[DONE]"],
-        stream_whole({"content": "Hello"})),
-    "no text": (
-        [stream_chunk({"role": "assistant", "content": ""}, "stop")],
-        stream_whole({"content": ""})),
-    "white space": (
-        stream_text(" ", "\n", "a", " ") + [stream_chunk({}, "stop")],
-        stream_whole({"content": " \na "})),
-    "cut by the limit": (
-        stream_text("Hel") + [stream_chunk({}, "length")],
-        stream_whole({"content": "Hel"}, "length")),
-    "role in every chunk": (
-        [stream_chunk({"role": "assistant", "content": text})
-         for text in ("Hel", "lo")] + [stream_chunk({}, "stop")],
-        stream_whole({"content": "Hello"})),
-    "refusal": (
-        [stream_chunk({"role": "assistant", "content": None, "refusal": ""}),
-         stream_chunk({"refusal": "I "}), stream_chunk({"refusal": "won't."}),
-         stream_chunk({}, "stop"), "[DONE]"],
-        stream_whole({"refusal": "I won't."})),
-    "blocked": (
-        stream_text("I can't share that.")
-        + [stream_chunk({}, "content_filter")],
-        stream_whole({"content": "I can't share that."}, "content_filter")),
-    "reasoning": (
-        [stream_chunk({"role": "assistant", "reasoning_content": "Well"}),
-         stream_chunk({"reasoning_content": ", yes."}),
-         stream_chunk({"content": "Yes."}), stream_chunk({}, "stop")],
-        stream_whole({"reasoning_content": "Well, yes.", "content": "Yes."})),
-    "usage in the last chunk": (
-        [stream_chunk({"content": "Hi"}, usage=None),
-         stream_chunk({}, "stop", usage=None),
-         stream_chunk(choices=[], usage=STREAM_USAGE), "[DONE]"],
-        stream_whole({"content": "Hi"}, usage=STREAM_USAGE)),
-    "usage in every chunk": (
-        [stream_chunk({"content": "H"}, usage=dict(
-            STREAM_USAGE, completion_tokens=1, total_tokens=4)),
-         stream_chunk({"content": "i"}, usage=STREAM_USAGE),
-         stream_chunk({}, "stop", usage=STREAM_USAGE), "[DONE]"],
-        stream_whole({"content": "Hi"}, usage=STREAM_USAGE)),
-    "several choices": (
-        [stream_choice(1, {"role": "assistant", "content": "B"}),
-         stream_choice(0, {"role": "assistant", "content": "A"}),
-         stream_choice(1, {"content": "b"}), stream_choice(0, {}, "stop"),
-         stream_choice(1, {}, "length"), "[DONE]"],
-        dict(stream_whole({}), choices=[
-            {"index": 0, "finish_reason": "stop",
-             "message": {"role": "assistant", "content": "A"}},
-            {"index": 1, "finish_reason": "length",
-             "message": {"role": "assistant", "content": "Bb"}}])),
-    "several choices in a chunk": (
-        [stream_chunk(choices=[
-            {"index": number, "delta": {"content": text},
-             "finish_reason": "stop"} for number, text in enumerate("AB")])],
-        dict(stream_whole({}), choices=[
-            {"index": number, "finish_reason": "stop",
-             "message": {"role": "assistant", "content": text}}
-            for number, text in enumerate("AB")])),
-    "logprobs": (
-        [stream_choice(0, {"content": "Hel"}, logprobs={
-            "content": [stream_token("Hel")], "refusal": None}),
-         stream_choice(0, {"content": "lo"}, logprobs={
-             "content": [stream_token("l"), stream_token("o")],
-             "refusal": None}),
-         stream_choice(0, {}, "stop", logprobs=None), "[DONE]"],
-        dict(stream_whole({}), choices=[{
-            "index": 0, "finish_reason": "stop",
-            "message": {"role": "assistant", "content": "Hello"},
-            "logprobs": {"content": list(map(stream_token, (
-                "Hel", "l", "o"))), "refusal": None}}])),
-    "logprobs of a refusal": (
-        [stream_choice(0, {"refusal": text}, logprobs={
-            "content": None, "refusal": [stream_token(text)]})
-         for text in ("N", "o")] + [stream_chunk({}, "stop")],
-        dict(stream_whole({}), choices=[{
-            "index": 0, "finish_reason": "stop",
-            "message": {"role": "assistant", "content": None,
-                        "refusal": "No"},
-            "logprobs": {"content": None, "refusal": [
-                stream_token("N"), stream_token("o")]}}])),
-    "fields nobody knows": (
-        [dict(stream_choice(0, {"content": "Hi", "mood": {"is": "good"}},
-                            score=[1, 2], filters={"hate": {"low": True}}),
-              system_fingerprint="f", citations=["u"], speed=1),
-         dict(stream_choice(0, {}, "stop", filters={"hate": {"low": False}}),
-              system_fingerprint="f", citations=["u", "v"], speed=2)],
-        dict(stream_whole({}), system_fingerprint="f", citations=["u", "v"],
-             speed=2, choices=[{
-                 "index": 0, "finish_reason": "stop", "score": [1, 2],
-                 "filters": {"hate": {"low": False}},
-                 "message": {"role": "assistant", "content": "Hi",
-                             "mood": {"is": "good"}}}])),
-    "content as parts": (
-        [stream_chunk({"role": "assistant", "content": [
-            {"type": "text", "text": "Hi"}, {"type": "image", "url": "u"}]}),
-         stream_chunk({}, "stop")],
-        stream_whole({"content": [{"type": "text", "text": "Hi"},
-                                  {"type": "image", "url": "u"}]})),
-    "control characters": (
-        ['{"id": "c1", "object": "chat.completion.chunk", "created": 1, '
-         '"model": "m", "choices": [{"index": 0, "delta": {"content": '
-         '"a\t\x01\x0b\x1f"}, "finish_reason": "stop"}]}'],
-        stream_whole({"content": "a\t\x01\x0b\x1f"})),
-}
-
-
-def stream_pair(endpoint, events, answer):
-    """Check that a streamed and a plain answer come to the same."""
-    def reply(wire, request):
-        streamed = json.loads(request.body).get("stream")
-        wire.sendall(stream_answer(*events) if streamed
-                     else http_answer(answer))
-    ask = {"system": "s", "max_retries": 0, "timeout": 20}
-    with Server(reply) as server:
-        plain = (serv.chat if endpoint == "chat" else serv.message)(
-            "Hi", base_url=server.url, **ask, **(
-                {} if endpoint == "chat" else {"max_tokens": 9}))
-        stream = stream_open(server, endpoint)
-        pieces = list(stream)
-    assert stream.reply == plain == answer
-    assert "".join(pieces) == plain.text
-    for name in ("text", "thinking", "tool_calls", "stop_reason", "refusal",
-                 "truncated", "message", "usage"):
-        assert getattr(stream.reply, name) == getattr(plain, name)
-    return plain
-
-
-@pytest.mark.parametrize("name", STREAM_CHAT)
-def test_a_streamed_chat_is_what_chat_returns(name):
-    stream_pair("chat", *STREAM_CHAT[name])
-
-
-def stream_call(arguments=None, name=None, id=None, **fields):
-    """Return a piece of a tool call of a chat stream."""
-    function = {"name": name, "arguments": arguments}
-    if id:
-        fields.update(id=id, type="function")
-    return dict(fields, function={
-        key: value for key, value in function.items() if value is not None})
-
-
-STREAM_CALLS = {
-    "one whole": [[stream_call('{"a": 1}', "f", "x", index=0)]],
-    "in pieces": [
-        [stream_call("", "f", "x", index=0)], [stream_call('{"a"', index=0)],
-        [stream_call(": 1}", index=0)]],
-    "parallel": [
-        [stream_call("", "f", "x", index=0)],
-        [stream_call('{"a": 1}', index=0)],
-        [stream_call("", "g", "y", index=1)], [stream_call("{}", index=1)]],
-    "parallel, mixed": [
-        [stream_call("", "f", "x", index=0),
-         stream_call("", "g", "y", index=1)],
-        [stream_call("{", index=1), stream_call('{"a": ', index=0)],
-        [stream_call("1}", index=0), stream_call("}", index=1)]],
-    "the second first": [
-        [stream_call("{}", "g", "y", index=1)],
-        [stream_call('{"a": 1}', "f", "x", index=0)]],
-    "index from 1": [
-        [stream_call("", "f", "x", index=1)],
-        [stream_call('{"a": 1}', index=1)],
-        [stream_call("{}", "g", "y", index=2)]],
-    "index with gaps": [
-        [stream_call('{"a": 1}', "f", "x", index=0)],
-        [stream_call("{", "g", "y", index=7)], [stream_call("}", index=7)]],
-    "no index, whole": [
-        [stream_call('{"a": 1}', "f", "x")], [stream_call("{}", "g", "y")]],
-    "no index, whole, at once": [
-        [stream_call('{"a": 1}', "f", "x"), stream_call("{}", "g", "y")]],
-    "no index, in pieces": [
-        [stream_call("", "f", "x")], [stream_call('{"a"')],
-        [stream_call(": 1}")],
-        [stream_call("{", "g", "y")], [stream_call("}")]],
-    "no index, by id": [
-        [stream_call('{"a"', "f", "x"), stream_call("", "g", "y")],
-        [stream_call(": 1}", id="x")], [stream_call("{}", id="y")]],
-    "id and name in every piece": [
-        [stream_call('{"a"', "f", "x", index=0)],
-        [stream_call(": 1}", "f", "x", index=0)],
-        [stream_call("{", "g", "y", index=1)],
-        [stream_call("}", "g", "y", index=1)]],
-    "no index, id and name in every piece": [
-        [stream_call('{"a"', "f", "x")], [stream_call(": 1}", "f", "x")],
-        [stream_call("{}", "g", "y")]],
-    "null and empty labels in later pieces": [
-        [stream_call('{"a"', "f", "x", index=0)],
-        [{"index": 0, "id": None, "type": None, "function": {
-            "name": None, "arguments": ": "}}],
-        [{"index": 0, "id": "", "type": "", "function": {
-            "name": "", "arguments": "1}"}}]],
-    "all at index 0": [
-        [stream_call('{"a": 1}', "f", "x", index=0)],
-        [stream_call("{}", "g", "y", index=0)]],
-    "none and null between": [
-        [], None, [stream_call('{"a": 1}', "f", "x", index=0)], None, []],
-}
-
-
-@pytest.mark.parametrize("name", STREAM_CALLS)
-def test_streamed_tool_calls_are_what_chat_returns(name):
-    pieces = STREAM_CALLS[name]
-    calls = [("x", "f", '{"a": 1}'), ("y", "g", "{}")][
-        :2 if '"y"' in json.dumps(pieces) else 1]
-    plain = stream_pair("chat", [
-        stream_chunk({"tool_calls": piece}) for piece in pieces] + [
-        stream_chunk({}, "tool_calls"), "[DONE]"], stream_whole({
-            "tool_calls": [{"id": id, "type": "function", "function": {
-                "name": name, "arguments": arguments}}
-                for id, name, arguments in calls]}, "tool_calls"))
-    assert plain.tool_calls == [
-        serv.ToolCall(id, name, json.loads(arguments))
-        for id, name, arguments in calls]
-
-
-STREAM_CITED = {"type": "char_location", "cited_text": "c",
-                "document_index": 0, "start_char_index": 0,
-                "end_char_index": 1}
-STREAM_MESSAGES = {
-    "text": (
-        stream_said("Hel", "lo"), "end_turn",
-        [{"type": "text", "text": "Hello"}]),
-    "two texts": (
-        stream_said("Hel") + stream_block(
-            1, {"type": "text", "text": "lo"},
-            {"type": "text_delta", "text": "!"}), "end_turn",
-        [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo!"}]),
-    "cut by the limit": (
-        stream_said("Hel"), "max_tokens", [{"type": "text", "text": "Hel"}]),
-    "refusal": (
-        stream_said("I"), "refusal", [{"type": "text", "text": "I"}]),
-    "tools": (
-        stream_said("I ask.") + stream_block(
-            1, {"type": "tool_use", "id": "x", "name": "f", "input": {}},
-            *({"type": "input_json_delta", "partial_json": text}
-              for text in ("", '{"a"', ": 1}"))) + stream_block(
-            2, {"type": "tool_use", "id": "y", "name": "g", "input": {}}),
-        "tool_use",
-        [{"type": "text", "text": "I ask."},
-         {"type": "tool_use", "id": "x", "name": "f", "input": {"a": 1}},
-         {"type": "tool_use", "id": "y", "name": "g", "input": {}}]),
-    "a tool without input": (
-        stream_said("") + stream_block(
-            1, {"type": "tool_use", "id": "x", "name": "f", "input": {}},
-            {"type": "input_json_delta", "partial_json": ""}), "tool_use",
-        [{"type": "text", "text": ""},
-         {"type": "tool_use", "id": "x", "name": "f", "input": {}}]),
-    "a tool of the server": (
-        stream_said("") + stream_block(
-            1, {"type": "server_tool_use", "id": "x", "name": "web_search",
-                "input": {}},
-            {"type": "input_json_delta", "partial_json": '{"q": "a"}'}
-        ) + stream_block(2, {
-            "type": "web_search_tool_result", "tool_use_id": "x",
-            "content": [{"type": "web_search_result", "url": "u"}]}),
-        "end_turn",
-        [{"type": "text", "text": ""},
-         {"type": "server_tool_use", "id": "x", "name": "web_search",
-          "input": {"q": "a"}},
-         {"type": "web_search_tool_result", "tool_use_id": "x",
-          "content": [{"type": "web_search_result", "url": "u"}]}]),
-    "thinking": (
-        stream_said("")[:1] + stream_block(
-            0, {"type": "thinking", "thinking": "", "signature": ""},
-            {"type": "thinking_delta", "thinking": "We"},
-            {"type": "thinking_delta", "thinking": "ll."},
-            {"type": "signature_delta", "signature": "c2ln"}) + stream_block(
-            1, {"type": "redacted_thinking", "data": "ZGF0YQ=="}
-        ) + stream_block(
-            2, {"type": "text", "text": ""},
-            {"type": "text_delta", "text": "Yes."}), "end_turn",
-        [{"type": "thinking", "thinking": "Well.", "signature": "c2ln"},
-         {"type": "redacted_thinking", "data": "ZGF0YQ=="},
-         {"type": "text", "text": "Yes."}]),
-    "citations": (
-        stream_said("")[:1] + stream_block(
-            0, {"type": "text", "text": "", "citations": []},
-            {"type": "citations_delta", "citation": STREAM_CITED},
-            {"type": "text_delta", "text": "a"},
-            {"type": "citations_delta", "citation": dict(
-                STREAM_CITED, document_index=1)}), "end_turn",
-        [{"type": "text", "text": "a", "citations": [
-            STREAM_CITED, dict(STREAM_CITED, document_index=1)]}]),
-    "citations of one source": (
-        stream_said("")[:1] + stream_block(
-            0, {"type": "text", "text": "a"},
-            {"type": "citations_delta", "citation": {
-                "type": "new", "id": "d", "index": 0, "cited_text": "b"}},
-            {"type": "citations_delta", "citation": {
-                "type": "new", "id": "d", "index": 0, "cited_text": "c"}}),
-        "end_turn",
-        [{"type": "text", "text": "a", "citations": [
-            {"type": "new", "id": "d", "index": 0, "cited_text": "b"},
-            {"type": "new", "id": "d", "index": 0, "cited_text": "c"}]}]),
-    "blocks nobody knows": (
-        stream_said("a") + stream_block(
-            1, {"type": "picture", "url": "u", "size": {"x": 1}}) + [
-            {"type": "new_event", "text": "no"}, {"type": "ping"}],
-        "end_turn",
-        [{"type": "text", "text": "a"},
-         {"type": "picture", "url": "u", "size": {"x": 1}}]),
-}
-
-
-@pytest.mark.parametrize("name", STREAM_MESSAGES)
-def test_a_streamed_message_is_what_message_returns(name):
-    events, reason, content = STREAM_MESSAGES[name]
-    stream_pair("messages", events + stream_end(reason),
-                stream_message(content, reason))
-
-
-def test_unknown_fields_of_a_streamed_message_are_kept():
-    start, end = stream_said("a"), stream_end()
-    start[0]["message"].update(container={"id": "b"}, tier="one")
-    start[1]["content_block"]["mood"] = "good"
-    end[0]["delta"]["why"] = "done"
-    end[0]["usage"]["server_tool_use"] = {"web_search_requests": 1}
-    answer = stream_message(
-        [{"type": "text", "text": "a", "mood": "good"}], why="done",
-        container={"id": "b"}, tier="one")
-    answer["usage"]["server_tool_use"] = {"web_search_requests": 1}
-    stream_pair("messages", start + end, answer)
-
-
-def test_usage_of_a_message_is_replaced_field_by_field():
-    events = stream_said("a") + [
-        {"type": "message_delta", "delta": {}, "usage": {"output_tokens": n}}
-        for n in (2, 4)] + stream_end()
-    assert stream_read(stream_answer(*events), "messages")[1].usage == {
-        "input_tokens": 3, "output_tokens": 5}
+@each_format
+def test_stream_blank_lines_that_got_lost(endpoint):
+    data = sse(*STREAM_HELLO[endpoint]).replace(b"\n\n", b"\n") + b"\n"
+    assert stream_read(stream_bytes(data), endpoint) == (
+        ["Hel", "lo"], STREAM_ANSWER[endpoint])
 
 
 @pytest.mark.parametrize("texts, whole", [
@@ -2828,125 +3401,175 @@ def test_usage_of_a_message_is_replaced_field_by_field():
     (["\ud83d\ude00"], "\U0001f600"),
     (["\ud83d", "\ud83d\ude00"], "\ufffd\U0001f600"),
     (["\ud83d", "\ude00\ud83d", "\ude00"], "\U0001f600\U0001f600"),
-    (["a\ud83d"], "a\ufffd"),
-    (["\ude00", "a"], "\ufffda"),
-    (["\ud83d", "a"], "\ufffda"),
-    (["a\ud83d", "\u20ac"], "a\ufffd\u20ac"),
-])
-@pytest.mark.parametrize("endpoint", ["chat", "messages"])
-def test_halves_of_a_character_are_joined(endpoint, texts, whole):
-    events = (stream_text(*texts) + [stream_chunk({}, "stop"), "[DONE]"]
-              if endpoint == "chat" else stream_said(*texts) + stream_end())
-    pieces, reply = stream_read(stream_answer(*events), endpoint)
-    assert ("".join(pieces), reply.text) == (whole, whole)
+    (["a\ud83d"], "a\ufffd"), (["\ude00", "a"], "\ufffda"),
+    (["\ud83d", "a"], "\ufffda"), (["a\ud83d", "\u20ac"], "a\ufffd\u20ac"),
+], ids=ascii)
+@each_format
+def test_stream_halves_of_a_character_are_joined(endpoint, texts, whole):
+    events = (stream_text(*texts) if endpoint == "chat"
+              else stream_said(*texts))
+    pieces, reply = stream_read(
+        stream_answer(*events, *STREAM_DONE[endpoint]), endpoint)
+    assert "".join(pieces) == reply.text == whole
     assert "" not in pieces
-    for text in pieces + [json.dumps(reply, ensure_ascii=False)]:
+    for text in [*pieces, json.dumps(reply, ensure_ascii=False)]:
         text.encode()
 
 
-def test_a_half_waits_for_its_other_half():
-    with Server(stream_answer(*stream_text("a\ud83d", "\ude00"), stream_chunk(
-            {}, "stop"))) as server:
+def test_stream_a_half_waits_for_its_other_half():
+    with Server(stream_answer(*stream_text("a\ud83d", "\ude00"),
+                              "[DONE]")) as server:
         stream = stream_open(server)
-        assert next(stream) == "a"
-        stream.reply.text.encode()
+        assert (next(stream), stream.reply.text) == ("a", "a\ufffd")
         assert list(stream) == ["\U0001f600"]
 
 
-# ---------------------------------------------------------------------------
-# Stream: how it ends.
-# ---------------------------------------------------------------------------
-
-STREAM_CUTS = [
-    ("chat", []),
-    ("chat", ["[DONE]"]),
-    ("chat", [stream_chunk(choices=[], usage=STREAM_USAGE)]),
-    ("chat", stream_text("Hel", "lo")),
-    ("chat", [stream_chunk({"content": "Hello"}, "")]),
-    ("chat", [stream_choice(0, {"content": "Hello"}, "stop"),
-              stream_choice(1, {"content": "B"})]),
-    ("messages", []),
-    ("messages", [{"type": "ping"}]),
-    ("messages", stream_said("Hel", "lo")),
-    ("messages", stream_said("Hello")[:-1]),
-    ("messages", stream_said("Hello") + [
-        {"type": "message_delta", "usage": {"output_tokens": 5},
-         "delta": {"stop_reason": None}}]),
-]
+def test_stream_halves_in_two_blocks_are_not_joined():
+    events = stream_said("a\ud83d") + stream_blocks(
+        "1 begin text | 1 text \ude00b") + stream_end()
+    pieces, reply = stream_read(stream_answer(*events), "messages")
+    assert "".join(pieces) == reply.text == "a\ufffd\ufffdb"
 
 
-@pytest.mark.parametrize("tail", [
-    chunk(b""), b"", b"5\r\nda", b"zz\r\n",
-    chunk(b'data: {"id": "c1", "choi') + chunk(b""), chunk(b"data: x") * 2])
-@pytest.mark.parametrize("endpoint, events", STREAM_CUTS)
-def test_a_cut_stream_is_an_error(endpoint, events, tail):
-    data = STREAM_HEAD + b"".join(chunk(sse(event)) for event in events)
-    pieces, error = stream_error(stream_closing(data + tail), endpoint)
-    assert type(error) is serv.APIConnectionError
-    said = "Hello" if "Hel" in str(events) else ""
-    assert ("".join(pieces), error.reply.text) == (said, said)
-    assert (error.reply.stop_reason == "stop") == ('"stop"' in json.dumps(
-        events))
+# -- What it is, is read from its first bytes ---------------------------------
+
+STREAM_LABELS = ["text/event-stream", "TEXT/Event-Stream; charset=utf-8",
+                 "application/json", "text/plain", None]
 
 
-@pytest.mark.parametrize("head, tail", [
-    (http_head(kind="text/event-stream"), b""),
-    (http_head(kind="text/event-stream", content_length=9999), b"")])
-def test_a_cut_stream_that_is_not_chunked_is_an_error(head, tail):
-    data = head + sse(*stream_text("Hel", "lo")) + tail
-    pieces, error = stream_error(stream_closing(data))
-    assert type(error) is serv.APIConnectionError
-    assert (pieces, error.reply.text) == (["Hel", "lo"], "Hello")
+@pytest.mark.parametrize("first", [
+    b"", b"\xef\xbb\xbf", b"\n\r\n", b": hello\n\n", b"id: 1\n", b"retry: 1\n",
+    b"event: message\n"], ids=ascii)
+@pytest.mark.parametrize("kind, size", [
+    *((kind, 1 << 20) for kind in STREAM_LABELS), (None, 1)])
+def test_stream_is_known_by_its_first_bytes(kind, first, size):
+    data = stream_bytes(first + sse(*STREAM_HELLO["chat"]), kind, size)
+    assert stream_read(data) == (["Hel", "lo"], STREAM_ANSWER["chat"])
 
 
-@pytest.mark.parametrize("endpoint, events", [
-    ("chat", STREAM_HELLO[:-1]),
-    ("chat", [stream_choice(1, {"content": "B"}, "length"),
-              stream_choice(0, {"content": "Hello"}, "stop")]),
-    ("chat", STREAM_HELLO[:2] + ["[DONE]"]),
-    ("messages", stream_said("Hello") + stream_end()[:1]),
-    ("messages", stream_said("Hello") + stream_end()[1:])])
-@pytest.mark.parametrize("tail", [chunk(b""), b""])
-def test_a_stream_with_its_proof_is_whole(endpoint, events, tail):
-    data = STREAM_HEAD + b"".join(chunk(sse(event)) for event in events)
-    pieces, reply = stream_read(stream_closing(data + tail), endpoint)
-    assert ("".join(pieces), reply.text) == ("Hello", "Hello")
+@pytest.mark.parametrize("first", [b"", b"\n \r\n\t", b"\xef\xbb\xbf"],
+                         ids=ascii)
+@pytest.mark.parametrize("kind, size", [
+    *((kind, 1 << 20) for kind in STREAM_LABELS), ("text/event-stream", 1)])
+def test_stream_plain_json_comes_as_one_piece(kind, first, size):
+    data = first + json.dumps(STREAM_ANSWER["chat"]).encode()
+    assert stream_read(stream_bytes(data, kind, size)) == (
+        ["Hello"], STREAM_ANSWER["chat"])
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"a": 1}', "{}"])
-@pytest.mark.parametrize("endpoint", ["chat", "messages"])
-def test_a_tool_call_of_a_cut_stream_never_looks_finished(endpoint, text):
-    events = [stream_chunk({"tool_calls": [
-        stream_call(text, "f", "x", index=0)]})] if endpoint == "chat" else (
-        stream_said("")[:1] + stream_block(
-            0, {"type": "tool_use", "id": "x", "name": "f", "input": {}},
-            {"type": "input_json_delta", "partial_json": text})[:-1])
-    error = stream_error(stream_answer(*events), endpoint)[1]
-    assert error.reply.tool_calls == [serv.ToolCall("x", "f", text)]
-    with Server(stream_answer(*events)) as server:
-        stream = stream_open(server, endpoint)
-        for _ in events:
-            next(stream.events())
-        assert stream.reply.tool_calls == error.reply.tool_calls
-        stream.close()
-        assert stream.reply.tool_calls == error.reply.tool_calls
+@pytest.mark.parametrize("endpoint, answer, pieces", [
+    ("chat", stream_whole({"content": "Hello"}, None), ["Hello"]),
+    ("chat", stream_whole({"tool_calls": [stream_call("- x f {}")]}), []),
+    ("chat", stream_whole({}, top={"choices": [
+        STREAM_HI, {**STREAM_HI, "index": 1}]}), ["Hi"]),
+    ("messages", stream_message([*stream_parts("Hel"), STREAM_TOOL,
+                                 *stream_parts("", "lo")]), ["Hello"]),
+    ("messages", {"content": stream_parts("Hello")}, ["Hello"])])
+def test_stream_plain_json_is_whole_and_untouched(endpoint, answer, pieces):
+    assert stream_read(http_answer(answer), endpoint) == (pieces, answer)
 
 
-@at_once(*itertools.product([
-    ("chat", STREAM_HELLO),
-    ("messages", stream_said("Hel", "lo") + stream_end())], [
-    b"", sse(stream_chunk({"content": "no"}), {"error": "no"})]))
-def test_a_stream_ends_with_its_last_event(stream, more):
-    endpoint, events = stream
+@pytest.mark.parametrize("kind", STREAM_LABELS)
+@pytest.mark.parametrize("body, name", [
+    ({"error": {"type": "rate_limit_error", "message": "No."}},
+     "RateLimitError"),
+    ([{"error": {"code": 402, "message": "No."}}], "BillingError")])
+def test_stream_a_json_error_is_that_error(kind, body, name):
+    error = stream_refused(stream_bytes(json.dumps(body).encode(), kind))
+    assert (type(error).__name__, error.message) == (name, "No.")
 
+
+def test_stream_a_refused_request_raises_at_once():
+    with Server(http_answer({"error": {"message": "No."}},
+                            "429 Too Many Requests")) as server:
+        with pytest.raises(serv.RateLimitError) as caught:
+            stream_open(server)
+    assert (caught.value.message, caught.value.reply) == ("No.", None)
+
+
+@pytest.mark.parametrize("kind", STREAM_LABELS)
+@pytest.mark.parametrize("body", [
+    "<html><body>Sign in", "Internal trouble", '"text"',
+    '{"success": true, "data": {}}'])  # cline/cline#13348
+def test_stream_what_is_none_is_shown(kind, body):
+    error = stream_refused(stream_bytes((body + " " * 9999).encode(), kind))
+    assert type(error) is serv.APIResponseError
+    assert body in str(error) and len(str(error)) < 1000
+
+
+# -- How it ends --------------------------------------------------------------
+
+@table("more", {"nothing": b"", "more": sse({"error": "no"}, "{")})
+@each_format
+def test_stream_ends_with_its_last_event(endpoint, more):
     def answer(wire, request):
-        wire.sendall(STREAM_HEAD + chunk(sse(*events) + more))
+        wire.sendall(STREAM_HEAD + chunk(sse(*STREAM_HELLO[endpoint]) + more))
         while wire.recv(65536):  # the end never comes
             pass
         return False
-    pieces, reply = stream_read(answer, endpoint)
-    assert (pieces, reply.text) == (["Hel", "lo"], "Hello")
+    assert stream_read(answer, endpoint) == (
+        ["Hel", "lo"], STREAM_ANSWER[endpoint])
 
+
+@pytest.mark.parametrize("tail", [chunk(b""), b"", b"5\r\nda"],
+                         ids=["ended", "closed", "cut"])
+@each_format
+def test_stream_with_its_proof_is_whole_however_it_ends(endpoint, tail):
+    data = STREAM_HEAD + chunk(sse(*STREAM_HELLO[endpoint][:-1])) + tail
+    assert stream_read(closing(data), endpoint) == (
+        ["Hel", "lo"], STREAM_ANSWER[endpoint])
+
+
+@table("tail", {
+    "the body ends": chunk(b""),
+    "the connection ends": b"",
+    "it ends in a chunk": b"5\r\nda",
+    "it ends in no chunk": b"zz\r\n",
+    "it ends in an event": chunk(b'data: {"id": "c1", "choi') + chunk(b""),
+    "it ends before the blank line": None})
+@each_format
+def test_stream_that_is_cut_is_an_error(endpoint, tail):
+    data = chunk(sse(*STREAM_OPEN[endpoint]))
+    if tail is None:
+        tail = chunk(sse(STREAM_DONE[endpoint][0])[:-1]) + chunk(b"")
+    error = stream_error(closing(STREAM_HEAD + data + tail), endpoint)
+    assert type(error) is serv.APIConnectionError
+
+
+@table("head", {
+    "no length": http_head(kind="text/event-stream"),
+    "a length": http_head(kind="text/event-stream", content_length=9999),
+    "HTTP/1.0": b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"})
+def test_stream_that_is_cut_and_not_chunked_is_an_error(head):
+    error = stream_error(closing(head + sse(*STREAM_OPEN["chat"])))
+    assert type(error) is serv.APIConnectionError
+
+
+@pytest.mark.parametrize("given, piece, shown", [
+    ("", "", ""), ("", "{", "{"), ("", '{"a": 1}', '{"a": 1}'),
+    ("", "{}", "{}"), ({"a": 1}, "", '{"a": 1}'), ({}, "", "")])
+@each_format
+def test_stream_a_call_of_a_cut_stream_never_looks_finished(
+        endpoint, given, piece, shown):
+    events = [stream_chunk({"tool_calls": [{
+        "index": 0, "id": "x", "function": {"name": "f", "arguments": text}}]})
+        for text in (given, piece)]
+    if endpoint == "messages":
+        events = [stream_start(), *stream_blocks("begin %s | json %s" % (
+            json.dumps({**STREAM_TOOL, "input": given}), piece))]
+    calls = [serv.ToolCall("x", "f", shown)]
+    with Server(stream_answer(*events)) as server:
+        stream = stream_open(server, endpoint)
+        source = stream.events()
+        for _ in events:
+            next(source)
+        assert stream.reply.tool_calls == calls
+        with pytest.raises(serv.APIConnectionError) as caught:
+            next(source)
+    assert caught.value.reply.tool_calls == calls
+
+
+# -- close() ------------------------------------------------------------------
 
 def stream_drop(stream):
     """Leave a stream to the garbage collector."""
@@ -2960,20 +3583,25 @@ def stream_leave(stream):
         assert same is stream
 
 
-@pytest.mark.parametrize("leave", [
-    serv.Stream.close, stream_leave, stream_drop])
-@pytest.mark.parametrize("begun", [False, True])
-def test_a_stream_left_early_is_closed(leave, begun):
+def stream_watched(closed):
+    """Return an answer of one piece, which notes that the client left."""
     def answer(wire, request):
-        wire.sendall(STREAM_HEAD + chunk(sse(STREAM_HELLO[0])))
+        wire.sendall(STREAM_HEAD + chunk(sse(*stream_text("Hel"))))
         try:
             assert wire.recv(1) == b""
         except ConnectionError:
             pass  # a reset is an end too
         closed.set()
         return False
+    return answer
+
+
+@table("leave", {"close()": serv.Stream.close, "with": stream_leave,
+                 "abandoned": stream_drop})
+@pytest.mark.parametrize("begun", [False, True])
+def test_stream_left_early_is_closed(leave, begun):
     closed, streams = threading.Event(), []
-    with Server(answer) as server, warnings.catch_warnings(
+    with Server(stream_watched(closed)) as server, warnings.catch_warnings(
             record=True) as warned:
         warnings.simplefilter("always")
         streams.append(stream_open(server))
@@ -2984,18 +3612,44 @@ def test_a_stream_left_early_is_closed(leave, begun):
     assert warned == []
 
 
-def test_a_closed_stream_is_at_its_end_and_keeps_its_reply():
-    with Server(stream_answer(*STREAM_HELLO)) as server:
+def test_stream_that_is_closed_is_at_its_end_and_keeps_its_reply():
+    with Server(stream_answer(*STREAM_HELLO["chat"])) as server:
         stream = stream_open(server)
         assert next(stream) == "Hel"
         stream.close()
         stream.close()
         assert (list(stream), list(stream.events())) == ([], [])
-        assert stream.reply.text == "Hel"
+        assert (stream.reply.text, stream.reply.partial) == ("Hel", True)
 
 
-def test_an_exception_in_the_block_is_the_callers_own():
-    with Server(stream_answer(*STREAM_HELLO)) as server:
+def test_stream_closed_from_another_thread_ends_the_wait_at_once():
+    def cancel():
+        """Return the seconds from close() to the end of the loop."""
+        closed, ended, pieces = threading.Event(), threading.Event(), []
+
+        def read():
+            pieces.extend(stream)
+            ended.set()
+
+        with Server(stream_watched(closed)) as server:
+            stream = stream_open(server, timeout=60)
+            reader = threading.Thread(target=read, daemon=True)
+            reader.start()
+            assert not ended.wait(0.2)  # it waits for a second piece
+            begun = time.monotonic()
+            stream.close()
+            assert ended.wait(20) and closed.wait(20)
+            took = time.monotonic() - begun
+            reader.join(20)
+        assert (pieces, stream.reply.text) == (["Hel"], "Hel")
+        assert stream.reply.partial and list(stream) == []
+        return took
+
+    assert cancel() < 0.5 or cancel() < 0.5
+
+
+def test_stream_an_exception_in_its_block_is_the_callers_own():
+    with Server(stream_answer(*STREAM_HELLO["chat"])) as server:
         with pytest.raises(ZeroDivisionError):
             with stream_open(server) as stream:
                 for _ in stream:
@@ -3003,666 +3657,506 @@ def test_an_exception_in_the_block_is_the_callers_own():
         assert (stream.reply.text, list(stream)) == ("Hel", [])
 
 
-# ---------------------------------------------------------------------------
-# Stream: errors in it.
-# ---------------------------------------------------------------------------
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
+@pytest.mark.parametrize("said", [[], ["Hel"]], ids=["nothing", "a piece"])
+def test_stream_that_is_interrupted_does_not_end_in_silence(said):
+    def interrupt(number, frame):
+        while frame is not None and not ended.is_set():
+            if frame.f_code.co_filename == serv.__file__:
+                ended.set()
+                raise LookupError("the caller's own")
+            frame = frame.f_back  # it does not wait yet
 
-STREAM_TYPES = [  # what the type of an error stands for
-    ("invalid_request_error", 400, "BadRequestError"),
-    ("authentication_error", 401, "AuthenticationError"),
-    ("billing_error", 402, "BillingError"),
-    ("permission_error", 403, "PermissionDeniedError"),
-    ("not_found_error", 404, "NotFoundError"),
-    ("request_too_large", 413, "APIStatusError"),
-    ("rate_limit_error", 429, "RateLimitError"),
-    ("api_error", 500, "InternalServerError"),
-    ("server_error", 500, "InternalServerError"),
-    ("overloaded_error", 529, "InternalServerError"),
-    ("an_error_nobody_knows", 500, "InternalServerError"),
-]
-
-
-@pytest.mark.parametrize("kind, status, name", STREAM_TYPES)
-@pytest.mark.parametrize("endpoint, events", STREAM_OPENINGS)
-def test_the_type_of_an_error_event_says_the_status(endpoint, events, kind,
-                                                    status, name):
-    event = {"type": "error", "error": {"type": kind, "message": "No."}}
-    pieces, error = stream_error(stream_answer(
-        *events + [event], X_Request_Id="r1"), endpoint)
-    assert (pieces, error.reply.text) == (["Hel", "lo"], "Hello")
-    assert type(error) is getattr(serv, name)
-    assert (error.status, error.type, error.message, error.request_id) == (
-        status, kind, "No.", "r1")
-    assert (error.code, error.param, error.body) == (None, None, event)
-    assert error.headers["x-request-id"] == "r1"
-
-
-def stream_told(status, message="No.", kind=None, code=None, param=None):
-    """Return what an error event tells."""
-    return status, message, kind, code, param
-
-
-STREAM_TOLD = [
-    # An object in `error`, with or without what is expected in it.
-    ('data: {"error": {"message": "No.", "type": "t", "param": "p"}}',
-     stream_told(500, kind="t", param="p")),
-    ('data: {"error": {"message": "No.", "code": 400}}',
-     stream_told(400, code=400)),
-    ('data: {"error": {"message": "No.", "code": 599}}',
-     stream_told(599, code=599)),
-    ('data: {"error": {"message": "No.", "code": 399}}',
-     stream_told(500, code=399)),
-    ('data: {"error": {"message": "No.", "code": 600}}',
-     stream_told(500, code=600)),
-    ('data: {"error": {"message": "No.", "code": "no_way"}}',
-     stream_told(500, code="no_way")),
-    ('data: {"error": {"message": "No.", "code": 400, '
-     '"type": "overloaded_error"}}',
-     stream_told(529, kind="overloaded_error", code=400)),
-    ('data: {"error": {"message": "No.", "code": 404, "type": "t"}}',
-     stream_told(404, kind="t", code=404)),
-    # A bare string, and other shapes.
-    ('data: {"error": "No."}', stream_told(500)),
-    ('data: {"type": "error", "error": "No."}', stream_told(500)),
-    ('event: error\ndata: {"error": {"message": "No."}}', stream_told(500)),
-    ('event: error\ndata: {"type": "error", "message": "No."}',
-     stream_told(500, kind="error")),
-    ('event: error\ndata: No.', stream_told(500, kind="error")),
-    # vLLM's is flat.
-    ('data: {"object": "error", "message": "No.", "type": "BadRequestError", '
-     '"param": null, "code": 400}',
-     stream_told(400, kind="BadRequestError", code=400)),
-    ('data: {"object": "error", "message": "No.", "type": "t"}',
-     stream_told(500, kind="t")),
-    ('data: {"message": "No.", "type": "BadRequestError", "code": 400}',
-     stream_told(400, kind="BadRequestError", code=400)),
-    ('data: {"message": "No.", "choices": null}', stream_told(500)),
-    # OpenRouter's has choices too.
-    ('data: {"id": "c1", "error": {"code": 502, "message": "No."}, "choices":'
-     ' [{"index": 0, "delta": {"content": ""}, "finish_reason": "error"}]}',
-     stream_told(502, code=502)),
-    ('data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "error", '
-     '"error": {"code": 429, "message": "No."}}]}',
-     stream_told(429, code=429)),
-]
-
-
-@pytest.mark.parametrize("event, told", STREAM_TOLD)
-@pytest.mark.parametrize("tail", ["", "data: [DONE]\n\n"])
-def test_an_error_event_in_any_shape(event, told, tail):
-    events = sse(*stream_text("Hel", "lo")) + (event + "\n\n" + tail).encode()
-    data = STREAM_HEAD + chunk(events) + chunk(b"")
-    pieces, error = stream_error(stream_closing(data))
-    assert (pieces, error.reply.text) == (["Hel", "lo"], "Hello")
-    assert isinstance(error, serv.APIStatusError)
-    assert (error.status, error.message, error.type, error.code,
-            error.param) == told
-
-
-def test_a_finish_reason_of_error_is_an_error():
-    events = stream_text("Hello") + [stream_chunk({}, "error"), "[DONE]"]
-    pieces, error = stream_error(stream_answer(*events))
-    assert (pieces, error.reply.text) == (["Hello"], "Hello")
-    assert (type(error), error.status) == (serv.InternalServerError, 500)
-
-
-@pytest.mark.parametrize("endpoint, events", [
-    ("chat", STREAM_HELLO[:-1]),
-    ("messages", stream_said("Hel", "lo") + stream_end()[:-1])])
-def test_an_error_after_the_finish_is_an_error(endpoint, events):
-    pieces, error = stream_error(stream_answer(
-        *events + [{"type": "error", "error": {"type": "api_error"}}]),
-        endpoint)
-    assert (pieces, error.reply.text) == (["Hel", "lo"], "Hello")
-    assert type(error) is serv.InternalServerError
-
-
-@pytest.mark.parametrize("value", [None, {}, "", False])
-def test_an_empty_error_is_none(value):
-    events = [dict(event, error=value) for event in STREAM_HELLO[:-1]]
-    assert stream_read(stream_answer(*events))[0] == ["Hel", "lo"]
-
-
-STREAM_BROKEN = [
-    ("chat", "data: {"), ("chat", "data: Hello"), ("chat", "data: [1]"),
-    ("chat", "data: 1"), ("chat", 'data: "a"'), ("chat", "data: null"),
-    ("chat", 'data: {"choices": 1}'), ("chat", 'data: {"choices": [1]}'),
-    ("chat", 'data: {"choices": [{"index": -1, "delta": {}}]}'),
-    ("chat", 'data: {"choices": [{"index": 0, "delta": "a"}]}'),
-    ("chat", 'data: {"choices": [{"index": 0, "delta": {"tool_calls": '
-             '[{"index": -1, "function": {"arguments": "{}"}}]}}]}'),
-    ("messages", "event: content_block_delta\ndata: {"),
-    ("messages", "event: message_stop\ndata: [DONE"),
-    ("messages", "event: message_delta\ndata: []"),
-    ("messages", 'data: {"type": "content_block_delta", "index": -1, "delta":'
-                 ' {"type": "text_delta", "text": "a"}}'),
-    ("messages", 'data: {"type": "content_block_start", "index": -1, '
-                 '"content_block": {"type": "text", "text": "a"}}'),
-    ("messages", 'data: {"type": "content_block_delta", "index": 0, '
-                 '"delta": []}'),
-    ("messages", 'data: {"type": "content_block_start", "index": 1, '
-                 '"content_block": 1}'),
-]
-
-
-@pytest.mark.parametrize("endpoint, event", STREAM_BROKEN)
-def test_a_broken_event_is_an_error(endpoint, event):
-    events = dict(STREAM_OPENINGS)[endpoint] + (
-        STREAM_HELLO if endpoint == "chat" else stream_end())
-    data = sse(*dict(STREAM_OPENINGS)[endpoint]) + (event + "\n\n").encode()
-    pieces, error = stream_error(
-        STREAM_HEAD + chunk(data) + chunk(sse(*events)) + chunk(b""), endpoint)
-    assert type(error) is serv.APIResponseError
-    assert ("".join(pieces), error.reply.text) == ("Hello", "Hello")
-
-
-def test_an_event_over_the_limit_is_an_error():
     def answer(wire, request):
-        wire.sendall(STREAM_HEAD + chunk(sse(*stream_text("Hello"))))
-        wire.sendall(chunk(b"data: "))
-        for _ in range(serv.MAX_BODY // len(data) + 2):
-            wire.sendall(data)
-        return False
-    data = chunk(b"x" * (1 << 20))
-    pieces, error = stream_error(answer)
+        wire.sendall(STREAM_HEAD)
+        for event in stream_text(*said):
+            wire.sendall(chunk(sse(event)))
+        assert opened.wait(10)
+        while not ended.wait(0.05):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        wire.sendall(chunk(sse(*STREAM_HELLO["chat"])) + chunk(b""))
+
+    opened, ended = threading.Event(), threading.Event()
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with Server(answer) as server:
+            stream = stream_open(server)
+            pieces = [next(stream) for _ in said]
+            opened.set()
+            with pytest.raises(LookupError):
+                next(stream)
+            with pytest.raises(serv.APIConnectionError) as caught:
+                next(stream)
+            assert pieces == said and stream.reply.partial
+            assert caught.value.reply.text == "".join(said)
+    finally:
+        ended.set()
+        signal.signal(signal.SIGUSR1, before)
+
+
+# -- Errors in a stream: .reply has what had arrived --------------------------
+
+@table("event, kind, status, message", {
+    # What the type stands for, else a number in the code, else 500.
+    "by type (Anthropic)": (
+        'event: error\ndata: {"type": "error", "error": {"type": '
+        '"overloaded_error", "message": "No."}}',
+        "InternalServerError", 529, "No."),
+    "by type (OpenAI)": (
+        'data: {"error": {"message": "No.", "type": "rate_limit_error", '
+        '"param": null, "code": null}}', "RateLimitError", 429, "No."),
+    "by type before code": (
+        'data: {"error": {"type": "invalid_request_error", "code": 503}}',
+        "BadRequestError", 400, ""),
+    "by code (Perplexity)": (
+        'event: error\ndata: {"error": {"message": "No.", '
+        '"type": "invalid_request", "code": 400}}',
+        "BadRequestError", 400, "No."),
+    "by neither": ('data: {"error": {"message": "No.", "code": 600}}',
+                   "InternalServerError", 500, "No."),
+    # In other shapes.
+    "a text": ('data: {"error": "No."}', "InternalServerError", 500, "No."),
+    "a list (Gemini)": (
+        'data: [{"error": {"code": 429, "message": "No."}}]',
+        "RateLimitError", 429, "No."),
+    "flat (vLLM)": (
+        'data: {"object": "error", "message": "No.", "code": 400}',
+        "BadRequestError", 400, "No."),
+    "flat (DashScope)": (
+        'data: {"code": "DataInspectionFailed", "message": "No."}',
+        "InternalServerError", 500, "No."),
+    "in a chunk (OpenRouter)": (
+        'data: {"id": "c1", "error": {"code": 502, "message": "No."}, '
+        '"choices": [{"index": 0, "delta": {"content": "no"}, '
+        '"finish_reason": "error"}]}', "InternalServerError", 502, "No."),
+    # By the event's name, whatever it holds.
+    "a named text": ("event: error\ndata: No.",
+                     "InternalServerError", 500, "No."),
+    "a named [DONE]": ("event: error\ndata: [DONE]",
+                       "InternalServerError", 500, "[DONE]"),
+    "a named nothing": ("event: error\ndata:",
+                        "InternalServerError", 500, ""),
+    "a named event": ("event: error\ndata: " + json.dumps(stream_chunk()),
+                      "InternalServerError", 500, "")})
+@pytest.mark.parametrize("done", [False, True], ids=["open", "proven"])
+@each_format
+def test_stream_an_error_event(endpoint, done, event, kind, status, message):
+    events = STREAM_HELLO[endpoint][:-1] if done else STREAM_OPEN[endpoint]
+    error = stream_error(stream_bytes(
+        sse(*events) + (event + "\n\n").encode() + sse("[DONE]")), endpoint)
+    assert (type(error).__name__, error.status, error.message) == (
+        kind, status, message)
+
+
+@each_format
+def test_stream_an_error_as_the_first_event(endpoint):
+    error = stream_refused(stream_answer(
+        {"type": "error", "error": {"message": "No.", "code": 429}}), endpoint)
+    assert (type(error), error.message) == (serv.RateLimitError, "No.")
+
+
+@pytest.mark.parametrize("reason", [
+    "error", "network_error",  # GLM
+    "insufficient_system_resource"])  # DeepSeek
+def test_stream_a_finish_reason_that_says_that_the_server_failed(reason):
+    error = stream_error(stream_answer(
+        *STREAM_OPEN["chat"], stream_chunk({}, reason), "[DONE]"))
+    assert (type(error), error.status) == (serv.InternalServerError, 500)
+    assert reason in str(error)
+
+
+STREAM_DEEP = "[" * 2000 + "]" * 2000
+
+
+@table("endpoint, event", {
+    "half an object": ("chat", "data: {"),
+    "a text": ("chat", "data: Hello"),
+    "no JSON": ("chat", "data: {'a': 1}"),
+    "an object and more": ("chat", 'data: {"choices": []} x'),
+    "half an object under a name": (
+        "chat", 'event: chunk\ndata: {"choices": [{"delta": "LO'),
+    "choices that are no list": ("chat", 'data: {"choices": 1}'),
+    "a choice that is no object": ("chat", 'data: {"choices": [1]}'),
+    "a delta that is no object": ("chat", 'data: {"choices": [{"delta": 1}]}'),
+    "a text that becomes a number": (
+        "chat", 'data: {"choices": [{"delta": {"content": 1}}]}'),
+    "too deep": ("chat", 'data: {"choices": [], "a": %s}' % STREAM_DEEP),
+    "half an event": ("messages", "event: content_block_delta\ndata: {"),
+    "half an end": ("messages", "event: message_stop\ndata: [DONE"),
+    "a block that is no object": (
+        "messages", 'data: {"type": "content_block_start", "index": 1, '
+                    '"content_block": 1}'),
+    "a block's delta that is no object": (
+        "messages", 'data: {"type": "content_block_delta", "index": 0, '
+                    '"delta": [1]}'),
+    "a delta of a block that was not begun": (
+        "messages", 'data: {"type": "content_block_delta", "index": -1, '
+                    '"delta": {"type": "text_delta", "text": "a"}}'),
+    "too deep a block": (
+        "messages", 'data: {"type": "content_block_start", "index": 1, '
+                    '"content_block": {"type": "a", "a": %s}}' % STREAM_DEEP)})
+def test_stream_a_broken_event_is_an_error(endpoint, event):
+    data = sse(*STREAM_OPEN[endpoint]) + (event + "\n\n").encode()
+    error = stream_error(stream_bytes(
+        data + sse(*STREAM_HELLO[endpoint])), endpoint)
     assert type(error) is serv.APIResponseError
-    assert (pieces, error.reply.text) == (["Hello"], "Hello")
+
+
+def test_stream_arguments_that_are_too_deep_stay_text():
+    deep = '{"a": %s}' % STREAM_DEEP
+    for endpoint, events in (
+            ("chat", [stream_chunk({"tool_calls": [
+                stream_call("0 x f " + deep)]}, "tool_calls")]),
+            ("messages", [stream_start(), *stream_blocks(
+                "begin tool_use | json " + deep), *stream_end()])):
+        reply = stream_read(stream_answer(*events), endpoint)[1]
+        assert reply.tool_calls == [serv.ToolCall("x", "f", deep)]
+
+
+# -- Random answers, as vendors stream them -----------------------------------
+#
+# A random answer is cut into a stream in the manner of a vendor, and this
+# into packets: it comes back equal.  Cut short anywhere, it is not whole, and
+# no call of a tool looks finished.  SERV_FUZZ=100000 tries that many.
+
+FUZZ = int(os.environ.get("SERV_FUZZ") or 320)
+FUZZ_TEXTS = ["a", "word ", "\n", "\t", "\x00", "\u00e9", "\x85", "\u2028",
+              "\ud83d\ude00", "\ud83d", "\ude00", '"', "\\", "{", "data: "]
+
+
+def fuzz_text(rng, texts=FUZZ_TEXTS):
+    """Return a text, with emoji as two halves, and halves alone."""
+    return "".join(rng.choices(texts, k=rng.randrange(12))) + "."
+
+
+def fuzz_object(rng):
+    """Return an object for a tool, or one that nobody knows."""
+    def text():
+        return fuzz_text(rng, FUZZ_TEXTS[:9]).encode(
+            "utf-16", "surrogatepass").decode("utf-16")
+    return {name: rng.choice([
+        text(), rng.randrange(9), 0.5, True, [text(), {"a": text()}],
+        {"index": 1, "text": text(), "type": "b"}])
+        for name in rng.sample("abcd", rng.randrange(1, 4))}
+
+
+def fuzz_json(rng):
+    """Return an object as JSON text, with emoji as two halves or escaped."""
+    text = json.dumps(fuzz_object(rng), ensure_ascii=rng.random() < 0.5)
+    return re.sub("[\U00010000-\U0010ffff]", lambda found: json.loads(
+        '"\\ud83d"') + "\ude00", text) if rng.random() < 0.8 else text
+
+
+def fuzz_cut(rng, text, most=4):
+    """Return a text, or bytes, cut into pieces; some may be empty."""
+    cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(most)))
+    return [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)])]
+
+
+def fuzz_clean(value):
+    """Return a value with halves joined, and U+FFFD for those alone."""
+    text = json.dumps(json.loads(json.dumps(value)), ensure_ascii=False)
+    return json.loads(re.sub("[\ud800-\udfff]", "\ufffd", text))
+
+
+def fuzz_chat_message(rng, manner):
+    """Return the message of a choice, and the deltas that say it."""
+    text, thought = fuzz_text(rng), fuzz_text(rng)
+    says, thinks = rng.random() < 0.8, rng.random() < 0.5
+    message = {"role": "assistant", "content": text if says else None}
+    deltas = [{"role": "assistant", "content": "" if says else None}]
+    name = {"DeepSeek": "reasoning_content", "vLLM": "reasoning",
+            "OpenRouter": "reasoning"}.get(manner)
+    if manner == "OpenAI":
+        message["refusal"] = deltas[0]["refusal"] = None
+        if rng.random() < 0.1:
+            message["refusal"] = thought
+            deltas += [{"refusal": part} for part in fuzz_cut(rng, thought)]
+    if thinks and name:
+        message[name] = thought
+        for part in fuzz_cut(rng, thought):
+            deltas.append({name: part, "content": None})
+            if manner == "OpenRouter":
+                deltas[-1].update(stream_detail(part))
+        if manner == "OpenRouter":
+            message.update(stream_detail(thought, signature="S"))
+            deltas.append(stream_detail("", signature="S"))
+    if thinks and manner == "Mistral":
+        message["content"] = stream_parts(
+            stream_parts(thought), kind="thinking") + stream_parts(text)
+        says = True
+        deltas += [{"content": stream_parts(stream_parts(part),
+                                            kind="thinking")}
+                   for part in fuzz_cut(rng, thought)]
+    if says:
+        deltas += [{"content": part} for part in fuzz_cut(rng, text)]
+    if rng.random() < 0.3:
+        message["unknown"] = fuzz_object(rng)
+        deltas.append({"unknown": message["unknown"]})
+    calls, whole = [], []
+    for index in range(rng.choice([0, 0, 1, 2, 3])):
+        given = fuzz_json(rng)
+        call = {"id": "call_%d" % index, "type": "function", "function": {
+            "name": rng.choice("fg"), "arguments": given}}
+        if manner == "Gemini":
+            call.update(STREAM_SIGNED if index == 0 else {})
+            if thinks:
+                del call["id"]
+            deltas.append({"tool_calls": [{**call, "index": 0}]})
+        elif manner == "Mistral":
+            whole.append(call)
+        else:
+            first, *more = fuzz_cut(rng, given)
+            deltas.append({"tool_calls": [{
+                **call, "index": index, "function": {
+                    **call["function"], "arguments": first}}]})
+            deltas += [{"tool_calls": [{"index": index, "function": {
+                "arguments": part}}]} for part in more]
+        calls.append(call)
+    if calls:
+        message["tool_calls"] = calls
+    if whole:
+        deltas.append({"tool_calls": whole})
+    return message, deltas
+
+
+def fuzz_chat(rng, manner):
+    """Return an answer, its events, and which of them proves it whole."""
+    answer = {"id": "c1", "object": "chat.completion", "created": 1,
+              "model": "m", "unknown": fuzz_object(rng)}
+    usage = {"prompt_tokens": rng.randrange(99), "completion_tokens": 9}
+    choices, queues, chunks = [], [], []
+    count = rng.choice([1, 1, 2, 3]) if manner in ("OpenAI", "vLLM") else 1
+    for index in range(count):
+        message, deltas = fuzz_chat_message(rng, manner)
+        steps = [{"index": index, "delta": delta, "finish_reason": None}
+                 for delta in deltas]
+        if manner in ("OpenAI", "vLLM", "OpenRouter"):
+            steps.append({"index": index, "delta": {}})
+        finish = rng.choice(["stop", "length", "tool_calls"])
+        steps[-1]["finish_reason"] = finish
+        choice = {"index": index, "message": message, "finish_reason": finish}
+        if manner == "OpenAI":
+            choice["logprobs"] = {"content": [], "refusal": None}
+            for step in steps:
+                token = {"token": fuzz_text(rng)}
+                step["logprobs"] = {"content": [token], "refusal": None}
+                choice["logprobs"]["content"].append(token)
+        queues.append(steps)
+        choices.append(choice)
+    while any(queues):
+        step = rng.choice([steps for steps in queues if steps]).pop(0)
+        chunks.append({**answer, "object": "chat.completion.chunk",
+                       "choices": [step]})
+        if manner == "OpenAI":
+            chunks[-1].update(usage=None, obfuscation=fuzz_text(rng))
+        elif manner in ("Gemini", "vLLM"):
+            chunks[-1]["usage"] = {**usage, "completion_tokens": len(chunks)}
+    proof = len(chunks) - 1
+    if manner in ("OpenAI", "OpenRouter"):
+        chunks.append({**chunks[-1], "choices": []})
+    chunks[-1]["usage"] = usage
+    done = ["[DONE]"] if rng.random() < 0.8 else []
+    return {**answer, "choices": choices, "usage": usage}, [
+        *chunks, *done], proof
+
+
+def fuzz_block(rng):
+    """Return a content block, as it begins, and the deltas that fill it."""
+    kind = rng.choice(["text", "text", "thinking", "tool_use",
+                       "server_tool_use", "redacted_thinking", "picture"])
+    if kind == "text":
+        block = {"type": kind, "text": fuzz_text(rng)}
+        deltas = [{"type": "text_delta", "text": part}
+                  for part in fuzz_cut(rng, block["text"])]
+        if rng.random() < 0.3:
+            block["citations"] = [fuzz_object(rng) for _ in deltas]
+            deltas += [{"type": "citations_delta", "citation": cited}
+                       for cited in block["citations"]]
+        return block, {"type": kind, "text": ""}, deltas
+    if kind == "thinking":
+        block = {"type": kind, "thinking": fuzz_text(rng), "signature": "S"}
+        return block, {**block, "thinking": "", "signature": ""}, [
+            *({"type": "thinking_delta", "thinking": part}
+              for part in fuzz_cut(rng, block["thinking"])),
+            {"type": "signature_delta", "signature": "S"}]
+    if kind.endswith("tool_use"):
+        given = fuzz_json(rng) if rng.random() < 0.8 else ""
+        block = {**STREAM_TOOL, "type": kind, "input": json.loads(
+            given or "{}")}
+        return block, {**block, "input": {}}, [
+            {"type": "input_json_delta", "partial_json": part}
+            for part in fuzz_cut(rng, given)]
+    block = {"type": kind, "data": fuzz_object(rng)}
+    return block, block, []
+
+
+def fuzz_messages(rng, manner):
+    """Return an answer, its events, and which of them proves it whole."""
+    unknown = {"unknown": fuzz_object(rng)}
+    blocks, events = [], [stream_start(**unknown)]
+    for index in range(rng.randrange(1, 5)):
+        block, begins, deltas = fuzz_block(rng)
+        blocks.append(block)
+        events.append({"type": "content_block_start", "index": index,
+                       "content_block": begins})
+        for delta in deltas:
+            events.append({"type": "content_block_delta", "index": index,
+                           "delta": delta})
+        events.append({"type": "content_block_stop", "index": index})
+        if rng.random() < 0.3:
+            events.append({"type": rng.choice(["ping", "news"])})
+    if manner == "gateway":  # LiteLLM and its kin
+        for event in events:
+            if "index" in event:
+                event["index"] = 0
+    reason = rng.choice(["end_turn", "tool_use", "max_tokens"])
+    details = {"stop_details": fuzz_object(rng)}
+    return stream_message(blocks, reason, **unknown, **details), [
+        *events, *stream_end(reason, **details)], len(events)
+
+
+def fuzz_sse(rng, events):
+    """Return each event as bytes, in one of the forms that servers choose."""
+    end = rng.choice(["\n", "\r\n", "\r"])
+    space, named = rng.choice([" ", ""]), rng.random() < 0.5
+    parts = []
+    for event in events:
+        text = event
+        if isinstance(event, dict):
+            text = json.dumps(event, ensure_ascii=rng.random() < 0.5)
+            if re.search("[\ud800-\udfff]", text):
+                text = json.dumps(event)
+        lines = ["data:" + space + text, "", ""]
+        if named and "type" in event:
+            lines.insert(0, "event: " + event["type"])
+        if rng.random() < 0.1:
+            lines.insert(0, ": still here" + end)
+        parts.append(end.join(lines).encode())
+    return [rng.choice([b"\xef\xbb\xbf", b"", b""]) + parts[0], *parts[1:]]
+
+
+def fuzz_feed(assembler, packets):
+    """Give packets to an assembler; return the text that they add."""
+    return "".join([
+        assembler.add(event) for pair in serv.iter_events(packets)
+        for event in serv.parse_events(*pair)])
+
+
+def fuzz_packets(rng, data):
+    """Return data cut into packets."""
+    if rng.random() < 0.1:
+        return [data[i:i + 1] for i in range(len(data))]
+    return fuzz_cut(rng, data, 40)
+
+
+def fuzz_calls(answer):
+    """Return the arguments of the calls of all tools in an answer."""
+    return [call["function"]["arguments"]
+            for choice in answer.get("choices", [])
+            for call in choice["message"].get("tool_calls", [])] + [
+        block["input"] for block in answer.get("content", [])
+        if "input" in block]
+
+
+@pytest.mark.parametrize("manner", [
+    "OpenAI", "Gemini", "DeepSeek", "Mistral", "vLLM", "OpenRouter",
+    "Anthropic", "gateway"])
+def test_stream_fuzz_random_answers_as_vendors_stream_them(manner):
+    chat = manner not in ("Anthropic", "gateway")
+    now = []  # what the server sends
+
+    def send(wire, request):
+        wire.sendall(STREAM_HEAD)
+        for packet in now:
+            wire.sendall(chunk(packet) if packet else b"")
+        wire.sendall(chunk(b""))
+
+    with Server(send) as server:
+        for turn in range(FUZZ // 8):
+            rng = random.Random("%s %d" % (manner, turn))
+            whole, events, proof = (fuzz_chat if chat else fuzz_messages)(
+                rng, manner)
+            expected, options = fuzz_clean(whole), {}
+            if chat:
+                options["n"] = len(whole["choices"])
+            parts = fuzz_sse(rng, events)
+            data = b"".join(parts)
+            cut = data[:rng.randrange(len(b"".join(parts[:proof + 1])) - 1)]
+            for sent, good in ((data, True), (cut, False)):
+                assembler = (serv.ChatAssembler(options["n"]) if chat
+                             else serv.MessagesAssembler())
+                now[:] = fuzz_packets(rng, sent)
+                text = fuzz_feed(assembler, now)
+                answer = assembler.build(partial=not good)
+                assert assembler.whole is good, (manner, turn)
+                if good:
+                    assert answer == expected, (manner, turn)
+                    assert text == serv.Reply(expected).text, (manner, turn)
+                else:
+                    assert all(isinstance(given, str) for given in
+                               fuzz_calls(answer)), (manner, turn)
+                if turn % 20:
+                    continue
+                stream = stream_open(server, "chat" if chat else "messages",
+                                     **options)
+                if good:
+                    assert "".join(stream) == text, (manner, turn)
+                    assert stream.reply == expected, (manner, turn)
+                    continue
+                with pytest.raises(serv.APIConnectionError) as caught:
+                    list(stream)
+                assert caught.value.reply.partial
+                assert caught.value.reply == answer, (manner, turn)
+                for call in caught.value.reply.tool_calls:
+                    assert isinstance(call.arguments, str), (manner, turn)
+
+
+def fuzz_change(rng, value):
+    """Return JSON of which one value, at random, is another."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.8:
+        value = copy.copy(value)
+        key = rng.choice(list(value) if isinstance(value, dict)
+                         else range(len(value)))
+        value[key] = fuzz_change(rng, value[key])
+        return value
+    return rng.choice([None, 0, -1, 0.5, True, "", "x", [], {}, ["x"], [[]],
+                       [{}], {"a": 1}, {"index": {}}, [{"text": []}]])
+
+
+@each_format
+def test_stream_fuzz_whatever_an_event_holds_is_taken_or_broken(endpoint):
+    for turn in range(FUZZ // 4):
+        rng = random.Random(turn)
+        chat = endpoint == "chat"
+        _, events, _ = (fuzz_chat if chat else fuzz_messages)(rng, rng.choice(
+            ["OpenAI", "Gemini", "Mistral", "OpenRouter"]))
+        assembler = serv.ChatAssembler() if chat else serv.MessagesAssembler()
+        for event in events:
+            for _ in range(rng.choice([0, 0, 1, 2])):
+                event = fuzz_change(rng, event)
+            try:
+                for each in serv.parse_events("message", json.dumps(event)):
+                    if serv.find_error(each) is None:
+                        assembler.add(each)
+            except serv.APIResponseError:
+                pass  # a broken event
+        answer = assembler.build(partial=True)
+        json.dumps(answer, ensure_ascii=False).encode()
+        serv.Reply(answer).text.encode()
+        assert chat or all(isinstance(given, str)
+                           for given in fuzz_calls(answer)), turn
 
 
 # ---------------------------------------------------------------------------
-# Stream: what else a server may send.
+# Network
+#
+# What a connection is asked to bear, and what comes of it.  From top to
+# bottom: one budget, retries, kept connections, descriptors and forks, broken
+# answers, signals, hostile servers, the key, proxies, TLS, where it runs.
 # ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("noise", [
-    "event: vendor\ndata: not JSON", "event: vendor\ndata: [1]",
-    "event: ping\ndata:", "data:", "data: ", ": a comment", "id: 1",
-    "retry: 1", 'event: vendor\ndata: {"type": "vendor", "n": 1}',
-    'event: ping\ndata: {"type": "ping"}'])
-@pytest.mark.parametrize("endpoint, events", [
-    ("chat", STREAM_HELLO),
-    ("messages", stream_said("Hel", "lo") + stream_end())])
-def test_noise_between_events_is_ignored(endpoint, events, noise):
-    noise = (noise + "\n\n").encode()
-    data = noise + b"".join(sse(event) + noise for event in events)
-    pieces, reply = stream_read(
-        STREAM_HEAD + chunk(data) + chunk(b""), endpoint)
-    assert (pieces, reply.text) == (["Hel", "lo"], "Hello")
-
-
-def test_unknown_kinds_of_delta_do_not_break_a_stream():
-    events = stream_said("Hello")
-    events.insert(2, {"type": "content_block_delta", "index": 0, "delta": {
-        "type": "new_delta", "news": [1]}})
-    pieces, reply = stream_read(
-        stream_answer(*events + stream_end()), "messages")
-    assert (pieces, reply.text) == (["Hello"], "Hello")
-
-
-def test_the_name_of_an_event_stands_in_for_its_type():
-    data = b""
-    for event in stream_said("Hel", "lo") + stream_end():
-        data += b"event: %s\n" % event.pop("type").encode()
-        data += b"data: %s\n\n" % json.dumps(event).encode()
-    pieces, reply = stream_read(
-        STREAM_HEAD + chunk(data) + chunk(b""), "messages")
-    assert pieces == ["Hel", "lo"]
-    assert reply == stream_message([{"type": "text", "text": "Hello"}])
-
-
-@pytest.mark.parametrize("endpoint, answer", [
-    ("chat", stream_whole({"content": "Hello"}, usage=STREAM_USAGE)),
-    ("chat", stream_whole({"content": "Hello"}, None)),
-    ("messages", stream_message([{"type": "text", "text": "Hello"}], None)),
-    ("messages", stream_message([{"type": "text", "text": "Hel"},
-                                 {"type": "text", "text": "lo"}]))])
-def test_a_plain_answer_comes_as_one_piece(endpoint, answer):
-    pieces, reply = stream_read(http_answer(answer), endpoint)
-    assert (pieces, reply) == (["Hello"], answer)
-
-
-def test_a_plain_answer_with_a_tool_call_is_whole():
-    answer = stream_whole({"tool_calls": [{
-        "id": "x", "type": "function", "function": {
-            "name": "f", "arguments": '{"a": 1}'}}]}, "tool_calls")
-    pieces, reply = stream_read(http_answer(answer))
-    assert (pieces, reply) == ([], answer)
-    assert reply.tool_calls == [serv.ToolCall("x", "f", {"a": 1})]
-
-
-@pytest.mark.parametrize("body", [
-    {"error": {"type": "rate_limit_error", "message": "No."}},
-    {"type": "error", "error": {"type": "rate_limit_error"}}])
-@pytest.mark.parametrize("status", ["200 OK", "429 Too Many Requests"])
-def test_a_refused_stream_raises_at_once(body, status):
-    with Server(http_answer(body, status)) as server:
-        with pytest.raises(serv.RateLimitError) as caught:
-            stream_open(server)
-    assert (caught.value.status, caught.value.reply) == (429, None)
-
-
-@pytest.mark.parametrize("kind", ["text/html", "application/json", "a/b"])
-def test_what_is_no_stream_is_shown(kind):
-    page = b"<html><body>Sign in to the network" + b"." * 9999
-    with Server(http_answer(page, kind=kind)) as server:
-        with pytest.raises(serv.APIResponseError) as caught:
-            stream_open(server)
-    assert "<html><body>Sign in to the network" in str(caught.value)
-    assert len(str(caught.value)) < 1000
-
-
-@pytest.mark.parametrize("kind", [
-    "text/event-stream; charset=utf-8", "TEXT/Event-Stream",
-    "text/event-stream;charset=UTF-8"])
-def test_a_stream_is_known_by_its_type(kind):
-    data = http_head(kind=kind) + sse(*STREAM_HELLO)
-    assert stream_read(stream_closing(data))[0] == ["Hel", "lo"]
-
-
-@pytest.mark.parametrize("length, size", [(1 << 15, 4), (1 << 20, 512)])
-@pytest.mark.parametrize("endpoint", ["chat", "messages"])
-def test_a_long_tool_call_in_small_pieces(endpoint, length, size):
-    given = json.dumps({"a": "x" * length})
-    texts = [given[i:i + size] for i in range(0, len(given), size)]
-    if endpoint == "chat":
-        pattern = json.dumps(stream_chunk({"tool_calls": [
-            stream_call("%s", index=0)]}))
-        first = [stream_chunk({"tool_calls": [
-            stream_call("", "f", "x", index=0)]})]
-        last = [stream_chunk({}, "tool_calls")]
-    else:
-        first = stream_said("")[:1] + stream_block(0, {
-            "type": "tool_use", "id": "x", "name": "f", "input": {}})[:1]
-        pattern = json.dumps(stream_block(0, {}, {
-            "type": "input_json_delta", "partial_json": "%s"})[1])
-        last = stream_end("tool_use")
-    data = "".join("data: %s\n\n" % pattern % json.dumps(text)[1:-1]
-                   for text in texts).encode()
-    pieces, reply = stream_read(STREAM_HEAD + chunk(
-        sse(*first) + data + sse(*last)) + chunk(b""), endpoint)
-    assert pieces == []
-    assert reply.tool_calls == [
-        serv.ToolCall("x", "f", {"a": "x" * length})]
-
-
-@pytest.mark.parametrize("endpoint", ["chat", "messages"])
-def test_a_stream_of_20000_events(endpoint):
-    texts = ["%d " % number for number in range(20000)]
-    events = (stream_text(*texts) + [stream_chunk({}, "stop")]
-              if endpoint == "chat" else stream_said(*texts) + stream_end())
-    pieces, reply = stream_read(
-        STREAM_HEAD + chunk(sse(*events)) + chunk(b""), endpoint)
-    assert (pieces, reply.text) == (texts, "".join(texts))
-
-
-# ---------------------------------------------------------------------------
-# Errors: the tree, and what each of them tells.
-# ---------------------------------------------------------------------------
-
-ERROR_BASES = {
-    "ServError": Exception, "APIConnectionError": "ServError",
-    "APITimeoutError": "APIConnectionError", "APIResponseError": "ServError",
-    "APIStatusError": "ServError", "BadRequestError": "APIStatusError",
-    "AuthenticationError": "APIStatusError", "BillingError": "APIStatusError",
-    "PermissionDeniedError": "APIStatusError",
-    "NotFoundError": "APIStatusError", "RateLimitError": "APIStatusError",
-    "InternalServerError": "APIStatusError"}
-ERROR_STATUSES = [
-    (400, "BadRequestError"), (401, "AuthenticationError"),
-    (402, "BillingError"), (403, "PermissionDeniedError"),
-    (404, "NotFoundError"), (408, "APIStatusError"), (409, "APIStatusError"),
-    (413, "APIStatusError"), (418, "APIStatusError"), (422, "APIStatusError"),
-    (429, "RateLimitError"), (500, "InternalServerError"),
-    (502, "InternalServerError"), (503, "InternalServerError"),
-    (529, "InternalServerError"), (599, "InternalServerError")]
-
-
-def error_chat(server, **options):
-    """Ask in the chat format, without retries."""
-    return serv.chat("Hi", **dict({
-        "base_url": server.url, "system": "s", "max_retries": 0,
-        "timeout": 20}, **options))
-
-
-def error_message(server, **options):
-    """Ask in the Messages format, without retries."""
-    return serv.message("Hi", **dict({
-        "base_url": server.url, "system": "s", "max_retries": 0,
-        "timeout": 20, "max_tokens": 9}, **options))
-
-
-def error_stream(server, **options):
-    """Ask for a stream, without retries, and read it."""
-    return list(stream_open(server, **options))
-
-
-def error_of(answer, call=error_chat, **options):
-    """Return the error that a call raises for an answer."""
-    with Server(answer) as server:
-        with pytest.raises(serv.ServError) as caught:
-            call(server, **options)
-        assert len(server.requests) == 1
-    return caught.value
-
-
-error_calls = pytest.mark.parametrize(
-    "call", [error_chat, error_message, error_stream])
-
-
-def test_the_tree_of_errors():
-    found = {name for name in serv.__all__ if name.endswith("Error")}
-    assert found == set(ERROR_BASES)
-    for name, base in ERROR_BASES.items():
-        base = getattr(serv, base) if isinstance(base, str) else base
-        assert getattr(serv, name).__bases__ == (base,)
-        assert getattr(serv, name).__doc__
-
-
-@error_calls
-@pytest.mark.parametrize("status, name", ERROR_STATUSES)
-def test_a_status_says_the_class(call, status, name):
-    body = {"error": {"message": "No\n way.", "type": "t", "code": "c",
-                      "param": "p"}}
-    with Server(http_answer(body, "%d Told" % status, retry_after="7",
-                            x_request_id="r1")) as server:
-        with pytest.raises(serv.APIStatusError) as caught:
-            call(server)
-    error = caught.value
-    assert type(error) is getattr(serv, name)
-    assert (error.status, error.type, error.code, error.param) == (
-        status, "t", "c", "p")
-    assert (error.message, error.body) == ("No\n way.", body)
-    assert error.headers["X-REQUEST-ID"] == error.request_id == "r1"
-    assert (error.retry_after, error.reply) == (7, None)
-    path = "messages" if call is error_message else "chat/completions"
-    for part in (str(status), "No way.", "r1", server.url + "/v1/" + path):
-        assert part in str(error)
-    assert str(error).isprintable()  # so it is one line
-
-
-def test_an_error_without_more_than_a_status():
-    error = error_of(http_answer(b"", "400 Bad Request"))
-    assert (error.type, error.code, error.param, error.request_id,
-            error.retry_after) == (None,) * 5
-    assert error.body == "" and "400" in str(error)
-
-
-@error_calls
-def test_the_status_outweighs_the_type(call):
-    error = error_of(http_answer({"type": "error", "error": {
-        "type": "overloaded_error", "message": "No."}}, "400 No"), call)
-    assert (type(error), error.status, error.type) == (
-        serv.BadRequestError, 400, "overloaded_error")
-
-
-@pytest.mark.parametrize("body, message", [
-    ({"error": {"message": "No."}}, "No."),
-    ({"error": "No."}, "No."),
-    ({"message": "No."}, "No."),
-    ({"detail": "No."}, "No."),
-    ({"detail": [{"loc": ["body"], "msg": "No."}]}, "No."),
-    ({"object": "error", "message": "No.", "code": 40301}, "No."),
-    ([{"error": {"message": "No.", "code": 403}}], "No."),
-    ({"error": {"message": {"why": "No."}}}, "No."),
-    ({"error": ["No."]}, "No."),
-    (["No."], "No."),
-    ("No.", "No."),
-    ({}, ""), ([], ""), (None, ""), (5, ""), ({"error": None}, ""),
-    ({"error": {}}, ""), ({"error": {"message": None}}, ""),
-    ({"error": {"message": "No.", "type": 5, "param": [1]}}, "No."),
-])
-@error_calls
-def test_an_error_in_any_shape(call, body, message):
-    error = error_of(http_answer(body, "403 Forbidden"), call)
-    assert type(error) is serv.PermissionDeniedError
-    assert error.body == body and isinstance(error.message, str)
-    assert message in error.message and message in str(error)
-    assert error.type is None or isinstance(error.type, str)
-    assert str(error).isprintable()
-    assert pickle.loads(pickle.dumps(error)).body == body
-
-
-@pytest.mark.parametrize("data, text", [
-    (b"<html><title>No way</title>\r\n" + b"." * 9999,
-     "<html><title>No way</title>\r\n" + "." * 9999),
-    (b"{No way", "{No way"), (b"No way \xff", "No way \ufffd"),
-    ("\ufeffNo way \u20ac".encode(), "No way \u20ac")])
-@error_calls
-def test_an_error_that_is_not_json(call, data, text):
-    error = error_of(http_answer(data, "502 Bad Gateway", "text/html"), call)
-    assert (type(error), error.status, error.body) == (
-        serv.InternalServerError, 502, text)
-    assert "No way" in str(error) and str(error).isprintable()
-    assert len(str(error)) < 1000
-
-
-@error_calls
-@pytest.mark.parametrize("kind, status, name", STREAM_TYPES)
-def test_a_200_may_be_an_error(call, kind, status, name):
-    body = {"type": "error", "error": {"type": kind, "message": "No."}}
-    error = error_of(http_answer(body, request_id="r1"), call)
-    assert type(error) is getattr(serv, name)
-    assert (error.status, error.type, error.message, error.body) == (
-        status, kind, "No.", body)
-    assert (error.request_id, error.reply) == ("r1", None)
-
-
-@error_calls
-@pytest.mark.parametrize("body, status", [
-    ({"error": "No."}, 500), ({"error": {"message": "No."}}, 500),
-    ({"error": {"message": "No.", "code": 503}}, 503),
-    ({"object": "error", "message": "No.", "code": 404}, 404),
-    ({"detail": "No."}, 500)])
-def test_a_200_may_be_an_error_in_any_shape(call, body, status):
-    error = error_of(http_answer(body), call)
-    assert (error.status, error.message, error.body) == (status, "No.", body)
-
-
-@error_calls
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_is_an_error_that_names_its_target(call, status):
-    with Server(http_answer(stream_whole({"content": "Hi"}))) as other:
-        error = error_of(http_answer(b"", "%d Moved" % status,
-                                     location=other.url + "/here"), call)
-        assert (other.connections, other.requests) == (0, [])
-    assert (type(error), error.status) == (serv.APIStatusError, status)
-    assert other.url + "/here" in str(error)
-    assert error.headers["location"] == other.url + "/here"
-
-
-@pytest.mark.parametrize("headers, found", [
-    ({"x_openserv_request_id": "a", "x_request_id": "b", "request_id": "c"},
-     "a"),
-    ({"request_id": "c", "x_request_id": "b"}, "b"),
-    ({"request_id": "c"}, "c"),
-    ({"X_REQUEST_ID": "b"}, "b"), ({"cf_ray": "d"}, None)])
-def test_the_request_id_of_an_error_and_of_a_reply(headers, found):
-    error = error_of(http_answer({}, "400 No", **headers))
-    assert error.request_id == found and (found or "") in str(error)
-    answer = http_answer(stream_whole({"content": "Hi"}), **headers)
-    with Server(answer) as server:
-        assert error_chat(server).request_id == found
-
-
-def error_facts(error):
-    """Return all that an error says, as values that can be compared."""
-    facts = {name: getattr(error, name) for name in (
-        "status", "type", "code", "param", "message", "body", "retry_after",
-        "request_id", "reply") if hasattr(error, name)}
-    facts["headers"] = list(getattr(error, "headers", {}).items())
-    return type(error), str(error), error.args, facts
-
-
-def error_samples():
-    """Return one error of each class, by the name of the class."""
-    body = {"error": {"message": "No.", "type": "t", "code": 7, "param": "p"}}
-    answers = [http_answer(body, "%d No" % status, retry_after="3",
-                           x_request_id="r1") for status, _ in ERROR_STATUSES]
-    answers += [http_answer(b"?", x_request_id="r1"),
-                stream_closing(http_head(content_length=5))]
-    errors = [error_of(answer) for answer in answers]
-    with pytest.raises(serv.ServError) as caught:
-        serv.chat("Hi", system="s", api_key="\u2026")
-    errors.append(caught.value)
-    for tail in (sse({"error": {"code": 429}}), b"data: {\n\n", b""):
-        errors.append(stream_error(STREAM_HEAD + chunk(
-            sse(*stream_text("Hello")) + tail) + chunk(b""))[1])
-    with Server(lambda wire, request: wire.recv(1)) as server:
-        with pytest.raises(serv.APITimeoutError) as caught:
-            error_chat(server, timeout=0.02)
-    return errors + [caught.value]
-
-
-def test_errors_can_be_pickled_and_copied():
-    errors = error_samples()
-    assert {type(error).__name__ for error in errors} == set(ERROR_BASES)
-    for error in errors:
-        same = [pickle.loads(pickle.dumps(error, protocol))
-                for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
-        for other in same:
-            assert other.__cause__ is other.__context__ is None
-        for other in same + [copy.copy(error), copy.deepcopy(error)]:
-            assert error_facts(other) == error_facts(error)
-            assert type(other.reply) is type(error.reply)
-
-
-def test_an_error_of_the_network_has_its_cause():
-    with Server(b"") as server:
-        pass  # so that nobody listens there any more
-    with pytest.raises(serv.APIConnectionError) as caught:
-        error_chat(server)
-    error = caught.value
-    assert isinstance(error.__cause__, OSError)
-    assert server.url + "/v1/chat/completions" in str(error)
-    assert (error.request_id, error.reply) == (None, None)
-
-
-def test_a_broken_event_has_its_cause_and_request_id():
-    error = stream_error(stream_answer("{", Request_Id="r1"))[1]
-    assert isinstance(error.__cause__, ValueError)
-    assert error.request_id == "r1" and "r1" in str(error)
-
-
-# ---------------------------------------------------------------------------
-# Errors: none of them holds the key, not even where the server echoes it.
-# ---------------------------------------------------------------------------
-
-def key_texts(value, seen):
-    """Yield every text that can be reached from a value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, bytes):
-        yield value.decode("latin-1")
-    elif id(value) not in seen and not callable(value):
-        seen[id(value)] = value
-        yield repr(value)
-        parts = []
-        if isinstance(value, dict):
-            parts += [*value.keys(), *value.values()]
-        elif isinstance(value, (list, tuple, set)):
-            parts += value
-        elif hasattr(value, "items"):
-            parts += value.items()
-        if isinstance(value, BaseException):
-            yield str(value)
-            parts += traceback.format_exception(
-                type(value), value, value.__traceback__)
-            parts += [value.__cause__, value.__context__]
-            parts += [getattr(value, name) for name in dir(value)
-                      if not name.startswith("__")]
-        parts += getattr(value, "__dict__", {}).values()
-        for part in parts:
-            yield from key_texts(part, seen)
-
-
-def assert_no_key(error, key=KEY):
-    """Check that nothing which can be reached from an error holds the key."""
-    for text in key_texts(error, {}):
-        assert key not in text
-    data = pickle.dumps(error)
-    assert key.encode() not in data
-    for text in key_texts(pickle.loads(data), {}):
-        assert key not in text
-    assert key[:12] not in str(error)  # cut short it would still be most of it
-
-
-KEY_HTML = b"<html><p>" + b"." * 360 + KEY.encode() + b"</p>"
-KEY_ECHOES = {
-    "body": http_answer({"error": {
-        "message": "Bad " + KEY, "type": KEY, "code": KEY, "param": KEY,
-        KEY: [{"a": [KEY]}]}}, "401 No"),
-    "bare string": http_answer({"error": KEY}, "401 No"),
-    "list": http_answer([[KEY], {KEY: KEY}], "401 No"),
-    "body of a 200": http_answer({"error": {"message": KEY, "type": KEY}}),
-    "no answer": http_answer({"said": KEY}),
-    "header": http_answer({}, "401 No", X_Echo=KEY, X_Request_Id="r" + KEY),
-    "reason": http_answer({}, "401 " + KEY),
-    "redirect": http_answer({}, "307 Go", location="http://a.test/" + KEY),
-    "encoding": http_answer({}, content_encoding=KEY),
-    "page": http_answer(KEY_HTML, "403 No", "text/html"),
-    "page of a 200": http_answer(KEY_HTML, kind="text/html"),
-    "status line": b"HTTP/1.1 " + KEY.encode() + b" No\r\n\r\n",
-    "no status line": KEY.encode() + b"\r\n\r\n",
-    "length of a chunk": http_head(
-        transfer_encoding="chunked") + KEY.encode() + b"\r\n",
-    "length": http_head(content_length=KEY) + b"{}",
-    "cut body": http_head(content_length=999) + KEY.encode(),
-    "error event": stream_answer({"error": {
-        "message": KEY, "type": KEY, "code": KEY, "param": KEY}}),
-    "broken event": stream_answer('{"a": "%s' % KEY),
-    "event of no text": stream_answer({"choices": KEY}),
-    "cut stream": stream_answer(*stream_text("a" + KEY)),
-    "two pieces": stream_answer(*stream_text(KEY[:9], KEY[9:])),
-    "two pieces and an error": stream_answer(
-        *stream_text(KEY[:9], KEY[9:]), {"error": {"message": KEY}}),
-    "tool call": stream_answer(*(stream_chunk({"tool_calls": [
-        stream_call(text, "f", "x", index=0)]}) for text in (
-            KEY[:9], KEY[9:]))),
-    "header of a stream": stream_answer("{", X_Echo=KEY, X_Request_Id=KEY),
-}
-
-
-@pytest.mark.parametrize("name", KEY_ECHOES)
-@error_calls
-def test_the_key_is_in_no_part_of_an_error(call, name):
-    assert_no_key(error_of(stream_closing(KEY_ECHOES[name]), call))
-
-
-@error_calls
-@pytest.mark.parametrize("options", [
-    {"api_key": "sk-other-%s"}, {"api_key": " sk-other-%s\n"},
-    {"headers": {"Authorization": "Bearer sk-other-%s"}},
-    {"headers": {"authorization": "sk-other-%s"}}])
-def test_no_other_key_is_in_an_error(call, options, monkeypatch):
-    other = "sk-other-0123456789"
-    options = json.loads(json.dumps(options) % "0123456789")
-    monkeypatch.delenv("SERV_API_KEY")
-    error = error_of(http_answer(
-        {"error": {"message": "Bad key " + other}}, "401 No"), call, **options)
-    assert_no_key(error, other)
-    assert "Bad key" in error.message
-
-
-def test_a_key_in_a_stream_is_in_no_error_that_is_raised_again():
-    with Server(KEY_ECHOES["two pieces and an error"]) as server:
-        stream = stream_open(server)
-        for _ in range(3):
-            with pytest.raises(serv.APIStatusError) as caught:
-                list(stream)
-            assert_no_key(caught.value)
-
-
-@pytest.mark.parametrize("key", [KEY + "\u2026", KEY + "\n x", KEY + "\0"])
-def test_a_key_that_cannot_be_sent_is_not_shown(key):
-    with pytest.raises(serv.ServError) as caught:
-        serv.chat("Hi", system="s", api_key=key)
-    assert_no_key(caught.value)
-
-
-# ---------------------------------------------------------------------------
-# The network: what its tests have in common.
-# ---------------------------------------------------------------------------
-
-NET_HOME = os.path.dirname(os.path.abspath(serv.__file__))
+NET_CUT, NET_ODD = serv.APIConnectionError, serv.APIResponseError
 
 
 def net_said(text):
@@ -3673,7 +4167,7 @@ def net_said(text):
 
 
 def net_delta(text, reason=None):
-    """Return the JSON of a chat stream's chunk."""
+    """Return the JSON of a chunk of a chat stream."""
     return {"object": "chat.completion.chunk", "choices": [{
         "index": 0, "delta": {"content": text}, "finish_reason": reason}]}
 
@@ -3681,44 +4175,33 @@ def net_delta(text, reason=None):
 NET_OK = http_answer(net_said("Hello!"))
 NET_STREAM = stream_answer(net_delta("Hel"), net_delta("lo!", "stop"),
                            "[DONE]")
-NET_SSE = http_head(kind="text/event-stream", transfer_encoding="chunked")
 NET_CHUNKED = http_head(transfer_encoding="chunked")
+NET_SSE = http_head(kind="text/event-stream", transfer_encoding="chunked")
+NET_BEGUN = NET_SSE + chunk(sse(net_delta("Hel")))
+NET_END = chunk(b"")
 
 
 def net_prompt(request):
-    """Return what a request asks."""
-    return json.loads(request.body)["messages"][-1]["content"]
+    """Return the prompt of a request."""
+    return body_of(request)["messages"][-1]["content"]
 
 
 def net_echo(wire, request):
-    """Answer with what was asked, as a stream if that was asked for."""
+    """Answer with the prompt, as a stream if the request wants one."""
     text = net_prompt(request)
-    if json.loads(request.body).get("stream"):
+    if body_of(request).get("stream"):
         wire.sendall(stream_answer(net_delta(text[:1]),
                                    net_delta(text[1:], "stop"), "[DONE]"))
     else:
         wire.sendall(http_answer(net_said(text)))
 
 
-def net_hang_up(wire, request):
-    """Close the connection instead of an answer."""
-    return False
-
-
-def net_last(data):
-    """Return an answer that sends data and then closes the connection."""
-    def answer(wire, request):
-        wire.sendall(data)
-        return False
-    return answer
-
-
 def net_reset(data=b""):
     """Return an answer that sends data and then resets the connection."""
     def answer(wire, request):
         wire.sendall(data)
-        wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                        struct.pack("ii", 1, 0))
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(
+            "hh" if os.name == "nt" else "ii", 1, 0))
         return False
     return answer
 
@@ -3743,43 +4226,62 @@ def net_drip(head, piece, seconds=0.01):
     return answer
 
 
-class NetRaw(Server):
+class NetBare(Server):
     """A server whose function gets each wire before any request is read."""
 
     def converse(self, wire, number):
-        with wire:
-            try:
-                self.answers[0](wire)
-            except (OSError, ValueError):
-                pass  # the client hung up, or the test is over
+        with wire, contextlib.suppress(OSError):
+            self.answers[0](wire)
 
 
 @contextlib.contextmanager
 def net_deaf(full=False):
     """Listen, and never accept; with a full backlog nobody gets in."""
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(
-            socket.create_server(("127.0.0.1", 0), backlog=0))
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
         for _ in range(64 if full else 0):
             sock = stack.enter_context(socket.socket())
             sock.setblocking(False)
             sock.connect_ex(listener.getsockname())
-            if not select.select([], [sock], [], 0.05)[1]:
+            if not select.select([], [sock], [], 0.02)[1]:
                 break
-        yield "127.0.0.1:%d" % listener.getsockname()[1]
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def net_names(monkeypatch):
+    """Hosts of the tests' own, each a list of addresses; others have none.
+
+    The names of a system's resolver cannot be had for a test.
+    """
+    names, look_up = {}, socket.getaddrinfo
+
+    def find(host, port, *args, **options):
+        if not host.endswith(".test"):
+            return look_up(host, port, *args, **options)
+        if host not in names:
+            raise socket.gaierror(socket.EAI_NONAME, "Name not known")
+        return [(socket.AF_INET6 if ":" in address[0] else socket.AF_INET,
+                 socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address)
+                for address in names[host]]
+
+    monkeypatch.setattr(socket, "getaddrinfo", find)
+    return names
 
 
 def net_stream(server, prompt="Hi", **options):
     """Return a stream from a server, or a URL; without retries."""
-    options = dict({"system": "s", "max_retries": 0, "timeout": 20.0,
-                    "base_url": getattr(server, "url", server)}, **options)
+    options = {"system": "s", "max_retries": 0, "timeout": 20.0,
+               "base_url": getattr(server, "url", server), **options}
     return serv.stream(prompt, **options)
 
 
 def net_chat(server, prompt="Hi", **options):
     """Return the text of an answer."""
-    options = dict({"system": "s", "max_retries": 0, "timeout": 20.0,
-                    "base_url": getattr(server, "url", server)}, **options)
+    options = {"system": "s", "max_retries": 0, "timeout": 20.0,
+               "base_url": getattr(server, "url", server), **options}
     return serv.chat(prompt, **options).text
 
 
@@ -3788,206 +4290,378 @@ def net_read(server, prompt="Hi", **options):
     return "".join(net_stream(server, prompt, **options))
 
 
-def net_short(value):
-    """Return a short name of a parameter; None for pytest's own."""
-    return str(value)[-25:] if isinstance(value, (bytes, dict)) else None
-
-
 net_calls = pytest.mark.parametrize("call", [net_chat, net_read])
 
 
 def net_error(kind, call, *args, **options):
-    """Return the error that a call raises."""
+    """Return the error that a call raises, of this class and no other."""
     with pytest.raises(kind) as caught:
         call(*args, **options)
+    assert type(caught.value) is kind
     return caught.value
 
 
-def net_run(script, *args, flags=(), **environment):
+def net_within(seconds, work):
+    """Return what work() does; if it is late, it gets a second chance."""
+    for _ in range(2):
+        begun = time.monotonic()
+        result = work()
+        elapsed = time.monotonic() - begun
+        if elapsed <= seconds:
+            break
+    assert elapsed <= seconds
+    return result
+
+
+NET_PRELUDE = """
+import os, sys, serv
+ask = dict(system="s", base_url=sys.argv[1], timeout=20.0, max_retries=0)
+"""
+
+
+def net_run(script, *args, flags=(), prelude=NET_PRELUDE):
     """Run a Python script, which finds serv, and return what it printed."""
+    home = os.path.dirname(os.path.abspath(serv.__file__))
     done = subprocess.run(
-        [sys.executable, *flags, "-c", script, *map(str, args)],
-        env=dict(os.environ, PYTHONPATH=NET_HOME, PYTHONDONTWRITEBYTECODE="1",
-                 **environment),
+        [sys.executable, *flags, "-c", prelude + script, *map(str, args)],
+        env=dict(os.environ, PYTHONPATH=home, PYTHONDONTWRITEBYTECODE="1"),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
         universal_newlines=True)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 
-# A CA, and a server's certificate of 127.0.0.1 and localhost with its key,
-# of no worth but for these tests.
+# Of no worth except for these tests: a CA; certificates of 127.0.0.1 and
+# localhost, the second expired, the third without the extension that Python
+# 3.13 has begun to ask for; the key of all three.
 NET_CA = """\
 -----BEGIN CERTIFICATE-----
 MIIBZzCCAQ2gAwIBAgIBATAKBggqhkjOPQQDAjAaMRgwFgYDVQQDDA9zZXJ2LnB5
 IHRlc3QgQ0EwIBcNMDAwMTAxMDAwMDAwWhgPMjEyNjAxMDEwMDAwMDBaMBoxGDAW
 BgNVBAMMD3NlcnYucHkgdGVzdCBDQTBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IA
-BBnu9Vs7A0jnKHVv9CJSLSZUX5nOgDbRHjm0tdw0jNCtsfJ7hu6lBeQ5OJtABwZw
-uKcBiWGy6/RJR/J0hJjJAl6jQjBAMA8GA1UdEwEB/wQFMAMBAf8wDgYDVR0PAQH/
-BAQDAgEGMB0GA1UdDgQWBBTEq8Gln2rQAkDDDsRqdCkN8saHVzAKBggqhkjOPQQD
-AgNIADBFAiEAvQZJfZbgW+xnYBz44TBpb9qqWUzf3PxD7AA2n8lPZ64CIBKqfSJr
-2rR8gYdLLZ3wnzFecNx4ZR960toydy6X7UAQ
+BFfeftMDNXhA0ucjIMKKfArCAL0cTOt0z5k8yXXvk5cRMo/t2nx4Ua26GPOBMURn
+u97dndKawWPzxzMFoqdd4X2jQjBAMA8GA1UdEwEB/wQFMAMBAf8wDgYDVR0PAQH/
+BAQDAgEGMB0GA1UdDgQWBBSDJ7qKRp7EVMp3n6fMt7WwPpIbnzAKBggqhkjOPQQD
+AgNIADBFAiEA+FNPSoJ5so68T1S7ceXAw/o/wtcr2RLIMSidN4rbqkMCIGA3ARWu
+d7WbU5gaisQ9lfdcKuzMjurQPKpLuPJzhRdp
 -----END CERTIFICATE-----
 """
 NET_CERTIFICATE = """\
 -----BEGIN CERTIFICATE-----
-MIIBvDCCAWKgAwIBAgIBAjAKBggqhkjOPQQDAjAaMRgwFgYDVQQDDA9zZXJ2LnB5
-IHRlc3QgQ0EwIBcNMDAwMTAxMDAwMDAwWhgPMjEyNjAxMDEwMDAwMDBaMB4xHDAa
-BgNVBAMME3NlcnYucHkgdGVzdCBzZXJ2ZXIwWTATBgcqhkjOPQIBBggqhkjOPQMB
-BwNCAARSMsuTRbQ+zE0Z4X0QGJxeCMOb0qGfEHqTf7C0xpeAYbWY5UUGEw8wQKhD
-UiZ+wT12h3TxtR4+XIVUWnr7Sa6Oo4GSMIGPMAwGA1UdEwEB/wQCMAAwDgYDVR0P
-AQH/BAQDAgeAMBMGA1UdJQQMMAoGCCsGAQUFBwMBMB0GA1UdDgQWBBSDsHNIQzif
-k8Nf2Ri3PMOK90n2yDAfBgNVHSMEGDAWgBTEq8Gln2rQAkDDDsRqdCkN8saHVzAa
-BgNVHREEEzARhwR/AAABgglsb2NhbGhvc3QwCgYIKoZIzj0EAwIDSAAwRQIgfqgK
-xKmcyk0X7OSxpRY4OgR0OTeEzF69PlyS1fTtLj4CIQCXE98r8e1sqi+nxD/XVrdi
-ABcU+U052ulIOoavfCh7ig==
+MIIBWjCCAQGgAwIBAgIBAjAKBggqhkjOPQQDAjAaMRgwFgYDVQQDDA9zZXJ2LnB5
+IHRlc3QgQ0EwIBcNMDAwMTAxMDAwMDAwWhgPMjEyNjAxMDEwMDAwMDBaMBExDzAN
+BgNVBAMMBnNlcnZlcjBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABFlSyqoDatiB
+PgXvC1FKUNRUU/RBfm6w9GKAQ+cC1gFrLtqb5BHdwzPMKrqUWJJJuC3mNUx8uweq
+i1mL7xui+aujPzA9MBoGA1UdEQQTMBGHBH8AAAGCCWxvY2FsaG9zdDAfBgNVHSME
+GDAWgBSDJ7qKRp7EVMp3n6fMt7WwPpIbnzAKBggqhkjOPQQDAgNHADBEAiApa0V2
+AQfcJMQOKuDXnvnSch+TCzVb8/TeIx82T90HrAIgEEE0zftL5BFaLVDTXbU2IkUc
+HuXq4B+TlJS64vK/Y0E=
 -----END CERTIFICATE-----
+"""
+NET_EXPIRED = """\
+-----BEGIN CERTIFICATE-----
+MIIBWDCB/6ADAgECAgEDMAoGCCqGSM49BAMCMBoxGDAWBgNVBAMMD3NlcnYucHkg
+dGVzdCBDQTAeFw0wMDAxMDEwMDAwMDBaFw0wMTAxMDEwMDAwMDBaMBExDzANBgNV
+BAMMBnNlcnZlcjBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABFlSyqoDatiBPgXv
+C1FKUNRUU/RBfm6w9GKAQ+cC1gFrLtqb5BHdwzPMKrqUWJJJuC3mNUx8uweqi1mL
+7xui+aujPzA9MBoGA1UdEQQTMBGHBH8AAAGCCWxvY2FsaG9zdDAfBgNVHSMEGDAW
+gBSDJ7qKRp7EVMp3n6fMt7WwPpIbnzAKBggqhkjOPQQDAgNIADBFAiAx5uJ95m1c
+71Fz1L54GubJ584IexWrVPXHymHdnEuRmAIhAMh1kkJCSy4W4RKMRsQjHymA0Ug6
+Ii8hc+LtFE0XIMMb
+-----END CERTIFICATE-----
+"""
+NET_BARE = """\
+-----BEGIN CERTIFICATE-----
+MIIBOTCB4KADAgECAgEEMAoGCCqGSM49BAMCMBoxGDAWBgNVBAMMD3NlcnYucHkg
+dGVzdCBDQTAgFw0wMDAxMDEwMDAwMDBaGA8yMTI2MDEwMTAwMDAwMFowETEPMA0G
+A1UEAwwGc2VydmVyMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEWVLKqgNq2IE+
+Be8LUUpQ1FRT9EF+brD0YoBD5wLWAWsu2pvkEd3DM8wqupRYkkm4LeY1THy7B6qL
+WYvvG6L5q6MeMBwwGgYDVR0RBBMwEYcEfwAAAYIJbG9jYWxob3N0MAoGCCqGSM49
+BAMCA0gAMEUCIDgwReKMWc/Ckd+zKHnFxfYqz8y0rsK/BsehHy2kHvD6AiEA2uSa
+kF9GLwXK6P9IA1Qk9nVjGf21w+om6ALb7m6mikg=
+-----END CERTIFICATE-----
+"""
+NET_KEY = """\
 -----BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQghIiVG3odCj7ND4D9
-wZzO+5GNEqgwhlMoMRS4ekw4btihRANCAARSMsuTRbQ+zE0Z4X0QGJxeCMOb0qGf
-EHqTf7C0xpeAYbWY5UUGEw8wQKhDUiZ+wT12h3TxtR4+XIVUWnr7Sa6O
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg+v2aZa2UaXD9buzx
+3nzUE4mImHH37Jd8DqCQ5+2uPyWhRANCAARZUsqqA2rYgT4F7wtRSlDUVFP0QX5u
+sPRigEPnAtYBay7am+QR3cMzzCq6lFiSSbgt5jVMfLsHqotZi+8bovmr
 -----END PRIVATE KEY-----
 """
 
 
-@pytest.fixture
-def net_tls(tmp_path, monkeypatch):
-    """Trust the CA above; return the TLS context of its server."""
-    (tmp_path / "ca.pem").write_text(NET_CA)
-    (tmp_path / "server.pem").write_text(NET_CERTIFICATE)
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+def net_context(folder, certificate=NET_CERTIFICATE):
+    """Return the TLS context of a server with a certificate."""
+    path = os.path.join(str(folder), "server.pem")
+    with open(path, "w") as file:
+        file.write(certificate + NET_KEY)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(str(tmp_path / "server.pem"))
+    context.load_cert_chain(path)
+    context.set_alpn_protocols(["h2", "http/1.1"])
     return context
 
 
-# ---------------------------------------------------------------------------
-# One budget bounds the whole call.
-# ---------------------------------------------------------------------------
+@pytest.fixture
+def net_ca(tmp_path, monkeypatch):
+    """Trust the CA above; return the file that it is in."""
+    path = tmp_path / "6f7000d9.0"  # as `openssl x509 -hash` names it
+    path.write_text(NET_CA)
+    monkeypatch.delenv("SSL_CERT_DIR", raising=False)
+    monkeypatch.setenv("SSL_CERT_FILE", str(path))
+    return path
 
-NET_BUDGET = 0.1
+
+@pytest.fixture
+def net_tls(net_ca, tmp_path):
+    """Trust the CA above; return the TLS context of its server."""
+    return net_context(tmp_path)
 
 
-def net_timeout(call, *args, **options):
+@contextlib.contextmanager
+def net_silent(place, context):
+    """Yield the URL of what is silent at a place of a call, and its log."""
+    if place in ("connect", "handshake", "upload"):
+        with net_deaf(place == "connect") as port:
+            yield "http%s://127.0.0.1:%d" % (
+                "s" * (place == "handshake"), port), []
+        return
+    answer = {"head": net_hold(), "TLS": net_hold(),
+              "body": net_hold(NET_SSE), "stream": net_hold(NET_BEGUN),
+              "the wait for a retry": http_answer(
+                  {}, "503 Busy", retry_after=1)}[place]
+    with Server(answer, context if place == "TLS" else None) as server:
+        yield server.url, server.requests
+
+
+plain_and_tls = pytest.mark.parametrize(
+    "secure", [False, True], ids=["plain", "TLS"])
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+needs_alarm = pytest.mark.skipif(
+    not hasattr(signal, "setitimer"), reason="needs SIGALRM")
+
+
+# -- One budget bounds the whole call -----------------------------------------
+
+NET_BUDGET = 0.06
+
+
+def net_timeout(call, *args, kind=serv.APITimeoutError, **options):
     """Return the error of a call that ends with its budget, in time."""
     begun = time.monotonic()
-    error = net_error(serv.APITimeoutError, call, *args, timeout=NET_BUDGET,
-                      **options)
-    elapsed = time.monotonic() - begun
-    assert NET_BUDGET - 0.01 <= elapsed <= NET_BUDGET + 0.5
-    assert error.__class__ is serv.APITimeoutError
+    error = net_within(NET_BUDGET + 0.5, lambda: net_error(
+        kind, call, *args, timeout=NET_BUDGET, **options))
+    # 20 ms early is in time: clocks and waits of some systems are coarse.
+    assert time.monotonic() - begun > NET_BUDGET - 0.03
     return error
 
 
-NET_DRIPS = {
-    "continue": net_drip(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
-    "header": net_drip(b"HTTP/1.1 200 OK\r\nX-Long: ", b"x"),
-    "headers": net_drip(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", 0.03),
-    "body": net_drip(http_head(content_length=10 ** 6), b" "),
-    "chunks": net_drip(NET_CHUNKED, chunk(b" ")),
-    "chunk size": net_drip(NET_CHUNKED, b"0"),
-    "comments": net_drip(NET_SSE, chunk(b": ping\n\n")),
-    "pings": net_drip(NET_SSE, chunk(b"event: ping\ndata: {}\n\n")),
-}
+@table("call, answer", {
+    "interim answers": (net_chat, net_drip(
+        b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0)),
+    "a header": (net_chat, net_drip(b"HTTP/1.1 200 OK\r\nX: ", b"x")),
+    "headers": (net_read, net_drip(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", .03)),
+    "a body": (net_chat, net_drip(http_head(content_length=10 ** 6), b" ")),
+    "chunks": (net_chat, net_drip(NET_CHUNKED, chunk(b" "))),
+    "the size of a chunk": (net_chat, net_drip(NET_CHUNKED, b"0")),
+    "comments": (net_read, net_drip(NET_SSE, chunk(b": ping\n\n"))),
+    "trailers": (net_chat, net_drip(
+        NET_CHUNKED + NET_END[:-2], b"X: y\r\n", 0)),
+    "pings": (net_read, net_drip(
+        NET_SSE, chunk(b"event: ping\ndata: {}\n\n")))})
+def test_no_drip_stretches_the_budget(call, answer):
+    with Server(answer) as server:
+        error = net_timeout(call, server, max_retries=2)
+    assert "0.06 s" in str(error) and server.url in str(error)
 
 
-@at_once(*itertools.product([net_chat, net_read], NET_DRIPS))
-def test_no_drip_stretches_the_budget(call, name):
-    with Server(NET_DRIPS[name]) as server:
-        net_timeout(call, server, max_retries=2)
+def test_an_error_whose_body_drips_is_that_error():
+    with Server(net_drip(http_head("500 Oops"), b"x")) as server:
+        net_timeout(net_chat, server, kind=serv.InternalServerError)
+
+
+@pytest.mark.parametrize("place", [
+    "connect", "handshake", "upload", "head", "TLS", "body"])
+def test_a_silent_server(place, net_tls):
+    prompt = "x" * (1 << 23 if place == "upload" else 1)
+    with net_silent(place, net_tls) as (url, _):
+        net_timeout(net_read, url, prompt)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_drips(scheme, monkeypatch):
+    with Server(net_drip(b"HTTP/1.1 200 OK\r\n", b"X-More: x\r\n")) as proxy:
+        monkeypatch.setenv(scheme + "_proxy", proxy.url)
+        net_timeout(net_chat, scheme + "://host.test")
+
+
+def test_the_last_20_ms_of_a_budget_count_as_over():
+    """Clocks and waits of some systems are no finer."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        net_error(serv.APITimeoutError, net_chat, "http://127.0.0.1:%d"
+                  % closed.getsockname()[1], timeout=0.015)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows refuses when it is full")
+@table("addresses, limit, timeout, end", {
+    "gives way to the next": (["dead", "live"], 0.06, 10, "Hello!"),
+    "takes its share of a small budget": (
+        ["dead", "live"], 10, 0.6, "Hello!"),
+    "does not take the whole budget": (["dead"], 0.06, 10, NET_CUT),
+    "does not add up with others": (
+        ["dead"] * 9, 0.06, 0.25, serv.APITimeoutError)})
+def test_an_address_that_does_not_answer(
+        addresses, limit, timeout, end, net_names, monkeypatch):
+    def call():
+        try:
+            return net_chat("http://a.test", timeout=timeout)
+        except serv.ServError as error:
+            return type(error)
+
+    monkeypatch.setattr(serv, "CONNECT_TIMEOUT", limit)
+    with net_deaf(full=True) as dead, Server(NET_OK) as server:
+        ports = {"dead": dead, "live": server.port}
+        net_names["a.test"] = [
+            ("127.0.0.1", ports[each]) for each in addresses]
+        assert net_within(1.5, call) == end
+
+
+def test_all_tries_share_one_budget():
+    def busy(wire, request):
+        time.sleep(0.2)
+        wire.sendall(net_refusal(503))
+
+    with Server([busy, net_hold(), busy, net_hold()]) as server:
+        error = net_within(0.5, lambda: net_error(
+            serv.APITimeoutError, net_chat, server, max_retries=5,
+            timeout=0.35))
+    assert error.retries == 1
+
+
+def test_a_wait_that_the_budget_cannot_hold_is_not_begun():
+    with Server(http_answer({}, "503 Busy", retry_after="25")) as server:
+        net_error(serv.InternalServerError, net_chat, server, max_retries=9)
         assert len(server.requests) == 1
 
 
-@at_once(*itertools.product([net_chat, net_read], [
-    ("http", False, 2), ("http", True, 2), ("https", False, 2),
-    ("http", False, 1 << 23)]))
-def test_a_server_that_does_nothing(call, how):
-    scheme, full, length = how
-    with net_deaf(full) as place:
-        error = net_timeout(call, scheme + "://" + place, "x" * length)
-    assert "0.1 s" in str(error)
+def test_a_stream_out_of_time_keeps_what_had_arrived():
+    with Server(net_drip(NET_BEGUN, b"1")) as server:
+        error = net_error(serv.APITimeoutError, net_read, server, timeout=0.35)
+    assert (error.reply.text, error.reply.partial) == ("Hel", True)
 
 
-def test_a_proxy_that_drips(monkeypatch):
-    @at_once(*itertools.product([net_chat, net_read], ["http", "https"]))
-    def ask(call, scheme):
-        net_timeout(call, scheme + "://host.test")
+def test_the_budget_runs_on_while_the_caller_holds_a_piece():
+    with Server(NET_STREAM) as server:
+        stream = net_stream(server, timeout=0.35)
+        assert next(stream) == "Hel"
+        time.sleep(0.35)
+        for _ in range(2):
+            error = net_error(serv.APITimeoutError, next, stream)
+    assert error.reply.text.startswith("Hel")
 
-    with Server(net_drip(b"HTTP/1.1 200 OK\r\n", b"X-More: x\r\n")) as proxy:
-        monkeypatch.setenv("http_proxy", proxy.url)
-        monkeypatch.setenv("https_proxy", proxy.url)
-        ask()
+
+# -- Retries ------------------------------------------------------------------
+
+def net_refusal(status):
+    """Return an error answer that wants the next try at once."""
+    return http_answer({"error": {"message": "no"}}, "%d No" % status,
+                       retry_after_ms="0")
 
 
-NET_DEAD_ADDRESS = """
-import json, socket, sys, time
-found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", int(port)))
-         for port in sys.argv[2:]]
-look_up = socket.getaddrinfo
-socket.getaddrinfo = lambda host, *args, **more: (
-    found if host == "several.test" else look_up(host, *args, **more))
-import serv
-serv.CONNECT_TIMEOUT = 0.2
-begun = time.monotonic()
-try:
-    said = serv.chat("Hi", system="s", base_url="http://several.test",
-                     timeout=float(sys.argv[1]), max_retries=0).text
-except serv.ServError as error:
-    said = type(error).__name__
-print(json.dumps([said, time.monotonic() - begun]))
+@table("call, answer, tries", {
+    "503": (net_chat, net_refusal(503), 2),
+    "503 to a stream": (net_read, net_refusal(503), 2),
+    "400": (net_chat, net_refusal(400), 1),
+    "400 to a stream": (net_read, net_refusal(400), 1),
+    "a cut answer": (net_chat, closing(NET_OK[:-5]), 2),
+    "the head of a stream": (net_read, closing(NET_SSE), 1),
+    "a piece of a stream": (net_read, closing(NET_BEGUN), 1),
+    "an error event": (net_read, closing(NET_SSE + chunk(sse({"error": {
+        "type": "overloaded_error"}}))), 1)})
+def test_what_is_asked_for_again(call, answer, tries):
+    with Server([answer, net_echo]) as server:
+        if tries == 2:
+            assert call(server, max_retries=1) == "Hi"
+            assert server.requests[0].body == server.requests[1].body
+        else:
+            with pytest.raises(serv.ServError) as caught:
+                call(server, max_retries=1)
+            assert caught.value.retries == 0
+        assert len(server.requests) == tries
+
+
+@pytest.mark.parametrize("retries", [0, 1, 4])
+def test_as_often_as_the_caller_says(retries):
+    with Server(net_refusal(503)) as server:
+        error = net_error(serv.InternalServerError, net_chat, server,
+                          max_retries=retries)
+        assert error.retries == retries == len(server.requests) - 1
+
+
+@pytest.mark.parametrize("failures", [0, 1, 3])
+def test_a_reply_says_how_many_tries_had_failed(failures):
+    answers = [net_refusal(503)] * failures + [net_echo]
+    with Server(answers * 2) as server:
+        reply = serv.chat("Hi", system="s", base_url=server.url,
+                          max_retries=3)
+        with net_stream(server, max_retries=3) as stream:
+            assert reply.text == "".join(stream) == "Hi"
+        assert reply.retries == stream.reply.retries == failures
+
+
+def test_a_refused_connection_is_tried_again():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        url = "http://127.0.0.1:%d" % closed.getsockname()[1]
+        error = net_error(NET_CUT, net_chat, url, max_retries=1)
+    assert error.retries == 1 and url in str(error)
+
+
+def test_a_host_without_an_address(net_names):
+    error = net_error(NET_CUT, net_chat, "http://a.test")
+    assert re.search("Name not known.*http://a.test/", str(error))
+
+
+@pytest.mark.parametrize("headers", [
+    {"retry_after_ms": "150"}, {"retry_after": "0.15"}], ids=repr)
+def test_the_wait_is_what_the_server_says(headers):
+    slow = http_answer({}, "429 Slow", **headers)
+    with Server([slow, NET_OK] * 2) as server:
+        begun = time.monotonic()
+        net_within(1, lambda: net_chat(server, max_retries=1))
+        assert time.monotonic() - begun >= 0.15
+
+
+def test_each_retry_is_a_warning_of_the_logger_serv(caplog):
+    with Server([net_refusal(503), net_refusal(429), NET_OK]) as server:
+        net_chat(server, max_retries=2)
+    assert [(each.name, each.levelname) for each in caplog.records] == [
+        ("serv", "WARNING")] * 2
+    assert "503" in caplog.messages[0] and "429" in caplog.messages[1]
+    assert KEY not in caplog.text
+
+
+NET_LOADS_NOTHING = """
+serv.chat("Hi", **ask)
+known = set(sys.modules)
+for call in serv.chat, serv.stream:
+    try:
+        "".join(call("Hi", **dict(ask, max_retries=1)))
+    except serv.BadRequestError as error:
+        print(error.retries, "logging" in sys.modules)
+print(*(set(sys.modules) - known))
 """
 
 
-@at_once((20, ["dead", "live"], "Hello!", 2),
-         (0.3, ["dead", "dead", "dead"], "APITimeoutError", 0.8))
-def test_dead_addresses_give_way_and_do_not_add_up(timeout, places, end, most):
-    with net_deaf(full=True) as place, Server(NET_OK) as server:
-        ports = {"dead": place.split(":")[1], "live": server.port}
-        said, elapsed = json.loads(net_run(
-            NET_DEAD_ADDRESS, timeout, *(ports[each] for each in places)))
-    assert said == end and elapsed <= most
+def test_a_failure_loads_nothing_and_without_logging_says_nothing():
+    """Out of files it could load nothing; and loading may wait for a lock."""
+    failures = [net_refusal(503), net_refusal(400)] * 2
+    with Server([NET_OK, *failures]) as server:
+        assert net_run(NET_LOADS_NOTHING, server.url) == (
+            "1 False\n1 False\n\n")
 
 
-def test_a_retry_that_does_not_fit_the_budget_is_not_waited_for():
-    busy = http_answer({}, "503 Busy", retry_after_ms="50")
-    begun = time.monotonic()
-    with Server(busy) as server:
-        net_error(serv.InternalServerError, net_chat, server, timeout=0.3,
-                  max_retries=100)
-        assert time.monotonic() - begun < 0.5
-        assert 2 <= len(server.requests) <= 7
-
-
-@at_once((net_chat,), (net_read,))
-def test_all_tries_share_one_budget(call):
-    busy = http_answer({}, "503 Busy", retry_after_ms="20")
-    with Server([busy, busy, net_hold()]) as server:
-        net_timeout(call, server, max_retries=5)
-        assert len(server.requests) == 3
-
-
-@at_once((b"",), (chunk(b": ping\n\n"),), (chunk(b"data: "),), (b"1",))
-def test_a_stream_out_of_time_keeps_what_had_arrived(tail):
-    head = NET_SSE + chunk(sse(net_delta("Hel")))
-    with Server(net_drip(head, tail)) as server:
-        error = net_timeout(net_read, server)
-    assert error.reply.text == "Hel" and error.reply.stop_reason is None
-
-
-@at_once(("",), ("Hel",))
-def test_the_budget_runs_on_while_the_caller_holds_what_came(taken):
-    with Server(NET_STREAM) as server:
-        stream = net_stream(server, timeout=0.2)
-        assert not taken or next(stream) == taken
-        time.sleep(0.25)
-        error = net_error(serv.APITimeoutError, next, stream)
-        net_error(serv.APITimeoutError, next, stream)
-    assert error.reply.text.startswith(taken)
-
-
-# ---------------------------------------------------------------------------
-# Kept connections.
-# ---------------------------------------------------------------------------
+# -- Kept connections ---------------------------------------------------------
 
 def test_twenty_calls_share_one_connection():
     with Server(net_echo) as server:
@@ -3997,130 +4671,161 @@ def test_twenty_calls_share_one_connection():
         assert server.connections == 1
 
 
-def test_an_error_answer_does_not_cost_the_connection():
-    with Server([http_answer({}, "400 Bad Request"), NET_OK]) as server:
-        net_error(serv.BadRequestError, net_chat, server)
+@table("first, kept", {
+    "an error answer": (http_answer({}, "400 Bad"), True),
+    "an error of a 200": (http_answer({"error": {"message": "no"}}), True),
+    "Connection: close": (http_answer(
+        net_said(""), connection="close"), False),
+    "close in a list": (http_answer(
+        net_said(""), connection="Keep-Alive, Close"), False),
+    "HTTP/1.0": (NET_OK.replace(b"HTTP/1.1", b"HTTP/1.0"), False),
+    "a stream that is to be closed": (NET_STREAM.replace(
+        b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1), False),
+    "no last chunk": (NET_STREAM[:-len(NET_END)], False),
+    "an error event": (stream_answer({"error": {"message": "no"}}), False),
+    "an unknown encoding": (http_head(
+        transfer_encoding="gzip, chunked", content_length=0) + NET_OK,
+        False)})
+def test_what_leaves_a_connection_to_the_next_call(first, kept):
+    with Server([first, net_echo]) as server:
+        with contextlib.suppress(serv.ServError):
+            (net_read if b"event-" in first else net_chat)(server)
+        assert net_chat(server, "mine") == "mine"
+        assert server.connections == (1 if kept else 2)
+
+
+def test_a_last_chunk_that_comes_after_done_neither_delays_nor_breaks():
+    over = {}
+
+    def answer(wire, request):
+        text = net_prompt(request)
+        data = stream_answer(net_delta(text, "stop"), "[DONE]")
+        wire.sendall(data[:-len(NET_END)])
+        over[text].wait(5)
+        wire.sendall(NET_END)
+
+    def call():
+        for text in "abcdef":
+            over[text] = threading.Event()
+            assert net_read(server, text) == text
+            over[text].set()
+
+    with Server(answer) as server:
+        net_within(0.4, call)
+
+
+def test_a_stream_closed_early_leaves_its_rest_to_nobody():
+    with Server([NET_STREAM, net_echo]) as server:
+        with net_stream(server) as stream:
+            assert next(stream) == "Hel"
+        assert net_chat(server, "mine") == "mine"
+        assert server.connections == 2
+
+
+@net_calls
+@table("answers, connections, good", {
+    # what the server does, and which connection each request comes on
+    "closed while idle": ([closing(NET_OK), net_echo], [1, 2], True),
+    "reset while idle": ([net_reset(NET_OK), net_echo], [1, 2], True),
+    "closed as the request comes": (
+        [NET_OK, closing(b""), net_echo], [1, 1, 2], True),
+    "reset as the request comes": (
+        [NET_OK, net_reset(), net_echo], [1, 1, 2], True),
+    "closed behind a byte": (
+        [NET_OK, closing(b"H"), net_echo], [1, 1], False),
+    "closed behind a head": (
+        [NET_OK, closing(NET_SSE), net_echo], [1, 1], False)})
+def test_a_kept_connection_that_is_lost_is_replaced_without_a_retry(
+        call, answers, connections, good):
+    with Server(answers) as server:
         assert net_chat(server) == "Hello!"
-        assert server.connections == 1
+        if connections[1] == 2:
+            server.threads[1].join(10)  # until the server has closed it
+        if good:
+            assert call(server) == "Hi"
+        else:
+            net_error(NET_CUT, call, server)
+        assert [each.connection for each in server.requests] == connections
 
 
-@net_calls
-def test_a_connection_closed_while_idle_is_replaced(call):
-    with Server([net_last(NET_OK), net_echo]) as server:
-        assert net_chat(server) == "Hello!"
-        assert call(server) == "Hi"
-        assert (server.connections, len(server.requests)) == (2, 2)
-
-
-@net_calls
-@pytest.mark.parametrize("lost", [net_hang_up, net_reset()],
-                         ids=["close", "reset"])
-def test_a_connection_lost_as_the_request_comes_is_replaced(call, lost):
-    with Server([NET_OK, lost, net_echo]) as server:
-        assert net_chat(server) == "Hello!"
-        assert call(server) == "Hi"
-        assert [each.connection for each in server.requests] == [1, 1, 2]
-
-
-@net_calls
-@pytest.mark.parametrize("begun", [
-    b"H", b"HTTP/1.1 200 OK\r\n", NET_CHUNKED], ids=net_short)
-def test_no_second_request_once_an_answer_has_begun(call, begun):
-    with Server([NET_OK, net_last(begun), NET_OK]) as server:
-        net_chat(server)
-        net_error(serv.APIConnectionError, call, server)
-        assert len(server.requests) == 2
-
-
-@net_calls
-@pytest.mark.parametrize("lost", [net_hang_up, net_reset()],
-                         ids=["close", "reset"])
-def test_a_lost_new_connection_is_an_error(call, lost):
-    with Server([lost, NET_OK]) as server:
-        net_error(serv.APIConnectionError, call, server)
+def test_a_new_connection_that_is_lost_is_not_replaced():
+    with Server([closing(b""), NET_OK]) as server:
+        net_error(NET_CUT, net_chat, server)
         assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("then", ["close", "keep", "with the answer"])
-def test_an_unsolicited_408_is_not_the_next_answer(whole, then):
+@pytest.mark.parametrize("size", [999, 20], ids=["whole", "in part"])
+def test_a_408_that_nobody_asked_for_is_not_the_next_answer(size):
     late = http_answer({"error": {"message": "idle"}}, "408 Request Timeout",
-                       connection="close")
-    late = late if whole else late[:20]
+                       connection="close")[:size]
     called, sent = threading.Event(), threading.Event()
 
     def answer(wire, request):
         if request.connection > 1:
             return net_echo(wire, request)
-        if then == "with the answer":
-            wire.sendall(NET_OK + late)
-        else:
-            wire.sendall(NET_OK)
-            called.wait(10)
-            wire.sendall(late)
+        wire.sendall(NET_OK)
+        called.wait(10)
+        wire.sendall(late)
         sent.set()
-        return then != "close"
 
     with Server(answer) as server:
         assert net_chat(server) == "Hello!"
         called.set()
         sent.wait(10)
-        # "with the answer" it may be used again, for it is in order
-        assert net_chat(server) in ("Hi", "Hello!")
-        if then != "with the answer":
-            assert server.connections == 2
-
-
-@pytest.mark.parametrize("data", [
-    http_answer(net_said("Hello!"), connection="close"),
-    http_answer(net_said("Hello!"), connection="Keep-Alive, Close"),
-    NET_OK.replace(b"HTTP/1.1", b"HTTP/1.0"),
-    NET_STREAM.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1),
-], ids=["close", "list", "1.0", "stream"])
-def test_a_connection_that_is_to_be_closed_is(data):
-    with Server(data) as server:
-        call = net_read if b"event-stream" in data else net_chat
-        assert [call(server), call(server)] == ["Hello!", "Hello!"]
-        assert server.connections == 2
-
-
-def test_a_stream_closed_early_does_not_leave_its_rest_to_others():
-    with Server([NET_STREAM, net_echo]) as server:
-        with net_stream(server) as stream:
-            assert next(stream) == "Hel"
-        assert list(stream) == [] and stream.reply.text == "Hel"
         assert net_chat(server, "mine") == "mine"
         assert server.connections == 2
 
 
-def test_a_stream_ends_with_its_last_event_though_the_wire_stays_open():
-    open_end = NET_STREAM[:-len(chunk(b""))]
-    with Server([open_end, net_echo]) as server:
-        begun = time.monotonic()
-        assert net_read(server, timeout=30) == "Hello!"
-        assert time.monotonic() - begun < 2
-        assert net_chat(server, "mine") == "mine"
+def test_a_request_that_was_held_for_a_second_is_not_sent_again(monkeypatch):
+    monkeypatch.setattr(serv, "STALE_SECONDS", 0)  # instead of a second
+    with Server([NET_OK, closing(b""), NET_OK]) as server:
+        net_chat(server)
+        net_error(NET_CUT, net_chat, server)
+        assert len(server.requests) == 2
+
+
+def test_a_lost_request_is_not_sent_to_every_kept_connection():
+    meet = threading.Barrier(4)
+
+    def answer(wire, request):
+        if len(server.requests) > 4:
+            return False
+        meet.wait(10)
+        wire.sendall(NET_OK)
+
+    with Server(answer) as server:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(net_chat, [server] * 4))
+        assert server.connections == 4
+        net_error(NET_CUT, net_chat, server)
+        assert len(server.requests) == 4 + 2
+
+
+def test_of_too_many_the_oldest_is_dropped(monkeypatch):
+    monkeypatch.setattr(serv, "MAX_IDLE", 2)
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(Server(net_echo)) for _ in range(4)]
+        for server in servers + servers[::-1]:
+            net_chat(server)
+        assert [each.connections for each in servers] == [2, 2, 1, 1]
+
+
+def test_an_old_connection_is_not_used(monkeypatch):
+    with Server(net_echo) as server:
+        net_chat(server)
+        monkeypatch.setattr(serv, "IDLE_SECONDS", 0)
+        net_chat(server)
         assert server.connections == 2
 
 
-def test_many_hosts_do_not_keep_the_last_from_being_kept(monkeypatch):
-    with Server(net_echo) as proxy:
-        monkeypatch.setenv("http_proxy", proxy.url)
-        for number in range(getattr(serv, "MAX_IDLE", 100) + 5):
-            net_chat("http://host-%d.test" % number)
-        count = proxy.connections
-        net_chat("http://host-%d.test" % number)
-        assert proxy.connections == count
-
-
-def test_each_of_64_threads_gets_its_own_answers():
+def test_64_threads_get_their_own_answers_and_keep_their_connections():
     together = threading.Barrier(64, timeout=20)
 
     def work(number):
-        together.wait()
-        for turn in range(4):
+        for turn in range(3):
+            together.wait()
             mine = "%d of %d" % (turn, number)
-            call = net_read if (turn + number) % 4 == 0 else net_chat
+            call = net_read if (turn + number) % 3 == 0 else net_chat
             assert call(server, mine) == mine
         return number
 
@@ -4130,846 +4835,740 @@ def test_each_of_64_threads_gets_its_own_answers():
         assert server.connections <= 64
 
 
-def test_a_kept_connection_is_probed_and_sends_at_once():
+def test_closing_what_is_idle_disturbs_no_thread_that_calls():
+    def work(number):
+        return [net_chat(server, str(number)) for _ in range(40)]
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with Server(net_echo) as server:
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                ends = [pool.submit(work, number) for number in range(4)]
+                while not all(end.done() for end in ends):
+                    serv.close_idle()
+            assert [end.result() for end in ends] == [
+                [str(number)] * 40 for number in range(4)]
+    finally:
+        sys.setswitchinterval(switch)
+
+
+# -- Sockets, descriptors, forks ----------------------------------------------
+
+def net_options(port, level, option):
+    """Return an option of each socket of this process that leads to a port."""
+    if not os.path.isdir("/dev/fd"):
+        pytest.skip("this system does not list the files of a process")
+    values = []
+    for name in os.listdir("/dev/fd"):
+        with contextlib.suppress(OSError):
+            number = os.dup(int(name))
+            try:
+                sock = socket.socket(fileno=number)
+            except OSError:
+                os.close(number)
+                continue
+            with sock:
+                if sock.getpeername()[1] == port:
+                    values.append(sock.getsockopt(level, option))
+    return values
+
+
+@table("level, option, value", {
+    "small packets go at once": (socket.IPPROTO_TCP, "TCP_NODELAY", True),
+    "quiet paths are kept open": (socket.SOL_SOCKET, "SO_KEEPALIVE", True),
+    "from a minute on": (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60),
+    "dead paths are noticed": (
+        socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 30000)})
+def test_the_options_of_a_socket(level, option, value):
+    if not hasattr(socket, option):
+        pytest.skip("this system has no " + option)
     with Server(net_echo) as server:
         net_chat(server)
-        place = ("127.0.0.1", server.port)
-        socks = [each for each in gc.get_objects()
-                 if type(each) is socket.socket and each.fileno() >= 0]
-        mine = []
-        for sock in socks:
-            with contextlib.suppress(OSError):
-                if sock.getpeername() == place:
-                    mine.append(sock)
-        if not mine:
-            pytest.skip("this Python does not show its sockets")
-        for sock in mine:
-            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-            if hasattr(socket, "TCP_KEEPIDLE"):
-                assert sock.getsockopt(socket.IPPROTO_TCP,
-                                       socket.TCP_KEEPIDLE) == 60
+        [found] = net_options(server.port, level, getattr(socket, option))
+    assert type(value)(found) == value  # of a flag, any bit is true
+
+
+def test_an_option_that_the_system_refuses_is_skipped(monkeypatch):
+    monkeypatch.setattr(socket, "TCP_KEEPIDLE", 9999, raising=False)
+    with socket.socket() as sock, pytest.raises(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, 9999, 1)
+    with Server(NET_OK) as server:
+        assert net_chat(server) == "Hello!"
+
+
+def net_scoped():
+    """Return a link-local address of this machine and its scope."""
+    with contextlib.suppress(OSError), open("/proc/net/if_inet6") as file:
+        for address, scope, *_ in map(str.split, file):
+            if address.startswith("fe80"):
+                return ":".join(re.findall("....", address)), int(scope, 16)
+    pytest.skip("no link-local address is known of this machine")
+
+
+def test_a_link_local_address_keeps_its_scope(net_names):
+    host, scope = net_scoped()
+    with socket.socket(socket.AF_INET6) as listener:
+        listener.bind((host, 0, 0, scope))
+        listener.listen(1)
+        listener.settimeout(5)
+        net_names["a.test"] = [listener.getsockname()]
+        net_error(serv.APITimeoutError, net_chat, "http://a.test", timeout=.1)
+        listener.accept()[0].close()  # it had connected
+
+
+NET_CLOSED_UNDERNEATH = """
+for turn in range(2):
+    serv.chat("Hi", **ask)
+    os.closerange(3, 64)  # as a daemon does
+    try:
+        serv.chat("Hi", **ask)
+    except serv.APIConnectionError:
+        pass
+    assert serv.chat("Hi", **ask).text == "Hi"
+    stream = serv.stream("Hi", **ask)
+    assert next(stream) == "H"
+    os.closerange(3, 64)
+    try:
+        next(stream)
+    except serv.APIConnectionError as error:
+        print(type(error).__name__, error.reply.text)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sockets are no descriptors")
+def test_a_descriptor_closed_underneath_heals(net_tls):
+    def answer(wire, request):
+        if not body_of(request).get("stream"):
+            return net_echo(wire, request)
+        wire.sendall(NET_SSE + chunk(sse(net_delta("H"))))
+
+    with Server(answer, net_tls) as server:
+        assert net_run(NET_CLOSED_UNDERNEATH, server.url) == (
+            "APIConnectionError H\n" * 2)
 
 
 NET_FORK = """
-import os, sys, serv
-ask = dict(system="s", base_url=sys.argv[1], timeout=20.0, max_retries=0)
-for turn in range(4):
+for action in "read", "close", "exit":
     assert serv.chat("warm", **ask).text == "warm"
+    stream = serv.stream("stream", **ask)
+    assert next(stream) == "Hel"
+    assert serv.chat("to be kept", **ask).text == "to be kept"
     child = os.fork()
-    for number in range(5):
-        mine = "%d.%d of %s" % (turn, number, "parent" if child else "child")
-        assert serv.chat(mine, **ask).text == mine
-        assert "".join(serv.stream(mine, **ask)) == mine
     if not child:
-        os._exit(0)
+        for text in "child 1", "child 2", "child 3":
+            assert serv.chat(text, **ask).text == text
+        if action == "read":
+            try:
+                next(stream)
+                raise SystemExit("it is the parent's")
+            except serv.APIConnectionError:
+                pass
+        elif action == "close":
+            stream.close()
+        del stream
+        sys.exit()
+    for text in "mine 1", "mine 2", "mine 3":
+        assert serv.chat(text, **ask).text == text
     assert os.waitpid(child, 0)[1] == 0
+    assert serv.chat("go on", **ask).text == "go on"
+    assert "".join(stream) == "lo!"
 """
 
-NET_FORK_IN_STREAM = """
-import os, sys, serv
-ask = dict(system="s", base_url=sys.argv[1], timeout=20.0, max_retries=0)
-stream = serv.stream("stream", **ask)
-assert next(stream) == "Hel"
-child = os.fork()
-if not child:
-    assert serv.chat("from the child", **ask).text == "from the child"
-    if sys.argv[2] == "read":
-        try:
-            next(stream)
-        except serv.ServError:
-            pass
-    elif sys.argv[2] == "close":
-        stream.close()
-    del stream
-    sys.exit()
-assert os.waitpid(child, 0)[1] == 0
-assert serv.chat("go on", **ask).text == "go on"
-assert "".join(stream) == "lo!"
-"""
 
-net_forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-plain_and_tls = at_once((False,), (True,))
-
-
-@net_forks
+@needs_fork
 @plain_and_tls
-def test_a_fork_shares_no_connection(secure, net_tls):
-    with Server(net_echo, net_tls if secure else None) as server:
-        net_run(NET_FORK, server.url)
-
-
-@net_forks
-@at_once((False, "read"), (False, "close"), (True, "close"), (True, "exit"))
-def test_a_child_does_not_disturb_its_parents_stream(secure, child, net_tls):
-    told = threading.Event()
+def test_a_fork_shares_no_connection_and_leaves_streams_to_the_parent(
+        secure, net_tls):
+    go_on = threading.Semaphore(0)
 
     def answer(wire, request):
         if net_prompt(request) == "stream":
-            cut = NET_STREAM.index(chunk(sse(net_delta("lo!", "stop"))))
-            wire.sendall(NET_STREAM[:cut])
-            told.wait(20)
-            wire.sendall(NET_STREAM[cut:])
+            wire.sendall(NET_BEGUN)
+            go_on.acquire(timeout=20)
+            wire.sendall(NET_STREAM[len(NET_BEGUN):])
         else:
             net_echo(wire, request)
             if net_prompt(request) == "go on":
-                told.set()
+                go_on.release()
 
     with Server(answer, net_tls if secure else None) as server:
-        net_run(NET_FORK_IN_STREAM, server.url, child)
+        net_run(NET_FORK, server.url)
+        both = [{each.connection for each in server.requests
+                 if net_prompt(each).startswith("child") == child}
+                for child in (True, False)]
+    assert len(both[0]) == 3 and not both[0] & both[1]
 
 
-NET_NO_FILES = """
-import os, resource, sys, serv
-ask = dict(system="s", base_url=sys.argv[1], timeout=20.0, max_retries=0)
-serv.chat("Hi", **ask)
-known = set(sys.modules)
-resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
-try:
-    while True:
-        os.open(os.devnull, os.O_RDONLY)
-except OSError:
-    pass
-try:
-    serv.chat("Hi", **ask)
-except serv.AuthenticationError as error:
-    print(error)
-print(*(set(sys.modules) - known))
+NET_CLOSE_AFTER_FORK = """
+stream = serv.stream("stream", **ask)
+next(stream)
+reader, writer = os.pipe()
+if not os.fork():
+    os.close(writer)
+    os.read(reader, 1)  # until the parent is done
+    os._exit(0)
+stream.close()
+print(serv.chat("Has it ended?", **ask).text)
 """
 
 
-def test_a_failure_loads_nothing():
-    """It could not be loaded then; and a child of a fork could wait for it."""
-    pytest.importorskip("resource")
-    bad = http_answer({"error": "bad key " + KEY}, "401 Unauthorized")
-    with Server([NET_OK, bad]) as server:
-        told = net_run(NET_NO_FILES, server.url, SERV_API_KEY=KEY).split("\n")
-        assert (len(server.requests), server.connections) == (2, 1)
-    assert told[0].startswith("401 Unauthorized: bad key [api key]")
-    assert told[1:] == ["", ""]
+@needs_fork
+def test_a_stream_closed_after_a_fork_ends_for_the_server():
+    ended = threading.Event()
 
+    def answer(wire, request):
+        if net_prompt(request) != "stream":
+            said = "yes" if ended.wait(5) else "no"
+            return wire.sendall(http_answer(net_said(said)))
+        wire.sendall(NET_BEGUN)
+        if not wire.recv(1):
+            ended.set()
+        return False
 
-NET_CYCLES = """
-import gc, sys, serv
-gc.disable()
-for url in sys.argv[1:]:
-    gc.collect()
-    try:
-        serv.chat("Hi", system="s", base_url=url, timeout=20.0, max_retries=1)
-    except serv.ServError as error:
-        pass
-    print(gc.collect())
-"""
-
-
-def test_a_failed_try_is_not_left_to_the_collector():
-    """It holds the whole request."""
-    bad = http_answer({"error": "no"}, "429 Too Many", retry_after=0)
-    cut = net_last(NET_OK[:-1])
-    answers = [bad, NET_OK], [bad], [net_hang_up, NET_OK], [cut]
-    with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(Server(answer)) for answer in answers]
-        urls = [server.url for server in servers]
-        found = net_run(NET_CYCLES, *urls, SERV_API_KEY=KEY).split()
-    assert found == ["0"] * len(answers)
+    with Server(answer) as server:
+        assert net_run(NET_CLOSE_AFTER_FORK, server.url) == "yes\n"
 
 
 NET_TIDY = """
-import gc, sys, serv
-ask = dict(system="s", base_url=sys.argv[1], timeout=20.0, max_retries=0)
-stream = serv.stream("abandoned", **ask)
-next(stream)
-del stream
-never_read = serv.stream("never read", **ask)
-del never_read
-events = serv.stream("events", **ask).events()
-next(events)
-del events
-gc.collect()
-try:
-    with serv.stream("left by an exception", **ask) as stream:
-        next(stream)
-        raise KeyError
-except KeyError:
-    pass
-for bad in "refused", "cut":
-    for call in serv.chat, serv.stream:
-        try:
-            "".join(call(bad, **ask))
-            raise SystemExit("no error")
-        except serv.ServError as error:
-            held = error
-gc.collect()
-kept = serv.chat("kept", **ask)
-still_open = serv.stream("open at exit", **ask)
-next(still_open)
+import gc
+for ask["base_url"] in sys.argv[1:]:
+    stream = serv.stream("abandoned", **ask)
+    next(stream)
+    del stream
+    for bad in "refused", "cut":
+        for call in serv.chat, serv.stream:
+            try:
+                "".join(call(bad, **ask))
+                raise SystemExit("no error")
+            except serv.ServError as error:
+                held = error
+    gc.collect()
+    kept = serv.chat("kept", **ask)
+    still_open = serv.stream("open at exit", **ask)
+    next(still_open)
 """
 
 
-@plain_and_tls
-def test_nothing_is_left_open(secure, net_tls):
+def test_nothing_is_left_open(net_tls):
     def answer(wire, request):
-        prompt = net_prompt(request)
-        if prompt == "refused":
+        if net_prompt(request) == "refused":
             wire.sendall(http_answer({}, "401 No"))
-        elif prompt == "cut":
-            wire.sendall(NET_SSE + chunk(sse(net_delta("Hel"))))
+        elif net_prompt(request) == "cut":
+            wire.sendall(NET_BEGUN)
             return False
         else:
             net_echo(wire, request)
 
-    with Server(answer, net_tls if secure else None) as server:
-        assert net_run(NET_TIDY, server.url, flags=[
+    with Server(answer) as plain, Server(answer, net_tls) as secure:
+        assert net_run(NET_TIDY, plain.url, secure.url, flags=[
             "-X", "dev", "-W", "error::ResourceWarning"]) == ""
 
 
-# ---------------------------------------------------------------------------
-# Retries.
-# ---------------------------------------------------------------------------
-
-def net_refusal(status, kind=None, **headers):
-    """Return an error answer that asks for a retry at once."""
-    body = {"error": {"message": "no", "type": kind}}
-    return http_answer(body, "%d No" % status,
-                       **dict({"retry_after_ms": "0"}, **headers))
-
-
-@net_calls
-@pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504, 529])
-def test_a_passing_trouble_is_retried(call, status):
-    with Server([net_refusal(status)] * 2 + [net_echo]) as server:
-        assert call(server, max_retries=2) == "Hi"
-        assert len(server.requests) == 3
-        assert len({request.body for request in server.requests}) == 1
+NET_CYCLES = """
+import gc
+gc.disable()
+ask.update(timeout=0.2, max_retries=1)
+for ask["base_url"] in sys.argv[1:]:
+    for call in serv.chat, serv.stream:
+        gc.collect()
+        try:
+            "".join(call("Hi", **ask))
+        except serv.ServError as error:
+            pass
+        print(gc.collect())
+"""
 
 
-@net_calls
-@pytest.mark.parametrize("status", [
-    302, 400, 401, 402, 403, 404, 405, 410, 413, 422, 451])
-def test_a_refusal_is_not_retried(call, status):
-    with Server([net_refusal(status), net_echo]) as server:
-        error = net_error(serv.APIStatusError, call, server, max_retries=5)
-        assert error.status == status
-        assert len(server.requests) == 1
+@pytest.mark.skipif(sys.implementation.name != "cpython",
+                    reason="other collectors count otherwise")
+def test_a_failed_try_is_not_left_to_the_collector():
+    """It holds the whole request, and a socket."""
+    answers = [net_refusal(429), NET_OK], [net_refusal(429)], [
+        closing(b""), NET_OK], [closing(NET_OK[:-1])], [closing(NET_BEGUN)]
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(Server(answer)) for answer in answers]
+        counts = net_run(NET_CYCLES, *(server.url for server in servers))
+    assert counts.split() == ["0"] * 2 * len(answers)
 
 
-@pytest.mark.parametrize("error", [
-    {"type": "insufficient_quota"}, {"code": "insufficient_quota"}])
-def test_an_empty_purse_is_not_retried(error):
-    answer = http_answer({"error": dict(error, message="pay")}, "429 No",
-                         retry_after_ms="0")
-    with Server([answer, NET_OK]) as server:
-        net_error(serv.RateLimitError, net_chat, server, max_retries=5)
-        assert len(server.requests) == 1
-
+# -- Broken and cut answers ---------------------------------------------------
 
 @net_calls
-@pytest.mark.parametrize("status, told, count", [
-    (400, "true", 2), (401, "True", 2), (503, "false", 1), (429, "false", 1),
-    (400, "maybe", 1), (503, "", 2)])
-def test_x_should_retry_decides(call, status, told, count):
-    answer = net_refusal(status, x_should_retry=told)
-    with Server([answer, net_echo]) as server:
-        with contextlib.suppress(serv.APIStatusError):
-            call(server, max_retries=5)
-        assert len(server.requests) == count
-
-
-@pytest.mark.parametrize("retries", [0, 1, 4])
-def test_as_many_retries_as_asked_for(retries):
-    with Server(net_refusal(503)) as server:
-        net_error(serv.InternalServerError, net_chat, server,
-                  max_retries=retries)
-        assert len(server.requests) == retries + 1
-
-
-@pytest.mark.parametrize("headers, seconds", [
-    ({"retry_after_ms": "1500"}, 1.5),
-    ({"retry_after_ms": "0", "retry_after": "7"}, 0),
-    ({"retry_after_ms": "soon", "retry_after": "7"}, 7),
-    ({"retry_after_ms": "-1", "retry_after": "7"}, 7),
-    ({"retry_after": "7"}, 7),
-    ({"retry_after": " 7.5 "}, 7.5),
-    ({"retry_after": "0"}, 0),
-    ({"retry_after": "-1"}, None),
-    ({"retry_after": "soon"}, None),
-    ({"retry_after": ""}, None),
-    ({"retry_after": "nan"}, None),
-    ({"retry_after": "inf"}, None),
-    ({"retry_after": "1_000"}, None),
-    ({"retry_after": "\xb2"}, None),
-    ({"retry_after": "Sun, 06 Nov 1994 08:49:37 GMT"}, None),
-    ({"retry_after": "Sun, 99 Nov 1994 99:49:37 GMT"}, None),
-    ({"retry_after": "Sun, 06 Nov 99999 08:49:37 GMT"}, None),
-    ({}, None)])
-def test_what_a_server_asks_to_wait(headers, seconds):
-    with Server(http_answer({}, "503 Busy", **headers)) as server:
-        error = net_error(serv.InternalServerError, net_chat, server)
-    assert error.retry_after == seconds
-
-
-def test_a_date_to_wait_for():
-    date = email.utils.formatdate(time.time() + 100, usegmt=True)
-    with Server(http_answer({}, "503 Busy", retry_after=date)) as server:
-        error = net_error(serv.InternalServerError, net_chat, server)
-    assert 90 < error.retry_after <= 100
-
-
-@at_once(
-    ({"retry_after_ms": "200"}, 0.2, 0.7), ({"retry_after": "0.2"}, 0.2, 0.7),
-    ({"retry_after": "0"}, 0, 0.3), ({"retry_after_ms": "0"}, 0, 0.3))
-def test_the_wait_is_what_the_server_asks_for(headers, least, most):
-    with Server([http_answer({}, "429 Slow", **headers), NET_OK]) as server:
-        begun = time.monotonic()
-        assert net_chat(server, max_retries=1) == "Hello!"
-        assert least <= time.monotonic() - begun <= most
-
-
-@pytest.mark.parametrize("wait", ["86400", "999999999999999", "9" * 400,
-                                  "Fri, 31 Dec 2100 23:59:59 GMT"])
-def test_a_wait_beyond_the_budget_raises_at_once(wait):
-    with Server(http_answer({}, "429 Slow", retry_after=wait)) as server:
-        begun = time.monotonic()
-        # 400 digits may count as no number: then the back-off does not fit
-        net_error(serv.RateLimitError, net_chat, server, max_retries=5,
-                  timeout=0.1 if len(wait) > 99 else 600)
-        assert time.monotonic() - begun < 0.5
-        assert len(server.requests) == 1
-
-
-def net_retry_refused():
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))  # it does not listen yet
-
-    def serve():
-        listener.listen(5)
-        with listener.accept()[0] as wire, wire.makefile("rb") as reader:
-            read_request(reader, 1)
-            wire.sendall(NET_OK)
-
-    url = "http://127.0.0.1:%d" % listener.getsockname()[1]
-    timer = threading.Timer(0.1, serve)
-    with listener:
-        net_error(serv.APIConnectionError, net_chat, url)
-        timer.start()
-        assert net_chat(url, max_retries=3) == "Hello!"
-        timer.join()
-
-
-def net_retry_cut():
-    with Server([net_last(NET_OK[:-5]), NET_OK]) as server:
-        assert net_chat(server, max_retries=1) == "Hello!"
-        assert len(server.requests) == 2
-
-
-@at_once((net_retry_refused,), (net_retry_cut,))
-def test_a_refused_connection_and_a_cut_answer_are_retried(check):
-    check()
-
-
-@pytest.mark.parametrize("begun", [
-    NET_SSE, NET_SSE + chunk(sse(net_delta("Hel"))),
-    NET_SSE + chunk(sse({"error": {"type": "overloaded_error"}}))],
-    ids=["head", "piece", "error"])
-def test_a_stream_that_has_begun_is_not_retried(begun):
-    with Server([net_last(begun), NET_STREAM]) as server:
-        net_error(serv.ServError, net_read, server, max_retries=5)
-        assert len(server.requests) == 1
-
-
-@net_calls
-def test_a_refused_certificate_is_not_retried(call, net_tls, monkeypatch):
-    monkeypatch.delenv("SSL_CERT_FILE")
-    with Server(NET_OK, net_tls) as server:
-        begun = time.monotonic()
-        net_error(serv.APIConnectionError, call, server, max_retries=5)
-        assert time.monotonic() - begun < 0.5
-        assert server.connections == 1
-
-
-# ---------------------------------------------------------------------------
-# Broken answers.
-# ---------------------------------------------------------------------------
-
-NET_BROKEN = [
-    # what the server sends before it hangs up, the error, what that says
-    (NET_OK[:-9], serv.APIConnectionError, "cut"),
-    (http_head(content_length=9), serv.APIConnectionError, "cut"),
-    (NET_CHUNKED + b"ff\r\n{", serv.APIConnectionError, "cut"),
-    (NET_CHUNKED + chunk(json.dumps(net_said("Hi")).encode()),
-     serv.APIConnectionError, "cut"),
-    (NET_CHUNKED, serv.APIConnectionError, "cut"),
-    (NET_CHUNKED + b"zz\r\n{}\r\n", serv.APIConnectionError, ""),
-    (NET_CHUNKED + b"-5\r\n{}\r\n", serv.APIConnectionError, ""),
-    (NET_CHUNKED + b"\r\n{}\r\n", serv.APIConnectionError, ""),
-    (NET_CHUNKED + b"f" * 40 + b"\r\n{}\r\n", serv.ServError, ""),
-    (b"", serv.APIConnectionError, "clos"),
-    (b"HTTP/1.1 2", serv.APIConnectionError, ""),
-    (b"HTTP/1.1 200 OK\r\n", serv.APIConnectionError, "header"),
-    (b"HTTP/1.1 200 OK\r\nContent-Ty", serv.APIConnectionError, "header"),
-    (NET_OK[:NET_OK.index(b"\r\n\r\n") + 2], serv.APIConnectionError,
-     "header"),
-    (b"SSH-2.0-OpenSSH_9.6\r\n", serv.APIConnectionError, "SSH-2.0"),
-    (b"\x15\x03\x03\x00\x02\x02\x28", serv.APIConnectionError, ""),
-    (b"\0\1\2\r\n\r\n", serv.APIConnectionError, ""),
-    (b"HTTP/1.1 999999 What\r\n\r\n", serv.APIConnectionError, ""),
-    (http_answer(gzip.compress(b"{}"), content_encoding="gzip"),
-     serv.APIResponseError, "gzip"),
-    (http_answer(b"?", content_encoding="br"), serv.APIResponseError, "br"),
-    (http_answer(b"<html>Log in</html>", kind="text/html"),
-     serv.APIResponseError, "<html>Log in"),
-    (http_answer(b"\xff\xfe\xfd"), serv.APIResponseError, "JSON"),
-    (http_answer(b""), serv.APIResponseError, "nothing"),
-    (http_answer(b"", "204 No Content"), serv.APIResponseError, "nothing"),
-    (http_answer(b"null"), serv.APIResponseError, "null"),
-    (http_answer(b"[]"), serv.APIResponseError, "\\[\\]"),
-    (http_answer(b"{}"), serv.APIResponseError, "{}"),
-    (http_answer(b'{"choices": 1}'), serv.APIResponseError, "choices"),
-    (http_head() + b'{"choices": [{"mess', serv.APIResponseError, "choices"),
-    (http_answer({"error": {"type": "rate_limit_error", "message": "slow"}}),
-     serv.RateLimitError, "429.*slow"),
-    (http_answer({"error": "broke"}), serv.InternalServerError, "broke"),
-    (http_head("500 Oops", content_length=99) + b"half",
-     serv.InternalServerError, "500.*half"),
-    (http_head("401 No", transfer_encoding="chunked") + b"zz",
-     serv.AuthenticationError, "401"),
-    (http_answer(b"<h1>Bad gateway</h1>", "502 Bad Gateway", "text/html"),
-     serv.InternalServerError, "502.*Bad gateway"),
-]
-
-
-@net_calls
-@pytest.mark.parametrize("data, kind, says", NET_BROKEN, ids=net_short)
+@table("data, kind, says", {
+    # what the server sends before it hangs up, the error, what it says
+    "a cut body": (NET_OK[:-9], NET_CUT, "cut"),
+    "no body": (http_head(content_length=9), NET_CUT, "cut"),
+    "a cut chunk": (NET_CHUNKED + b"ff\r\n{", NET_CUT, "cut"),
+    "no last chunk": (NET_CHUNKED + chunk(json.dumps(
+        net_said("Hi")).encode()), NET_CUT, "cut"),
+    "no chunk": (NET_CHUNKED, NET_CUT, "cut"),
+    "the size zz": (NET_CHUNKED + b"zz\r\n{}\r\n", NET_CUT, ""),
+    "the size -5": (NET_CHUNKED + b"-5\r\n{}\r\n", NET_CUT, ""),
+    "no size": (NET_CHUNKED + b"\r\n{}\r\n", NET_CUT, ""),
+    "nothing": (b"", NET_CUT, "clos"),
+    "a cut status line": (b"HTTP/1.1 2", NET_CUT, ""),
+    "no header": (b"HTTP/1.1 200 OK\r\n", NET_CUT, "header"),
+    "a cut header": (b"HTTP/1.1 200 OK\r\nContent-Ty", NET_CUT, "header"),
+    "a header without an end": (
+        NET_OK[:NET_OK.index(b"\r\n\r\n") + 2], NET_CUT, "header"),
+    "SSH": (b"SSH-2.0-OpenSSH_9.6\r\n", NET_CUT, "SSH-2.0"),
+    "TLS": (b"\x15\x03\x03\x00\x02\x02\x28", NET_CUT, ""),
+    "no text": (b"\0\1\2\r\n\r\n", NET_CUT, ""),
+    "the status 999999": (b"HTTP/1.1 999999 What\r\n\r\n", NET_CUT, ""),
+    "gzip": (http_answer(gzip.compress(b"{}"), content_encoding="gzip"),
+             NET_ODD, "gzip"),
+    "an unknown encoding": (
+        http_head(transfer_encoding="br, chunked"), NET_ODD, "br, chunked"),
+    "no content": (http_answer(b"", "204 No Content"), NET_ODD, "nothing"),
+    "a cut error": (http_head("500 Oops", content_length=99) + b"half",
+                    serv.InternalServerError, "500.*half"),
+    "an error without a body": (http_head(
+        "401 No", transfer_encoding="chunked") + b"zz",
+        serv.AuthenticationError, "401")})
 def test_a_broken_answer(call, data, kind, says):
-    with Server(net_last(data)) as server:
-        error = net_error(serv.ServError, call, server)
-        assert isinstance(error, kind)
-        assert re.search(says, str(error))
-        assert server.url in str(error) and "\n" not in str(error)
+    with Server(closing(data)) as server:
+        error = net_error(kind, call, server)
         assert len(server.requests) == 1
+    assert re.search(says, str(error)) and error.reply is None
+    assert server.url in str(error) and "\n" not in str(error)
 
 
-@net_calls
-@pytest.mark.parametrize("size", [0, 10, 30, len(NET_OK) - 5])
-def test_a_reset(call, size):
+@pytest.mark.parametrize("size", [0, 10, len(NET_OK) - 5])
+def test_a_reset_is_a_connection_error(size):
     with Server(net_reset(NET_OK[:size])) as server:
-        net_error(serv.APIConnectionError, call, server)
+        net_error(NET_CUT, net_chat, server)
 
 
-def net_cut_stream(data, kind):
-    with Server(net_last(data)) as server:
-        stream = net_stream(server)
-        assert next(stream) == "Hel"
-        error = net_error(kind, list, stream)
-    assert error.reply.text == "Hel"
-    assert stream.reply == error.reply
-    return str(error)
-
-
-@pytest.mark.parametrize("tail, kind", [
-    (b"", serv.APIConnectionError),
-    (chunk(b""), serv.APIConnectionError),
-    (b"ff\r\ndata", serv.APIConnectionError),
-    (b"zz\r\n", serv.APIConnectionError),
-    (chunk(b"data: {]\n\n"), serv.APIResponseError),
-    (chunk(b"data: 7\n\n"), serv.APIResponseError),
-    (chunk(sse({"error": {"message": "no"}})), serv.InternalServerError),
-], ids=net_short)
-def test_a_broken_stream(tail, kind):
-    net_cut_stream(NET_SSE + chunk(sse(net_delta("Hel"))) + tail, kind)
-
-
-def test_a_stream_reset_midway():
-    got = threading.Event()
+def test_a_stream_that_is_reset_keeps_what_came():
+    arrived = threading.Event()
 
     def answer(wire, request):
-        wire.sendall(NET_SSE + chunk(sse(net_delta("Hel"))))
-        got.wait(10)
+        wire.sendall(NET_BEGUN)
+        arrived.wait(10)
         return net_reset()(wire, request)
 
     with Server(answer) as server:
         stream = net_stream(server)
         assert next(stream) == "Hel"
-        got.set()
-        error = net_error(serv.APIConnectionError, next, stream)
-    assert error.reply.text == "Hel"
+        arrived.set()
+        error = net_error(NET_CUT, next, stream)
+    assert (error.reply.text, error.reply.partial) == ("Hel", True)
 
 
-@net_calls
-@pytest.mark.parametrize("then", ["close", "hold", "read"])
-def test_an_answer_during_an_upload_is_read(call, then):
+@pytest.mark.parametrize("secure", [True, False],
+                         ids=["http to TLS", "https to none"])
+def test_the_wrong_scheme_is_a_connection_error(secure, net_tls):
+    with Server(net_echo, net_tls if secure else None) as server:
+        url = server.url.split(":", 1)[1]
+        net_error(NET_CUT, net_chat, ("http:" if secure else "https:") + url,
+                  timeout=5)
+
+
+def test_an_error_before_the_end_of_the_upload_is_read():
     def answer(wire):
-        data = b""
-        while b"\r\n\r\n" not in data:
-            data += wire.recv(1 << 10)
+        wire.recv(1 << 10)
         wire.sendall(http_answer({"error": {"message": "too large"}},
                                  "413 Payload Too Large"))
-        if then == "hold":
-            over.wait(20)
-        while then == "read" and wire.recv(1 << 16):
-            pass
 
-    over = threading.Event()
-    with NetRaw(answer) as server:
-        begun = time.monotonic()
-        error = net_error(serv.APIStatusError, call, server, "x" * (1 << 24))
-        assert time.monotonic() - begun < 3
-        over.set()
+    with NetBare(answer) as server:
+        error = net_error(serv.APIStatusError, net_chat, server,
+                          "x" * (1 << 23))
     assert (error.status, error.message) == (413, "too large")
 
 
-# ---------------------------------------------------------------------------
-# Hostile servers.
-# ---------------------------------------------------------------------------
+@plain_and_tls
+@table("interim", {
+    "102": b"HTTP/1.1 102 Processing\r\nX: y\r\n\r\n",
+    "103": b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n",
+    "many": b"HTTP/1.1 100 Continue\r\n\r\n" * 50,
+    "Connection: close": b"HTTP/1.1 103 E\r\nConnection: close\r\n\r\n",
+    "HTTP/1.0": b"HTTP/1.0 102 Processing\r\n\r\n"})
+def test_an_interim_answer_is_skipped(secure, interim, net_tls):
+    """http.client would close itself, and dial anew without TLS."""
+    with Server(interim + NET_OK, net_tls if secure else None) as server:
+        assert [net_chat(server) for _ in range(2)] == ["Hello!"] * 2
+        assert len(server.requests) == 2
+
+
+def test_an_interim_answer_does_not_end_an_upload():
+    def answer(wire):
+        wire.sendall(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+        with wire.makefile("rb") as reader:
+            assert len(read_request(reader, 0).body) > 1 << 23
+        wire.sendall(NET_OK)
+
+    with NetBare(answer) as server:
+        assert net_chat(server, "x" * (1 << 23)) == "Hello!"
+
+
+# -- Signals ------------------------------------------------------------------
+
+@contextlib.contextmanager
+def net_alarm(handler, seconds=0.04):
+    """Have a handler called by a signal, once."""
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@needs_alarm
+@pytest.mark.parametrize("place, raised", [
+    *((place, TimeoutError) for place in (
+        "connect", "handshake", "upload", "head", "TLS", "body", "stream",
+        "the wait for a retry")),
+    *itertools.product(("head", "stream"), (OSError, KeyboardInterrupt))])
+def test_what_a_signals_handler_raises_comes_out(place, raised, net_tls):
+    """And nothing is sent again: it might be billed."""
+    def handler(*_):
+        raise mine
+
+    mine = raised("the caller's own")
+    prompt, seconds = "Hi", 0.04
+    if place == "upload":
+        prompt, seconds = "x" * (1 << 23), 0.15
+    with net_silent(place, net_tls) as (url, requests):
+        with net_alarm(handler, seconds), pytest.raises(raised) as caught:
+            net_read(url, prompt, max_retries=5, timeout=2)
+        assert caught.value is mine and mine.__cause__ is None
+        assert len(requests) <= 1
+
+
+@needs_alarm
+def test_a_signals_handler_may_make_a_call_in_the_middle_of_another():
+    said = []
+
+    def answer(wire, request):
+        while net_prompt(request) == "outer" and not said:
+            time.sleep(0.001)
+        net_echo(wire, request)
+
+    with Server(answer) as server:
+        net_chat(server, "to be kept")
+        with net_alarm(lambda *_: said.append(net_chat(server, "inner"))):
+            assert net_chat(server, "outer") == "outer"
+    assert said == ["inner"]
+
+
+# -- Hostile servers ----------------------------------------------------------
 
 def net_flood(head, piece):
     """Return an answer that never ends, as fast as it is taken."""
-    piece *= max(1, (1 << 18) // len(piece))
-
-    def answer(wire, request):
-        wire.sendall(head)
-        while True:
-            wire.sendall(piece)
-    return answer
+    return net_drip(head, piece * max(1, (1 << 16) // len(piece)), 0)
 
 
-NET_FLOODS = {
-    "status line": net_flood(b"HTTP/1.1 200 ", b"x"),
-    "header line": net_flood(b"HTTP/1.1 200 OK\r\nX: ", b"x"),
-    "header block": net_flood(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
-    "folded header": net_flood(b"HTTP/1.1 200 OK\r\nX: y\r\n", b" y\r\n"),
-    "continue": net_flood(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
-    "continue with headers": net_flood(
-        b"HTTP/1.1 100 Continue\r\n", b"X: y\r\n"),
-    "body": net_flood(http_head(), b" "),
-    "long body": net_flood(http_head(content_length=10 ** 15), b" "),
-    "chunks": net_flood(NET_CHUNKED, chunk(b" " * 999)),
-    "one chunk": net_flood(NET_CHUNKED + b"fffffffffff\r\n", b" "),
-    "chunk size": net_flood(NET_CHUNKED, b"0"),
-    "chunk extension": net_flood(NET_CHUNKED + b"1;", b"x"),
-    "trailers": net_flood(NET_CHUNKED + b"0\r\n", b"X: y\r\n"),
-    "error body": net_flood(http_head("500 Oops"), b"x"),
-    "html": net_flood(http_head(kind="text/html"), b"<br>"),
-    "event line": net_flood(NET_SSE + b"fffffffffff\r\n", b"x"),
-    "data line": net_flood(NET_SSE + b"fffffffffff\r\ndata: ", b"x"),
-    "data lines": net_flood(NET_SSE + b"fffffffffff\r\n", b"data: x\n"),
-    "name lines": net_flood(NET_SSE + b"fffffffffff\r\n", b"event: x\n"),
-    "comments": net_flood(NET_SSE, chunk(b": ping\n\n" * 99)),
-    "text": net_flood(NET_SSE, chunk(sse(net_delta("x" * 999)))),
-    "choices": net_flood(NET_SSE, chunk(sse({"choices": [{}] * 9999}))),
-    "calls": net_flood(NET_SSE, chunk(sse({"choices": [{"delta": {
-        "tool_calls": [{"id": str(turn)} for turn in range(999)]}}]}))),
-}
+NET_LONG = NET_SSE + b"fffffffffff\r\n"  # a chunk of 17 terabytes
 
-NET_HOSTILE = """
-import json, os, re, resource, sys, serv
-def peak():
-    if os.path.exists("/proc/self/status"):  # Linux lets a child inherit
-        with open("/proc/self/status") as file:  # its parent's ru_maxrss
-            used = re.search("VmHWM:[^0-9]*([0-9]+)", file.read())
-        return int(used.group(1)) >> 10
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used // (1 << 20 if sys.platform == "darwin" else 1 << 10)
-ask = dict(system="s", base_url=sys.argv[1], timeout=0.15, max_retries=0)
-serv.MAX_BODY = serv.MAX_STREAM = 1 << 22
-before, ends = peak(), []
-for flood in sys.argv[2:]:
-    for call in serv.chat, serv.stream:
-        try:
-            "".join(call(flood, **ask))
-            ends.append([flood, "no error"])
-        except serv.ServError as error:
-            ends.append([flood, type(error).__name__])
-            assert len(str(error)) < 2000, flood
-print(json.dumps([ends, peak() - before]))
+
+@table("call, head, piece, kind", {
+    "status line": (net_chat, b"HTTP/1.1 200 ", b"x", NET_CUT),
+    "header": (net_chat, b"HTTP/1.1 200 OK\r\nX: ", b"x", NET_CUT),
+    "headers": (net_chat, b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", NET_CUT),
+    "folded header": (
+        net_chat, b"HTTP/1.1 200 OK\r\nX: y\r\n", b" y\r\n", NET_CUT),
+    "headers of an interim answer": (
+        net_chat, b"HTTP/1.1 100 Continue\r\n", b"X: y\r\n", NET_CUT),
+    "body": (net_chat, http_head(), b" ", NET_ODD),
+    "long body": (
+        net_chat, http_head(content_length=10 ** 15), b" ", NET_ODD),
+    "chunks": (net_chat, NET_CHUNKED, chunk(b" " * 999), NET_ODD),
+    "chunk": (net_chat, NET_CHUNKED + b"fffffffffff\r\n", b" ", NET_ODD),
+    "size of a chunk": (net_chat, NET_CHUNKED, b"0", NET_CUT),
+    "extension of a chunk": (net_chat, NET_CHUNKED + b"1;", b"x", NET_CUT),
+    "trailer": (net_chat, NET_CHUNKED + b"0\r\n", b"x", NET_CUT),
+    "error": (net_chat, http_head("500 Oops"), b"x",
+              serv.InternalServerError),
+    "page": (net_read, http_head(kind="text/html"), b"<br>", NET_ODD),
+    "line": (net_read, NET_LONG, b"x", NET_ODD),
+    "data line": (net_read, NET_LONG + b"data: ", b"x", NET_ODD),
+    "data lines": (net_read, NET_LONG, b"data: x\n", NET_ODD),
+    "event lines": (net_read, NET_LONG, b"event: x\n", NET_ODD),
+    "comments": (net_read, NET_SSE, chunk(b": ping\n\n" * 99), NET_ODD),
+    "text": (net_read, NET_SSE, chunk(sse(net_delta("x" * 999))), NET_ODD),
+    "tool calls": (net_read, NET_SSE, chunk(sse({"choices": [{"delta": {
+        "tool_calls": [{"id": str(turn)} for turn in range(999)]}}]})),
+        NET_ODD)})
+def test_a_flood_is_bounded_by_a_limit_not_by_the_budget(
+        call, head, piece, kind, monkeypatch):
+    monkeypatch.setattr(serv, "MAX_BODY", 1 << 20)
+    monkeypatch.setattr(serv, "MAX_STREAM", 1 << 20)
+    with Server(net_flood(head, piece)) as server:
+        error = net_error(kind, call, server)
+    assert len(str(error)) < 2000
+    assert len(getattr(error, "body", "")) <= serv.MAX_ERROR
+
+
+@net_calls
+def test_what_is_within_the_limits_is_taken_whole(call):
+    text = "0123456789" * 10 ** 6
+    answer = http_answer(net_said(text)) if call is net_chat else (
+        stream_answer(net_delta(text, "stop")))
+    with Server(answer) as server:
+        assert net_within(5, lambda: call(server)) == text
+
+
+# Each in a thread with the smallest stack that a common system gives (musl).
+NET_SMALL_STACK = """
+import json, threading
+threading.stack_size(128 << 10)
+ends = {}
+def work(name, call):
+    try:
+        reply = call(name, **ask)
+        if call is serv.stream:
+            list(reply.events())
+            reply = reply.reply
+        ends[name] = reply.text or type(reply.tool_calls[0].arguments).__name__
+    except serv.ServError as error:
+        ends[name] = type(error).__name__
+        assert len(str(error)) < 999
+for name in sys.argv[2:]:
+    call = serv.stream if name.startswith("stream") else serv.chat
+    thread = threading.Thread(target=work, args=(name, call))
+    thread.start()
+    thread.join()
+print(json.dumps(ends))
 """
 
 
-def test_no_flood_fills_the_memory():
-    pytest.importorskip("resource")
-    names = list(NET_FLOODS)
-    with Server(lambda wire, request: NET_FLOODS[net_prompt(request)](
-            wire, request)) as server:
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            told = list(pool.map(lambda part: json.loads(net_run(
-                NET_HOSTILE, server.url, *names[part::4])), range(4)))
-    assert sum(megabytes for _, megabytes in told) < 150
-    ends = [end for part, _ in told for end in part]
-    assert [end for end in ends if end[1] not in (
-        "APIConnectionError", "APIResponseError", "APITimeoutError",
-        "InternalServerError")] == []
-    assert [end for end in ends if end[0] == "error body"] == [
-        ["error body", "InternalServerError"]] * 2
+def net_call_of(name, arguments):
+    """Return a choice with a tool call, as a message or a delta."""
+    return {"choices": [{"index": 0, "finish_reason": "tool_calls", name: {
+        "content": None, "tool_calls": [{"index": 0, "id": "a", "function": {
+            "name": "f", "arguments": arguments}}]}}]}
 
 
-def test_many_a_continue_before_an_answer():
-    with Server(b"HTTP/1.1 100 Continue\r\n\r\n" * 50 + NET_OK) as server:
-        assert net_chat(server) == "Hello!"
+def net_deep(text):
+    """Yield cases of JSON in an answer: a name, its end, the answer."""
+    field = (json.dumps(net_said("x"))[:-1] + ', "y": ' + text + "}").encode()
+    yield "answer", "APIResponseError", http_answer(text.encode())
+    yield "field", "APIResponseError", http_answer(field)
+    yield "error", "InternalServerError", http_answer(field, "500 Oops")
+    yield "stream", "APIResponseError", stream_answer(net_delta("x"), text)
+    yield "arguments", "str", http_answer(net_call_of("message", text))
+    yield "stream of arguments", "str", stream_answer(
+        net_call_of("delta", text))
 
 
-NET_DEEP = ["[" * 100000, "[" * 100000 + "]" * 100000,
-            '{"a":' * 100000 + "1" + "}" * 100000]
+def test_deep_json_ends_no_process_with_a_small_stack():
+    ends, answers = {}, {}
+    for depth in 1000, 20000:
+        for text in ("[" * depth, "[" * depth + "]" * depth,
+                     '{"a":' * depth + "1" + "}" * depth):
+            for name, end, answer in net_deep(text):
+                name += " %s %d" % (text[:5] + text[-1:], depth)
+                ends[name], answers[name] = end, answer
+    # What is not too deep, but nearly; brackets in a text are not counted.
+    depth = serv.MAX_DEPTH - 2
+    near = dict(net_said("x"), y=json.loads("[" * depth + "]" * depth))
+    event = dict(net_delta("x", "stop"), y=near["y"])
+    text = '[{"' * 9999 + "\\" * 3
+    for name, end, answer in (
+            ("near", "x", http_answer(near)),
+            ("stream near", "x", stream_answer(event)),
+            ("error near", "InternalServerError", http_answer(near, "500 O")),
+            ("flat", "x", http_answer(dict(net_said("x"), y=[[]] * 9999))),
+            ("text", text, http_answer(net_said(text))),
+            ("stream of text", text, stream_answer(net_delta(text, "stop")))):
+        ends[name], answers[name] = end, answer
+    with Server(lambda wire, request: wire.sendall(
+            answers[net_prompt(request)])) as server:
+        printed = net_run(NET_SMALL_STACK, server.url, *answers)
+    assert json.loads(printed) == ends
 
 
-@net_calls
-@pytest.mark.parametrize("text", NET_DEEP, ids=["open", "list", "dict"])
-def test_deep_json_in_an_answer(call, text):
-    with Server(http_answer(text.encode())) as server:
-        net_error(serv.APIResponseError, call, server)
-    inside = '{"choices": [{"message": {"content": "", "x": %s}}]}' % text
-    with Server(http_answer(inside.encode())) as server:
-        net_error(serv.APIResponseError, call, server)
-
-
-@net_calls
-@pytest.mark.parametrize("text", NET_DEEP, ids=["open", "list", "dict"])
-def test_deep_json_in_an_error(call, text):
-    with Server(http_answer(text.encode(), "500 Oops")) as server:
-        error = net_error(serv.InternalServerError, call, server)
-    assert len(str(error)) < 2000
-    assert str(pickle.loads(pickle.dumps(error))) == str(error)
-
-
-@pytest.mark.parametrize("text", NET_DEEP, ids=["open", "list", "dict"])
-def test_deep_json_in_an_event(text):
-    assert net_cut_stream(NET_SSE + chunk(sse(net_delta("Hel")) + sse(text)),
-                          serv.APIResponseError)
-
-
-def test_an_event_of_20_megabytes():
-    text = "0123456789" * (2 * 10 ** 6)
-    with Server(stream_answer(net_delta(text, "stop"), "[DONE]")) as server:
-        assert net_read(server) == text
-
-
-def test_an_answer_of_20_megabytes():
-    text = "0123456789" * (2 * 10 ** 6)
-    with Server(http_answer(net_said(text))) as server:
-        assert net_chat(server) == text
-
-
-def test_a_stream_in_packets_of_two_bytes():
-    texts = ["piece %d, \u20ac \U0001f600;" % turn for turn in range(50)]
-    data = stream_answer(*map(net_delta, texts), net_delta("", "stop"),
-                         "[DONE]")
-
-    def answer(wire, request):
-        for start in range(0, len(data), 2):
-            wire.sendall(data[start:start + 2])
-
-    with Server(answer) as server:
-        assert list(net_stream(server)) == texts
-
-
-NET_HTTP_PARTS = [
-    b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 ", b"HTTP/1.0 200\r\n", b"200 OK",
-    b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 503 \xff\r\n", b"\r\n",
-    b"\n", b"\r", b": ", b"Content-Length: ", b"5\r\n", b"-1\r\n",
-    b"9" * 30 + b"\r\n", b"\xb2\r\n", b"Transfer-Encoding: chunked\r\n",
-    b"Transfer-Encoding: gzip\r\n", b"Content-Type: text/event-stream\r\n",
+NET_PARTS = [
+    NET_OK, NET_STREAM, net_refusal(503), http_head(content_length=-1),
+    http_head("100 Continue", transfer_encoding="gzip"), b"HTTP/1.0 200\r\n",
     b"Content-Type: \xff;=;\r\n", b"Content-Encoding: \xe9\r\n",
-    b"Retry-After: \xb2\r\n", b"Location: \xff\r\n", b"Connection: close\r\n",
-    b"\r\n\r\n", b"0\r\n\r\n", b"{}", b"data: {}\n\n", b"\0", b"\xff\xfe",
-    NET_OK, NET_OK[:40], NET_STREAM, NET_STREAM[:150]]
-NET_SSE_PARTS = [
-    b"data", b":", b" ", b"\n", b"\r", b"\r\n", b"\n\n", b"\xef\xbb\xbf",
-    b"event: error\n", b"event: ", b"data: ", b"data: [DONE]\n\n", b"id: 1\n",
-    b"{", b"}", b"[", b"]", b"null", b"-1", b"1e999", b'"', b",",
-    b'"choices":', b'"index":', b'"delta":', b'"content":', b'"tool_calls":',
-    b'"function":', b'"arguments":', b'"type":', b'"error":', b'"message":',
-    b'"finish_reason":"stop"', b'"usage":', b'"a"', b"\\ud83d", b"\xff",
-    b'{"choices":[', b'{"choices":[{"index":0,"delta":{"content":',
-    b'"x"}}]}\n\n', sse(net_delta("a")), sse(net_delta("b", "stop")),
-    sse({"type": "content_block_delta", "index": 0, "delta": {
-        "type": "text_delta", "text": "c"}})]
+    b"Retry-After: \xb2\r\n", b"Location: \xff\r\n", b"\r\n", b"{}", b"\0"]
 
 
-def net_fuzz(parts, turns, head=b""):
-    """Ask for garbage, another each time; return how the calls ended."""
+@table("head", {"HTTP": b"", "behind a status": b"HTTP/1.1 200 OK\r\n",
+                "a stream": http_head(kind="text/event-stream")})
+def test_random_bytes_are_an_answer_or_an_error_of_one_line(head):
     def answer(wire, request):
-        pick = random.Random(net_prompt(request))
-        data = b"".join(
-            pick.choice(parts) if pick.random() < 0.95
-            else bytes(pick.randrange(256) for _ in range(pick.randrange(9)))
-            for _ in range(pick.randrange(1, 16)))
-        wire.sendall(head + data)
+        pick, data = random.Random(net_prompt(request)), head
+        for _ in range(pick.randrange(1, 16)):
+            part = pick.choice(NET_PARTS)
+            begin = pick.choice([0, pick.randrange(len(part))])
+            data += part[begin:pick.randrange(begin, len(part)) + 1]
+            data += bytes(pick.choices(range(256), k=pick.choice([0, 0, 2])))
+        wire.sendall(data)
         return False
 
-    ends = collections.Counter()
+    ends = set()
     with Server(answer) as server:
-        for turn in range(turns):
-            endpoint = "messages" if turn % 5 == 0 else "chat"
-            call = net_chat if turn % 3 == 0 else net_read
-            options = {} if call is net_chat else {
-                "endpoint": endpoint, "max_tokens": 9}
+        for turn in range(120):
             try:
-                call(server, str(turn), timeout=5.0, **options)
-                ends["answer"] += 1
+                (net_read if turn % 3 else net_chat)(server, str(turn))
             except serv.ServError as error:
                 assert "\n" not in str(error)
-                ends[type(error).__name__] += 1
-    return ends
+                ends.add(type(error))
+    assert {NET_CUT, NET_ODD} <= ends and serv.APITimeoutError not in ends
 
 
-def test_random_bytes_for_http():
-    ends = net_fuzz(NET_HTTP_PARTS, 500)
-    assert ends["APIConnectionError"] and ends["APIResponseError"]
-    assert not ends["APITimeoutError"]
+# -- The key is in one header, and in no error --------------------------------
+
+def test_the_key_is_in_one_header_only():
+    with Server(net_echo) as server:
+        net_chat(server)
+        [request] = server.requests
+    assert request.headers["authorization"] == "Bearer " + KEY
+    assert str(request).count(KEY) == 1
 
 
-def test_random_bytes_behind_a_good_status_line():
-    ends = net_fuzz(NET_HTTP_PARTS, 500, b"HTTP/1.1 200 OK\r\n")
-    assert ends["APIConnectionError"] and ends["APIResponseError"]
-    assert not ends["APITimeoutError"]
+def net_texts(value, seen):
+    """Yield every text that can be reached from a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, bytes):
+        yield value.decode("latin-1")
+    elif id(value) not in seen and not callable(value):
+        seen[id(value)] = value
+        yield repr(value)
+        parts = list(getattr(value, "__dict__", {}).values())
+        if hasattr(value, "items"):
+            parts += [part for pair in value.items() for part in pair]
+        elif isinstance(value, (list, tuple, set)):
+            parts += value
+        if isinstance(value, BaseException):
+            yield str(value)
+            parts += traceback.format_exception(
+                type(value), value, value.__traceback__)
+            parts += [getattr(value, name) for name in dir(value)
+                      if not name.startswith("__")]
+            parts += [value.__cause__, value.__context__]
+        for part in parts:
+            yield from net_texts(part, seen)
 
 
-def test_random_bytes_for_events():
-    ends = net_fuzz(NET_SSE_PARTS, 600,
-                    http_head(kind="text/event-stream"))
-    assert len(ends) > 3 and not ends["APITimeoutError"]
+def net_assert_secret(error, key=KEY):
+    """Check that nothing that can be reached from an error holds a key."""
+    data = pickle.dumps(error)
+    for text in (*net_texts(error, {}), *net_texts(pickle.loads(data), {})):
+        assert key not in text
+    assert key.encode() not in data
+    assert key[:12] not in str(error)  # a part of it where a message is cut
+    assert isinstance(error.__cause__, (OSError, type(None)))
+    # What a collector of local variables would show of our own objects.
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for value in frame.f_locals.values():
+            if type(value).__module__ == "serv":
+                assert key not in repr(value)
+                if isinstance(value, collections.abc.Collection):
+                    assert key not in repr(list(value))
 
 
-# ---------------------------------------------------------------------------
-# The key goes to one host, in one header.
-# ---------------------------------------------------------------------------
-
-@net_calls
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_is_not_followed(call, status):
-    with Server(net_echo) as other:
-        place = other.url + "/v1/elsewhere"
-        with Server(http_answer(b"", "%d Moved" % status,
-                                location=place)) as server:
-            error = net_error(serv.APIStatusError, call, server)
-            assert len(server.requests) == 1
-        assert other.connections == 0
-    assert error.status == status and place in str(error)
-
-
-@net_calls
-def test_the_key_is_in_one_header_only(call):
-    seen = []
-
-    def answer(wire):
-        data = wire.recv(1 << 16)
-        while not data.endswith(b"}"):
-            data += wire.recv(1 << 16)
-        seen.append(data)
-        wire.sendall(NET_OK)
-
-    with NetRaw(answer) as server:
-        call(server)
-    assert seen[0].count(KEY.encode()) == 1
-    assert ("\r\nAuthorization: Bearer %s\r\n" % KEY).encode() in seen[0]
-
-
-NET_TELLTALES = [
-    b"HTTP/1.1 401 No\r\n folded " + KEY.encode() +
-    b"\r\nContent-Length: 2\r\n\r\n{}",
-    http_answer({"error": {"message": "Bearer " + KEY, "type": KEY,
-                           "code": KEY, "param": KEY, KEY: [KEY]}}, "401 No"),
-    http_answer({"detail": ["x" * 380 + KEY]}, "422 No"),
-    http_answer({}, "401 No", x_request_id=KEY, x_echo=KEY),
-    http_answer(b"", "302 Found", location="http://host.test/?key=" + KEY),
-    http_answer(b"<p>" + KEY.encode(), "403 " + KEY, "text/html"),
-    http_answer(b"{}", content_encoding=KEY),
-    http_answer(KEY.encode()), http_answer({"error": KEY}),
-    KEY.encode() + b"\r\n", b"HTTP/1.1 " + KEY.encode() + b"\r\n\r\n",
-    NET_CHUNKED + KEY.encode() + b"\r\n",
-    http_head(content_length=99) + KEY.encode(),
-    b"HTTP/1.1 401 No\r\nContent-Type: multipart/mixed; boundary=b\r\nno\r\n"
-    b"--b\r\n " + KEY.encode() + b"\r\n\r\n",
-    NET_SSE + chunk(sse({"error": {"message": KEY, "type": KEY}})),
-    NET_SSE + chunk(b"data: {" + KEY.encode() + b"\n\n"),
-    NET_SSE + chunk(sse(net_delta(KEY))),
-]
-
-
-def net_secrets(error):
-    """Return all that an error could tell: text, values, causes, lines."""
-    chain = [error]
-    for link in chain:
-        chain += [other for other in (link.__cause__, link.__context__)
-                  if other is not None and other not in chain]
-    told = [pickle.dumps(error).decode("latin-1")]
-    for link in chain:
-        told += [str(link), repr(link), repr(link.args), repr(vars(link))]
-        headers = getattr(link, "headers", None)
-        told += [repr(headers.items())] if headers else []
-    told += traceback.format_exception(type(error), error,
-                                       error.__traceback__)
-    return "\n".join(told)
-
-
-@net_calls
-@pytest.mark.parametrize("data", NET_TELLTALES, ids=net_short)
-def test_no_error_tells_the_key(call, data):
-    with Server(net_last(data)) as server:
-        error = net_error(serv.ServError, call, server)
-    if b"chat.completion.chunk" in data:  # what the model says is the reply
-        error.reply = None
-    assert KEY not in net_secrets(error)
-    assert KEY[:-4] not in str(error)
-
-
-NET_INJECTIONS = [
-    dict(headers={"X-Test": "a\r\nX-Evil: 1"}),
-    dict(headers={"X-Test": "a\nX-Evil: 1"}),
-    dict(headers={"X-Test": "a\rX-Evil: 1"}),
-    dict(headers={"X-Test": "a\r\n X-Evil: 1"}),
-    dict(headers={"X-Test": "a\0b"}),
-    dict(headers={"X-Test": "a\u010ab"}),
-    dict(headers={"X-Test\r\nX-Evil": "1"}),
-    dict(headers={"X-Evil: 1\r\nX-Test": "1"}),
-    dict(headers={"": "1"}), dict(headers={"X Test": "1"}),
-    dict(headers={"Authorization": "Bearer a\r\nX-Evil: 1"}),
-    dict(headers={"Content-Length": "1"}), dict(headers={"HOST": "evil"}),
-    dict(headers={"transfer-encoding": "chunked"}),
-    dict(api_key="a\r\nX-Evil: 1"), dict(api_key="a\nb"),
-    dict(api_key="a\0b"), dict(api_key="serv_\u2026"),
-]
+NET_PAGE = b"<html><p>" + b"." * 360 + KEY.encode() + b"</p>"
+NET_TWO_PIECES = net_delta(KEY[:9]), net_delta(KEY[9:])
+NET_ECHOES = {
+    "every field": http_answer({"error": {
+        "message": "Bad " + KEY, "type": KEY, "code": KEY, "param": KEY,
+        KEY: [{"a": [KEY]}]}}, "401 No"),
+    "bare string": http_answer({"error": KEY}, "401 No"),
+    "list": http_answer([[KEY], {KEY: KEY}], "401 No"),
+    "detail": http_answer({"detail": ["x" * 380 + KEY]}, "422 No"),
+    "200": http_answer({"error": {"message": KEY, "type": KEY}}),
+    "no answer": http_answer({"said": KEY}),
+    "header": http_answer({}, "401 No", X_Echo=KEY, X_Request_Id="r" + KEY),
+    "kind": http_answer({}, "401 No", "text/" + KEY),
+    "reason": http_answer({}, "401 " + KEY),
+    "redirect": http_answer({}, "307 Go", location="http://a.test/" + KEY),
+    "encoding": http_answer({}, content_encoding=KEY),
+    "page": http_answer(NET_PAGE, "403 No", "text/html"),
+    "page of a 200": http_answer(NET_PAGE, kind="text/html"),
+    "text": http_answer(KEY.encode()),
+    "folded status": b"HTTP/1.1 401 No\r\n folded " + KEY.encode() +
+                     b"\r\nContent-Length: 2\r\n\r\n{}",
+    "status line": b"HTTP/1.1 " + KEY.encode() + b" No\r\n\r\n",
+    "no status line": KEY.encode() + b"\r\n\r\n",
+    "multipart": b"HTTP/1.1 401 No\r\nContent-Type: multipart/mixed; "
+                 b"boundary=b\r\nno\r\n--b\r\n " + KEY.encode() + b"\r\n\r\n",
+    "size of a chunk": NET_CHUNKED + KEY.encode() + b"\r\n",
+    "length": http_head(content_length=KEY) + b"{}",
+    "cut body": http_head(content_length=999) + KEY.encode(),
+    "error event": stream_answer({"error": {
+        "message": KEY, "type": KEY, "code": KEY, "param": KEY}}),
+    "broken event": stream_answer('{"a": "%s' % KEY),
+    "event of no text": stream_answer({"choices": KEY}),
+    "cut stream": stream_answer(net_delta("a" + KEY)),
+    "two pieces": stream_answer(*NET_TWO_PIECES),
+    "two pieces and an error": stream_answer(
+        *NET_TWO_PIECES, {"error": {"message": KEY}}),
+    "arguments": stream_answer(*({"choices": [{"delta": {"tool_calls": [{
+        "index": 0, "id": "a", "function": {
+            "name": "f", "arguments": text}}]}}]}
+        for text in (KEY[:9], KEY[9:]))),
+    "header of a stream": stream_answer("{", X_Echo=KEY, X_Request_Id=KEY),
+}
 
 
 @net_calls
-@in_turn(*NET_INJECTIONS)
-def test_an_injected_header_is_refused_unsent(options, call):
-    with Server(NET_OK) as server:
-        error = net_error((ValueError, TypeError, serv.ServError), call,
-                          server, **options)
-        assert server.connections == 0
-    assert "\n" not in str(error)
+@table("data", NET_ECHOES)
+def test_the_key_is_in_no_part_of_an_error(call, data):
+    with Server(closing(data)) as server:
+        with pytest.raises(serv.ServError) as caught:
+            call(server)
+    net_assert_secret(caught.value)
 
 
-@in_turn(
-    "/\r\nX-Evil: 1", "/ HTTP/1.1\r\nX-Evil: 1\r\n\r\n", "/a b", "\n", "\t",
-    " ", "/\u2028", "/?a=b", "/#a", "/\0", "\r\n.evil.test", "\\@evil.test")
-def test_an_injected_url_is_refused_unsent(tail):
-    with Server(NET_OK) as server:
-        net_error(ValueError, net_chat, server.url + tail)
-        assert server.connections == 0
+def test_an_error_that_a_stream_raises_again_is_as_clean():
+    with Server(NET_ECHOES["two pieces and an error"]) as server:
+        stream = net_stream(server)
+        for _ in range(3):
+            net_assert_secret(net_error(
+                serv.InternalServerError, list, stream))
 
 
-@net_calls
-@in_turn(
-    "file:///etc/passwd", "file://localhost/etc/passwd", "ftp://127.0.0.1/a",
-    "gopher://127.0.0.1:70/", "data:text/plain,hi", "unix:///run/socket",
-    "javascript:1", "127.0.0.1:80", "//127.0.0.1", "http:127.0.0.1",
-    "https://", "http://:80", "http://a:b@127.0.0.1", "http://a@127.0.0.1",
-    "http://127.0.0.1:x", "http://127.0.0.1:99999", "http://[::1",
-    "http://evil test/")
-def test_other_urls_are_refused(url, call):
-    net_error(ValueError, call, url)
+@pytest.mark.parametrize("options", [
+    {"api_key": "sk-other-%s"}, {"api_key": " sk-other-%s\n"},
+    {"headers": {"Authorization": "Bearer sk-other-%s"}},
+    {"headers": {"authorization": "Bearer\t sk-other-%s "}},
+    {"headers": {"authorization": "sk-other-%s"}}], ids=repr)
+def test_no_key_of_the_call_is_in_an_error(options, monkeypatch):
+    other = "sk-other-0123456789"
+    options = json.loads(json.dumps(options) % "0123456789")
+    monkeypatch.delenv("SERV_API_KEY")
+    with Server(http_answer({"error": {"message": "Bad key " + other}},
+                            "401 No")) as server:
+        error = net_error(serv.AuthenticationError, net_chat, server,
+                          **options)
+    net_assert_secret(error, other)
+    assert "Bad key" in error.message
 
 
-# ---------------------------------------------------------------------------
-# Restricted networks: proxies, and certificates of one's own.
-# ---------------------------------------------------------------------------
+@pytest.mark.parametrize("key", ["chat", "local", "o"])
+def test_a_key_of_less_than_8_characters_is_no_secret(key):
+    with Server(http_answer({"error": "the local chat is off"},
+                            "401 No")) as server:
+        error = net_error(serv.AuthenticationError, net_chat, server,
+                          api_key=key)
+    assert error.message == "the local chat is off"
+    assert server.url + CHAT in str(error)
+
+
+def test_no_object_of_ours_shows_the_key():
+    request = serv.build_request("chat", "Hi", system="s")
+    assert request.headers["Authorization"] == "Bearer " + KEY
+    assert KEY not in repr(request) + str(request)
+    with pytest.raises(TypeError):
+        list(request)
+    with Server(NET_BEGUN) as server, net_stream(server) as stream:
+        assert KEY not in repr(stream) + repr(stream.reply)
+
+
+# -- Proxies ------------------------------------------------------------------
 
 def net_basic(login):
-    return "Basic " + base64.b64encode(login.encode()).decode()
+    return login and "Basic " + base64.b64encode(login.encode()).decode()
 
 
-def net_tunnel(context, seen, answers=1):
+def net_tunnel(context, seen):
     """Return the answer of a proxy to CONNECT; what comes inside is seen."""
     def answer(wire, request):
         if request.method != "CONNECT":
@@ -4977,216 +5576,277 @@ def net_tunnel(context, seen, answers=1):
         wire.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
         with context.wrap_socket(wire, server_side=True) as inner:
             with inner.makefile("rb") as reader:
-                for left in range(answers - 1, -1, -1):
-                    seen.append(read_request(reader, request.connection))
-                    inner.sendall(NET_OK if left else http_answer(
-                        net_said("Hello!"), connection="close"))
-        return False
+                while True:
+                    inside = read_request(reader, request.connection)
+                    if inside is None:
+                        return False
+                    seen.append(inside)
+                    net_echo(inner, inside)
     return answer
 
 
-@net_calls
-@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY"])
-def test_an_http_proxy_gets_the_whole_url(call, name, monkeypatch):
+NET_LOGINS = {
+    "none": ("", None), "user and password": ("user:pass@", "user:pass"),
+    "quoted": ("us%20er:p%40s%25s%3A@", "us er:p@s%s:"),
+    "user only": ("token-%31@", "token-1:"),
+    "user and no password": ("user:@", "user:")}
+
+
+@table("login, sent", NET_LOGINS)
+def test_an_http_proxy_gets_the_whole_url(login, sent, monkeypatch):
     with Server(net_echo) as proxy:
-        place = "127.0.0.1:%d" % proxy.port
-        monkeypatch.setenv(name, "http://us%20er:p%40ss%3A@" + place)
-        assert call("http://host.test:81/base") == "Hi"
-        request, = proxy.requests
-    assert request.method == "POST"
-    assert request.target == "http://host.test:81/base/v1/chat/completions"
+        monkeypatch.setenv("http_proxy", "http://%s127.0.0.1:%d" % (
+            login, proxy.port))
+        assert net_chat("http://host.test:81/base") == "Hi"
+        [request] = proxy.requests
+    assert request[:2] == (
+        "POST", "http://host.test:81/base/v1/chat/completions")
     assert request.headers["host"] == "host.test:81"
     assert request.headers["authorization"] == "Bearer " + KEY
-    assert request.headers["proxy-authorization"] == net_basic("us er:p@ss:")
+    assert request.headers.get("proxy-authorization") == net_basic(sent)
 
 
-@net_calls
-@pytest.mark.parametrize("name", ["https_proxy", "HTTPS_PROXY"])
-def test_an_https_call_goes_through_a_tunnel(call, name, net_tls,
-                                             monkeypatch):
+@table("login, sent", NET_LOGINS)
+def test_an_https_call_goes_through_a_tunnel_that_is_kept(
+        login, sent, net_tls, monkeypatch):
     seen = []
     with Server(net_tunnel(net_tls, seen)) as proxy:
-        place = "127.0.0.1:%d" % proxy.port
-        monkeypatch.setenv(name, "http://user:p%25ss@" + place)
-        assert call("https://localhost") == "Hello!"
-        connect, = proxy.requests
-    assert (connect.method, connect.target) == ("CONNECT", "localhost:443")
-    assert connect.headers["proxy-authorization"] == net_basic("user:p%ss")
-    assert KEY not in str(connect)
-    assert seen[0].target == "/v1/chat/completions"
-    assert seen[0].headers["host"] == "localhost"
-    assert seen[0].headers["authorization"] == "Bearer " + KEY
-    assert "proxy-authorization" not in seen[0].headers
+        monkeypatch.setenv("https_proxy", "http://%s127.0.0.1:%d" % (
+            login, proxy.port))
+        assert net_chat("https://localhost") == "Hi"
+        assert net_read("https://localhost") == "Hi"
+        [connect] = proxy.requests
+        serv.close_idle()  # so that the proxy is done with it
+    headers = {"host": "localhost:443", "user-agent": serv.USER_AGENT,
+               "proxy-authorization": net_basic(sent)}
+    assert connect[:4] == ("CONNECT", "localhost:443", {
+        name: value for name, value in headers.items() if value}, b"")
+    assert [(each.target, each.headers["host"], each.headers["authorization"],
+             each.headers.get("proxy-authorization")) for each in seen] == [
+        ("/v1/chat/completions", "localhost", "Bearer " + KEY, None)] * 2
 
 
-def test_a_tunnel_is_kept(net_tls, monkeypatch):
-    seen = []
-    with Server(net_tunnel(net_tls, seen, answers=3)) as proxy:
-        monkeypatch.setenv("https_proxy", proxy.url)
-        assert [net_chat("https://localhost") for _ in range(3)] == [
-            "Hello!"] * 3
-        assert (proxy.connections, len(proxy.requests)) == (1, 1)
+def test_a_connection_to_a_proxy_without_a_tunnel_is_not_kept(monkeypatch):
+    """tinyproxy garbles what follows a stream."""
+    with Server(net_echo) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        for _ in range(2):
+            net_read("http://host.test")
+        assert proxy.connections == 2
 
 
-@pytest.mark.parametrize("name", ["no_proxy", "NO_PROXY"])
-@pytest.mark.parametrize("value", [
-    "127.0.0.1", "*", "host.test, 127.0.0.1", "127.0.0.1:{port}"])
-def test_no_proxy(name, value, monkeypatch):
-    with Server(net_echo) as proxy, Server(net_echo) as server:
-        monkeypatch.setenv("http_proxy", proxy.url.replace("//", "//u:p@"))
-        monkeypatch.setenv(name, value.format(port=server.port))
-        assert net_chat(server) == "Hi"
-        assert (proxy.connections, len(server.requests)) == (0, 1)
-        assert "proxy-authorization" not in server.requests[0].headers
-        assert server.requests[0].target.startswith("/v1/")
+@pytest.mark.parametrize("name", [
+    "http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"])
+def test_the_variables_that_name_a_proxy(name, monkeypatch):
+    with Server(http_answer({}, "403 No")) as proxy:
+        monkeypatch.setenv(name, "127.0.0.1:%d" % proxy.port)
+        with pytest.raises(serv.ServError):
+            net_chat(name[:-6].lower() + "://host.test")
+        assert len(proxy.requests) == 1
 
 
 def test_a_change_of_the_environment_is_seen(monkeypatch):
     with Server(net_echo) as proxy, Server(net_echo) as server:
-        net_chat(server)
-        monkeypatch.setenv("http_proxy", proxy.url)
-        net_chat(server)
-        assert (server.connections, proxy.connections) == (1, 1)
-        monkeypatch.setenv("http_proxy", "")
-        net_chat(server)
-        assert (server.connections, proxy.connections) == (1, 1)
-        assert (len(server.requests), len(proxy.requests)) == (2, 1)
+        for value, counts in (("", (1, 0)), (proxy.url, (1, 1)),
+                              ("", (2, 1))):
+            monkeypatch.setenv("http_proxy", value)
+            net_chat(server)
+            assert (len(server.requests), len(proxy.requests)) == counts
 
 
-@net_calls
-def test_an_http_proxy_that_wants_a_login(call, monkeypatch):
-    with Server(http_answer(b"Log in", "407 Proxy Authentication Required",
-                            "text/plain")) as proxy:
-        monkeypatch.setenv("http_proxy", proxy.url)
-        error = net_error(serv.APIStatusError, call, "http://host.test")
-    assert error.status == 407
+@pytest.mark.parametrize("value, host, direct", [
+    ("127.0.0.1", "127.0.0.1", True), ("*", "127.0.0.1", True),
+    ("a.test, 127.0.0.1", "127.0.0.1", True),
+    ("127.0.0.1:{port}", "127.0.0.1", True),
+    ("127.0.0.1:1", "127.0.0.1", False), ("", "127.0.0.1", False),
+    ("LocalHost", "localhost", True), ("calhost", "localhost", False),
+    ("a.test", "b.a.test", True), (".a.test", "b.a.test", True),
+    ("a.test", "ba.test", False),
+    ("::1", "[::1]", True), ("[::1]", "[::1]", True),
+    ("a.test,::1", "[::1]", True), ("[::1]:{port}", "[::1]", True),
+    ("::2", "[::1]", False)])
+def test_no_proxy(value, host, direct, net_names, monkeypatch):
+    try:
+        server = Server(net_echo, host="::1" if ":" in host else "127.0.0.1")
+    except OSError:
+        pytest.skip("this system has no IPv6")
+    net_names[host] = [("127.0.0.1", server.port)]
+    with server, Server(net_echo) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url.replace("//", "//u:p@"))
+        monkeypatch.setenv("no_proxy", value.format(port=server.port))
+        net_chat("http://%s:%d" % (host, server.port))
+        assert (len(server.requests), proxy.connections) == (
+            (1, 0) if direct else (0, 1))
+        for request in server.requests:
+            assert request.target == CHAT
+            assert "proxy-authorization" not in request.headers
 
 
-@net_calls
-@pytest.mark.parametrize("data, says", [
-    (http_answer(b"Log in", "407 Proxy Authentication Required"), "407"),
-    (http_answer(KEY.encode(), "403 " + KEY), "403"), (b"", ""),
-    (b"HTTP/1.1 2", ""), (b"\0\1\2\r\n\r\n", ""), (b"HTTP/1.1 x y\r\n", "")],
-    ids=net_short)
-def test_a_proxy_that_opens_no_tunnel(call, data, says, monkeypatch):
-    with Server(net_last(data)) as proxy:
+def test_the_capital_name_of_no_proxy(monkeypatch):
+    with Server(net_echo) as server:
+        monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        assert net_chat(server) == "Hi"
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("url", [
+    "http:/user:opensesame@host:3128", "http://user:opensesame",
+    "https://user:opensesame@host", "socks5://user:opensesame@host",
+    "http://user:opensesame@", "http://user:opensesame@host:x",
+    # more than 65535 would wrap round, to port 1 here
+    "http://user:opensesame@127.0.0.1:65537"])
+def test_a_proxy_that_is_no_http_url_is_refused_without_its_login(
+        scheme, url, monkeypatch):
+    monkeypatch.setenv(scheme + "_proxy", url)
+    error = net_error(ValueError, net_chat, scheme + "://host.test")
+    assert scheme + "_proxy" in str(error)
+    net_assert_secret(error, "opensesame")
+
+
+NET_407 = "407 Proxy Authentication Required"
+
+
+@table("scheme, data, kind, says", {
+    "a login": ("http", http_answer(b"Log in", NET_407, retry_after=0),
+                serv.APIStatusError, "407"),
+    "a login for a tunnel": ("https", http_answer(
+        b"Log in", NET_407, retry_after=0), NET_CUT, "407"),
+    "a tunnel refused": (
+        "https", http_answer(KEY.encode(), "403 " + KEY), NET_CUT, "403"),
+    "nothing": ("https", b"", NET_CUT, ""),
+    "a cut answer": ("https", b"HTTP/1.1 2", NET_CUT, ""),
+    "no text": ("https", b"\0\1\2\r\n\r\n", NET_CUT, ""),
+    "no status": ("https", b"HTTP/1.1 x y\r\n", NET_CUT, "")})
+def test_a_proxy_that_lets_nothing_through_is_named_without_its_login(
+        scheme, data, kind, says, monkeypatch):
+    with Server(closing(data)) as proxy:
         place = "127.0.0.1:%d" % proxy.port
-        monkeypatch.setenv("https_proxy", "http://user:opensesame@" + place)
-        error = net_error(serv.APIConnectionError, call, "https://host.test",
-                          timeout=5)
-        assert {request.method for request in proxy.requests} == {"CONNECT"}
-        assert KEY not in str(proxy.requests)
-    told = net_secrets(error)
-    assert says in str(error) and KEY not in told
-    assert "opensesame" not in told
+        monkeypatch.setenv(scheme + "_proxy",
+                           "http://user:opensesame@" + place)
+        # a wrong login is not tried again: some lock an account after three
+        error = net_error(kind, net_chat, scheme + "://host.test",
+                          max_retries=2 if says == "407" else 0)
+        assert len(proxy.requests) == 1 and error.retries == 0
+        if scheme == "https":
+            assert proxy.requests[0].method == "CONNECT"
+            assert KEY not in str(proxy.requests)
+    assert says in str(error) and "host.test" in str(error)
+    assert place in str(error)
+    net_assert_secret(error)
+    net_assert_secret(error, "opensesame")
 
 
-def test_a_proxys_wrong_login_is_not_tried_again(monkeypatch):
-    """Some lock an account after three."""
-    said = http_answer(b"Log in", "407 Proxy Authentication Required")
-    with Server(net_last(said)) as proxy:
-        monkeypatch.setenv("https_proxy", proxy.url)
-        error = net_error(serv.APIConnectionError, net_chat,
-                          "https://host.test", max_retries=2)
-        assert len(proxy.requests) == 1
-    assert "407" in str(error)
-
-
-def test_a_dead_proxy_is_not_gone_round(monkeypatch):
+def test_a_dead_proxy_is_named_and_not_gone_round(monkeypatch):
     with socket.socket() as closed, Server(NET_OK) as server:
         closed.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("http_proxy", "127.0.0.1:%d"
-                           % closed.getsockname()[1])
-        error = net_error(serv.APIConnectionError, net_chat, server)
+        place = "127.0.0.1:%d" % closed.getsockname()[1]
+        monkeypatch.setenv("http_proxy", "http://user:opensesame@" + place)
+        error = net_error(NET_CUT, net_chat, server)
         assert server.connections == 0
-    assert "through the proxy" in str(error)
+    assert place in str(error) and "opensesame" not in str(error)
 
 
-@net_calls
-def test_a_ca_of_ones_own(call, net_tls):
-    with Server(net_echo, net_tls) as server:
-        assert [call(server), call(server)] == ["Hi", "Hi"]
+@pytest.mark.parametrize("scheme, target", [
+    ("http", "http://xn--bcher-kva.test/v1/chat/completions"),
+    ("https", "xn--bcher-kva.test:443")])
+def test_a_host_that_is_not_ascii_is_sent_in_its_idna_form(
+        scheme, target, monkeypatch):
+    with Server(http_answer({}, "403 No")) as proxy:
+        monkeypatch.setenv(scheme + "_proxy", proxy.url)
+        with pytest.raises(serv.ServError):
+            net_chat(scheme + "://b\u00fccher.test")
+        [request] = proxy.requests
+    assert request.target == target
+    assert request.headers["host"].split(":")[0] == "xn--bcher-kva.test"
+
+
+# -- TLS ----------------------------------------------------------------------
+
+@table("setting, certificate", {
+    "a file": ("SSL_CERT_FILE", NET_CERTIFICATE),
+    "a folder": ("SSL_CERT_DIR", NET_CERTIFICATE),
+    # Python 3.13 refuses it by default; companies have many such.
+    "an old certificate": ("SSL_CERT_FILE", NET_BARE)})
+def test_a_ca_of_ones_own(setting, certificate, net_ca, tmp_path,
+                          monkeypatch):
+    protocols = []
+
+    def answer(wire, request):
+        protocols.append(wire.selected_alpn_protocol())
+        net_echo(wire, request)
+
+    monkeypatch.delenv("SSL_CERT_FILE")
+    monkeypatch.setenv(setting, str(
+        net_ca if "FILE" in setting else tmp_path))
+    with Server(answer, net_context(tmp_path, certificate)) as server:
+        assert [net_chat(server), net_read(server)] == ["Hi", "Hi"]
         assert server.connections == 1
         assert server.requests[0].headers["host"] == server.url[8:]
+    assert protocols == ["http/1.1"] * 2
 
 
-@net_calls
-def test_an_unknown_ca_is_refused(call, net_tls, monkeypatch):
+@table("setting, certificate, host, says, hint", {
+    "unknown CA, nothing set": (
+        None, NET_CERTIFICATE, "127.0.0.1", "verify failed", True),
+    "unknown CA, set": (
+        "SSL_CERT_FILE", NET_CERTIFICATE, "127.0.0.1", "verify failed",
+        False),
+    "expired": ("SSL_CERT_DIR", NET_EXPIRED, "127.0.0.1", "expired", False),
+    "another host": (
+        "SSL_CERT_DIR", NET_CERTIFICATE, "a.test", "a.test", False)})
+def test_a_refused_certificate_is_not_tried_again_and_hinted_at_where_it_helps(
+        setting, certificate, host, says, hint, net_ca, tmp_path,
+        monkeypatch, net_names):
     monkeypatch.delenv("SSL_CERT_FILE")
+    if setting:
+        net_ca.write_text(NET_CA if "DIR" in setting else NET_EXPIRED)
+        monkeypatch.setenv(setting, str(
+            tmp_path if "DIR" in setting else net_ca))
+    with Server(net_echo, net_context(tmp_path, certificate)) as server:
+        net_names["a.test"] = [("127.0.0.1", server.port)]
+        error = net_error(NET_CUT, net_chat, "https://%s:%d" % (
+            host, server.port), max_retries=5)
+        assert (server.connections, server.requests) == (1, [])
+    assert re.search(says, str(error), re.I) and error.retries == 0
+    assert ("SSL_CERT_FILE" in str(error)) == hint
+
+
+@table("content", {"missing": None, "empty": "", "text": "none\n"})
+def test_a_ca_file_that_cannot_be_used_is_named_and_not_kept(
+        content, net_tls, monkeypatch, tmp_path):
+    path = tmp_path / "late.pem"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setenv("SSL_CERT_FILE", str(path))
     with Server(net_echo, net_tls) as server:
-        error = net_error(serv.APIConnectionError, call, server)
-        assert server.requests == []
-    assert re.search("certificate verify failed", str(error), re.I)
-    assert "SSL_CERT_FILE" in str(error)
+        for _ in range(2):
+            with pytest.raises(serv.ServError) as caught:
+                net_chat(server)
+            assert str(path) in str(caught.value)
+            assert "SSL_CERT_FILE" in str(caught.value)
+        path.write_text(NET_CA)
+        assert net_chat(server) == "Hi"
 
 
-@net_calls
-def test_a_certificate_of_another_host_is_refused(call, net_tls,
-                                                  monkeypatch):
-    seen = []
-    with Server(net_tunnel(net_tls, seen)) as proxy:
-        monkeypatch.setenv("https_proxy", proxy.url)
-        error = net_error(serv.APIConnectionError, call, "https://host.test")
-    assert re.search("hostname mismatch", str(error), re.I)
-    assert "host.test" in str(error) and seen == []
+def test_a_ca_is_loaded_once(net_tls, net_ca):
+    """It costs tens of milliseconds."""
+    with Server(http_answer(net_said("Hi"), connection="close"),
+                net_tls) as server:
+        net_chat(server)
+        net_ca.write_text(NET_EXPIRED)
+        assert net_chat(server) == "Hi"
+        assert server.connections == 2
 
 
 def test_a_kept_connection_does_not_outlive_its_ca(net_tls, monkeypatch):
     with Server(net_echo, net_tls) as server:
         assert net_chat(server) == "Hi"
         monkeypatch.delenv("SSL_CERT_FILE")
-        net_error(serv.APIConnectionError, net_chat, server)
+        net_error(NET_CUT, net_chat, server)
 
 
-@net_calls
-def test_a_ca_file_that_is_not_there(call, net_tls, monkeypatch, tmp_path):
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
-    with Server(net_echo, net_tls) as server:
-        net_error(serv.APIConnectionError, call, server)
-
-
-@pytest.mark.parametrize("secure", [True, False])
-def test_https_to_http_and_back(secure, net_tls):
-    with Server(net_echo, net_tls if secure else None) as server:
-        url = server.url.replace("https", "http") if secure else (
-            server.url.replace("http", "https"))
-        net_error(serv.APIConnectionError, net_chat, url, timeout=5)
-
-
-NET_CONTEXTS = """
-import os, ssl, sys, threading
-made, new = [], ssl.SSLContext.__new__.__code__
-def watch(frame, event, arg):
-    if event == "call" and frame.f_code is new:
-        made.append(1)
-sys.setprofile(watch)
-threading.setprofile(watch)
-import serv
-def call():
-    serv.chat("Hi", system="s", base_url=sys.argv[1], timeout=20.0,
-              max_retries=0)
-for name in sys.argv[2], sys.argv[3], sys.argv[2]:
-    os.environ["SSL_CERT_FILE"] = name
-    call()
-    threads = [threading.Thread(target=call) for _ in range(4)]
-    for thread in threads: thread.start()
-    for thread in threads: thread.join()
-print(len(made))
-"""
-
-
-def test_one_tls_context_for_each_ca(net_tls, tmp_path):
-    answer = http_answer(net_said("Hi"), connection="close")
-    (tmp_path / "other.pem").write_text(NET_CA)
-    with Server(answer, net_tls) as server:
-        assert net_run(NET_CONTEXTS, server.url, tmp_path / "ca.pem",
-                       tmp_path / "other.pem") == "2\n"
-        assert server.connections == 15
-
-
-# ---------------------------------------------------------------------------
-# Restricted interpreters.
-# ---------------------------------------------------------------------------
+# -- Where it runs: flags, archives, processes, loops, a cloud's function -----
 
 NET_CALL = """
 import sys
@@ -5197,49 +5857,37 @@ print(serv.chat("Hi", system="s", base_url=sys.argv[1]).text,
 """
 
 
-@at_once((["-I", "-S", "-W", "error", "-bb", "-X", "dev"],),
-         (["-OO", "-E", "-s", "-W", "error"],))
-def test_under_flags(flags):
-    with Server(net_echo) as server:
-        assert net_run(NET_CALL % "import serv", server.url, NET_HOME,
-                       flags=flags) == "Hi H i\n"
-
-
-def test_from_a_zip_file_and_vendored(tmp_path):
+@table("flags, place, line", {
+    "isolated, without site, from a zip file": (
+        ["-I", "-S", "-W", "error", "-bb", "-X", "dev"], "all.zip",
+        "import serv"),
+    "without docstrings, in a package": (
+        ["-OO", "-E", "-s", "-W", "error"], "",
+        "from package._vendor import serv")})
+def test_where_it_runs(flags, place, line, tmp_path):
     with zipfile.ZipFile(str(tmp_path / "all.zip"), "w") as archive:
         archive.write(serv.__file__, "serv.py")
     vendor = tmp_path / "package" / "_vendor"
     vendor.mkdir(parents=True)
     shutil.copy(serv.__file__, str(vendor / "serv.py"))
-
-    @at_once((tmp_path / "all.zip", "import serv"),
-             (tmp_path, "from package._vendor import serv"))
-    def run(path, line):
-        with Server(net_echo) as server:
-            assert net_run(NET_CALL % line, server.url, path,
-                           flags=["-I", "-S"]) == "Hi H i\n"
-    run()
+    with Server(net_echo) as server:
+        assert net_run(NET_CALL % line, server.url, tmp_path / place,
+                       flags=flags, prelude="") == "Hi H i\n"
 
 
-def test_twice_under_two_names():
-    def load(name):
+def test_twice_under_two_names(monkeypatch):
+    modules = []
+    for name in "net_serv_one", "net_serv_other":
         spec = importlib.util.spec_from_file_location(name, serv.__file__)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        return module
-
-    try:
-        one, other = load("net_serv_one"), load("net_serv_other")
-        with Server(net_echo) as server:
-            for module in one, other, one, other:
-                assert module.chat("Hi", system="s", base_url=server.url,
-                                   ).text == "Hi"
-            assert server.connections == 2
-        assert one.ServError is not other.ServError
-    finally:
-        sys.modules.pop("net_serv_one", None)
-        sys.modules.pop("net_serv_other", None)
+        modules.append(importlib.util.module_from_spec(spec))
+        monkeypatch.setitem(sys.modules, name, modules[-1])
+        spec.loader.exec_module(modules[-1])
+    with Server(net_echo) as server:
+        for module in modules * 2:
+            assert module.chat("Hi", system="s",
+                               base_url=server.url).text == "Hi"
+        assert server.connections == 2
+    assert modules[0].ServError is not modules[1].ServError
 
 
 NET_IMPORT = """
@@ -5264,55 +5912,36 @@ print(all_done, threading.active_count(), sorted(
 
 
 def test_importing_does_nothing_else():
-    assert net_run(NET_IMPORT, NET_HOME, flags=["-I", "-S", "-B"]) == (
-        "[] 1 []\n")
+    home = os.path.dirname(os.path.abspath(serv.__file__))
+    assert net_run(NET_IMPORT, home, flags=["-I", "-S", "-B"],
+                   prelude="") == "[] 1 []\n"
 
 
-# ---------------------------------------------------------------------------
-# Threads, processes, event loops, and a function in a cloud.
-# ---------------------------------------------------------------------------
-
-def test_in_a_thread_pool():
-    with Server(net_echo) as server:
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            said = pool.map(lambda number: net_chat(server, str(number)),
-                            range(20))
-            assert list(said) == [str(number) for number in range(20)]
-
-
-def test_replies_and_errors_cross_from_a_spawned_process():
-    spawn = multiprocessing.get_context("spawn")
-    refused = http_answer({"error": {"message": "pay", "type":
-                                     "billing_error"}}, "402 No",
-                          x_request_id="r1")
-    with Server([http_answer(net_said("Hello!"), x_request_id="r0"),
-                 refused]) as server:
-        ask = dict(system="s", base_url=server.url)
-        with concurrent.futures.ProcessPoolExecutor(
-                1, mp_context=spawn) as pool:
-            reply = pool.submit(serv.chat, "Hi", **ask).result(20)
-            error = pool.submit(serv.chat, "Hi", **ask).exception(20)
-        assert server.connections == 1
-    assert type(reply) is serv.Reply and reply == net_said("Hello!")
-    assert (reply.text, reply.request_id) == ("Hello!", "r0")
-    assert reply.elapsed > 0
-    assert type(error) is serv.BillingError
-    assert (error.status, error.message, error.request_id) == (
-        402, "pay", "r1")
-    assert error.headers["X-Request-ID"] == "r1"
-
-
-@pytest.mark.skipif(sys.version_info < (3, 9), reason="needs Python 3.9")
-def test_in_an_event_loop():
+@table("make_pool", {
+    "threads": lambda: concurrent.futures.ThreadPoolExecutor(4),
+    "a spawned process": lambda: concurrent.futures.ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn"))})
+def test_in_an_event_loop_replies_and_errors_come_from(make_pool):
     import asyncio
 
     async def work():
-        return await asyncio.gather(*(
-            asyncio.to_thread(net_chat, server, str(number))
-            for number in range(8)))
+        loop = asyncio.get_running_loop()
+        with make_pool() as pool:
+            return await asyncio.gather(*(loop.run_in_executor(
+                pool, functools.partial(serv.chat, text, system="s",
+                                        base_url=server.url))
+                for text in "abc!"), return_exceptions=True)
 
-    with Server(net_echo) as server:
-        assert asyncio.run(work()) == [str(number) for number in range(8)]
+    def answer(wire, request):
+        if net_prompt(request) != "!":
+            return net_echo(wire, request)
+        wire.sendall(http_answer({"error": "pay"}, "402 No"))
+
+    with Server(answer) as server:
+        *replies, error = asyncio.run(work())
+    assert replies == [net_said(text) for text in "abc"]
+    assert {type(reply) for reply in replies} == {serv.Reply}
+    assert (type(error), error.message) == (serv.BillingError, "pay")
 
 
 NET_LAMBDA = """
@@ -5323,26 +5952,23 @@ def handler(event, context):
 """
 
 
+@pytest.mark.skipif(importlib.util.find_spec("awslambdaric") is None,
+                    reason="needs awslambdaric")
 def test_in_a_lambda_function(tmp_path):
-    if importlib.util.find_spec("awslambdaric") is None:
-        pytest.skip("needs awslambdaric")
     shutil.copy(serv.__file__, str(tmp_path / "serv.py"))
     (tmp_path / "app.py").write_text(NET_LAMBDA)
-    posted, over = [], threading.Event()
-    numbers = itertools.count()
+    posted, over, events = [], threading.Event(), iter("AB")
 
     def runtime(wire, request):
         if request.method == "POST":
-            posted.append((request.target, json.loads(request.body)))
-            wire.sendall(http_answer({}, "202 Accepted"))
-            return
-        number = next(numbers)
-        if number == 2:
+            posted.append((request.target, body_of(request)))
+            return wire.sendall(http_answer({}, "202 Accepted"))
+        prompt = next(events, None)
+        if prompt is None:
             over.set()
             return net_hold()(wire, request)
         wire.sendall(http_answer(
-            {"prompt": "no. %d" % number},
-            lambda_runtime_aws_request_id="id-%d" % number,
+            {"prompt": prompt}, lambda_runtime_aws_request_id="id-" + prompt,
             lambda_runtime_deadline_ms=int(1000 * time.time()) + 60000,
             lambda_runtime_invoked_function_arn="arn:aws:lambda:f",
             lambda_runtime_trace_id="Root=1"))
@@ -5352,889 +5978,1349 @@ def test_in_a_lambda_function(tmp_path):
             os.environ, AWS_LAMBDA_RUNTIME_API=api.url[7:],
             SERV_BASE_URL=server.url, LAMBDA_TASK_ROOT=str(tmp_path))
         environment.pop("PYTHONPATH", None)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "awslambdaric", "app.handler"],
-            cwd=str(tmp_path), env=environment, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL)
-        with process:
+        with subprocess.Popen(
+                [sys.executable, "-m", "awslambdaric", "app.handler"],
+                cwd=str(tmp_path), env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL) as process:
             try:
                 assert over.wait(20)
             finally:
                 process.kill()
-        assert server.connections == 1 and len(server.requests) == 2
+        assert (server.connections, len(server.requests)) == (1, 2)
     assert posted == [
-        ("/2018-06-01/runtime/invocation/id-%d/response" % number,
-         net_said("no. %d" % number)) for number in range(2)]
+        ("/2018-06-01/runtime/invocation/id-%s/response" % prompt,
+         net_said(prompt)) for prompt in "AB"]
 
 
 # ---------------------------------------------------------------------------
-# Odd ones: what was met once, and must not be met again.
+# Command line
+#
+# main() runs here where it can.  A process is started where one matters: for
+# redirections, pipes and signals.
 # ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("status", ["102 Processing", "103 Early Hints"])
-def test_an_interim_answer_is_skipped(status):
-    interim = ("HTTP/1.1 %s\r\nLink: </a>\r\n\r\n" % status).encode()
-    with Server(interim + NET_OK) as server:
-        assert [net_chat(server), net_chat(server)] == ["Hello!"] * 2
-        assert (len(server.requests), server.connections) == (2, 1)
+SCRIPT = os.path.abspath(serv.__file__)
+HI = 'You said: "Hi"\n'  # the fake service's answer to "Hi"
+SECRET = "sk-secret"     # a value that no message may show
+CONTROLS = "".join(map(chr, [*range(32), *range(127, 160)]))
+each_endpoint = pytest.mark.parametrize("endpoint", ["chat", "messages"])
+each_way = pytest.mark.parametrize("way", [[], ["--no-stream"]], ids=str)
+on_posix = pytest.mark.skipif(os.name != "posix", reason="POSIX only")
+needs_sh = pytest.mark.skipif(not shutil.which("sh"), reason="needs sh")
 
 
-@pytest.mark.parametrize("secure", [False, True])
-@pytest.mark.parametrize("interim", [
-    b"HTTP/1.1 103 Early Hints\r\nConnection: close\r\n\r\n",
-    b"HTTP/1.0 102 Processing\r\n\r\n"])
-def test_an_interim_answer_that_closes(interim, secure, net_tls):
-    """http.client closes itself then, and would dial anew by itself."""
-    with Server(interim + NET_OK, net_tls if secure else None) as server:
-        assert [net_chat(server) for _ in range(3)] == ["Hello!"] * 3
-        assert (len(server.requests), server.connections) == (3, 1)
+def cli_table(names, table):
+    """Run a test with each row of a table; the keys state the rules."""
+    return pytest.mark.parametrize(names, table.values(), ids=table)
 
 
-def test_an_answer_in_an_unknown_encoding_costs_its_connection():
-    bad = http_head(transfer_encoding="gzip, chunked", content_length=0)
-    with Server([bad + NET_OK, NET_OK]) as server:
-        net_error(serv.APIResponseError, net_chat, server)
-        assert net_chat(server) == "Hello!"
-        assert server.connections == 2
+@pytest.fixture
+def cli(monkeypatch):
+    """Run the command line here; return its status, output and errors."""
+    def run(*argv, encoding="utf-8", **files):
+        files = {"stdin": b"", "stdout": b"", "stderr": b"", **files}
+        ours = {name: io.TextIOWrapper(io.BytesIO(data), encoding,
+                                       newline="\n", write_through=True)
+                for name, data in files.items() if isinstance(data, bytes)}
+        with monkeypatch.context() as patch:
+            for name in files:
+                patch.setattr(sys, name, ours.get(name, files[name]))
+            status = serv.main(list(argv))
+        return (status, *(ours[name].buffer.getvalue().decode(encoding)
+                          for name in ("stdout", "stderr") if name in ours))
+    return run
 
 
-def test_exceptions_that_the_caller_handles_are_left_alone():
-    notes = [KEY]
-    try:
-        try:
-            raise KeyError(notes)
-        except KeyError as exc:
-            raise exc from exc  # a chain without an end
-    except KeyError as outer:
-        with Server(http_answer({"error": "no"}, "400 Bad Request")) as server:
-            net_error(serv.BadRequestError, net_chat, server)
-            net_error(serv.BadRequestError, net_read, server)
-        assert outer.args[0] is notes and notes == [KEY]
+@pytest.fixture
+def answering(monkeypatch):
+    """Start a server with these answers; SERV_BASE_URL leads to it."""
+    with contextlib.ExitStack() as stack:
+        def run(*answers):
+            server = stack.enter_context(Server(list(answers)))
+            monkeypatch.setenv("SERV_BASE_URL", server.url)
+            return server
+        yield run
 
 
-@pytest.mark.parametrize("value", ["Bearer %s ", "Bearer\t%s", "%s"])
-def test_an_authorization_of_the_callers_own_is_secret(value, monkeypatch):
+def is_one_line(err):
+    """Whether errors are one line, which any terminal may show."""
+    return err.startswith("serv: ") and err[:-1].isprintable() and (
+        err[-1] == "\n")
+
+
+def cli_chunk(text, finish_reason=None):
+    """Return a chunk of a chat stream."""
+    return {"object": "chat.completion.chunk", "choices": [{
+        "index": 0, "delta": {"content": text},
+        "finish_reason": finish_reason}]}
+
+
+def cli_answer(text, **fields):
+    """Return an answer of the chat endpoint."""
+    message = {"role": "assistant", "content": text, **fields}
+    return http_answer({**REPLY, "choices": [{
+        "index": 0, "message": message, "finish_reason": "stop"}]})
+
+
+def cli_refusal(message, status="400 Bad Request", **headers):
+    """Return an error answer."""
+    return http_answer({"error": {"type": "invalid_request_error",
+                                  "message": message}}, status, **headers)
+
+
+# -- What is sent -------------------------------------------------------------
+
+@cli_table("argv, stdin, prompt", {
+    "one argument": (["Hi"], b"", "Hi"),
+    "arguments are joined by spaces": (["a", "b  c", "d"], b"", "a b  c d"),
+    "options may stand between": (["a", "-m", "x", "b"], b"", "a b"),
+    "-- ends the options": (["--", "-m", "--help"], b"", "-m --help"),
+    "-- after an argument": (["a", "--", "-v"], b"", "a -v"),
+    "a second -- is a word": (["a", "--", "--"], b"", "a --"),
+    "standard input": ([], b"piped", "piped"),
+    "- is standard input": (["-"], b"piped", "piped"),
+    "it follows the arguments": (["a", "b:"], b"c\nd", "a b:\n\nc\nd"),
+    "it follows them with - too": (["a:", "-"], b"piped", "a:\n\npiped"),
+    "its indentation is kept": ([], b"    a\n  b\n", "    a\n  b"),
+    "an undecodable argument": (["a \udcff"], b"", "a \ufffd"),
+    "an undecodable standard input": ([], b"a \xff b", "a \ufffd b")})
+def test_the_prompt(argv, stdin, prompt, cli, standin):
+    status, _, err = cli(*argv, stdin=stdin)
+    assert (status, err) == (0, "")
+    assert sent(standin)["messages"][-1]["content"] == prompt
+
+
+def test_a_standard_input_that_is_late_is_waited_for(cli):
+    reader, writer = os.pipe()
+    with open(reader) as stdin, open(writer, "w") as late:
+        late.write("Hi")
+        threading.Timer(0.1, late.close).start()
+        assert cli(stdin=stdin) == (0, HI, "")
+
+
+@on_posix
+def test_a_non_blocking_standard_input_with_nothing_yet_is_empty(cli):
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    with open(reader) as stdin, open(writer, "w"):
+        assert cli("Hi", stdin=stdin) == (0, HI, "")
+
+
+@cli_table("argv, stdin", {
+    "nothing": ([], b""), "blanks": ([""], b" \n"), "- twice": (
+        ["-", "-"], b""), "standard input is closed": ([], None)})
+def test_no_prompt_is_wrong_usage(argv, stdin, cli, standin):
+    status, out, err = cli(*argv, stdin=stdin)
+    assert (status, out, is_one_line(err)) == (2, "", True)
+    assert "no prompt" in err and standin.requests == []
+
+
+@cli_table("endpoint, argv, body", {
+    "no more than that": ("chat", [], {}),
+    "messages: 4096 tokens": ("messages", [], {"max_tokens": 4096}),
+    "messages: -n": ("messages", ["-n", "7"], {"max_tokens": 7}),
+    "messages: -o": ("messages", ["-o", "max_tokens=7"], {"max_tokens": 7}),
+    "chat: -n": ("chat", ["--max-tokens", "7"], {"max_completion_tokens": 7}),
+    "0 is a limit": ("chat", ["-n", "0"], {"max_completion_tokens": 0}),
+    "-m": ("chat", ["-m", "a"], {"model": "a"}),
+    "messages: -s": ("messages", ["-s", "Rhyme.", "-n", "7"],
+                     {"system": "Rhyme.", "max_tokens": 7}),
+    "JSON": ("chat", ["-o", "temperature=0.5", "-o", 'a={"b": [true]}'],
+             {"temperature": 0.5, "a": {"b": [True]}}),
+    "else text": ("chat", ["--option", "a=b=c", "-o", "d="],
+                  {"a": "b=c", "d": ""}),
+    "undecodable": ("chat", ["-o", "a=\udcff"], {"a": "\ufffd"})})
+def test_the_parameters(endpoint, argv, body, cli, standin):
+    cli("-e", endpoint, "--no-stream", *argv, "Hi")
+    system = "You are a helpful assistant."
+    prompt = ({"messages": [{"role": "system", "content": system}, ASKED]}
+              if endpoint == "chat" else
+              {"system": system, "messages": [ASKED]})
+    assert sent(standin) == {"model": MODEL, **prompt, **body}
+
+
+@each_endpoint
+@pytest.mark.parametrize("variable", ["of-the-variable", "", None])
+def test_the_model_that_no_option_names(endpoint, variable, cli, standin,
+                                        monkeypatch):
+    monkeypatch.delenv("SERV_MODEL")
+    if variable is not None:
+        monkeypatch.setenv("SERV_MODEL", variable)
+    assert cli("-e", endpoint, "Hi") == (0, HI, "")
+    example = {"chat": "gpt-5.4-mini", "messages": "claude-haiku-4.5"}
+    assert sent(standin)["model"] == (variable or example[endpoint])
+
+
+@cli_table("header, name, value", {
+    "a second colon": ("X-A: 1: 2", "x-a", "1: 2"),
+    "it replaces ours": ("user-agent:mine", "user-agent", "mine"),
+    "empty": ("X-A:", "x-a", "")})
+def test_a_header(header, name, value, cli, standin):
+    assert cli("-H", header, "Hi") == (0, HI, "")
+    assert standin.requests[0].headers[name] == value
+
+
+# -- What is printed ----------------------------------------------------------
+
+@each_way
+@each_endpoint
+def test_only_the_answer_is_printed(endpoint, way, cli, standin):
+    assert cli("-e", endpoint, *way, "Hi") == (0, HI, "")
+    assert sent(standin).get("stream", False) == (way == [])
+
+
+@pytest.mark.parametrize("text, out", [
+    ("a", "a\n"), ("a\n", "a\n"), ("", ""), (None, "")])
+def test_one_line_end_closes_an_answer(text, out, cli, answering):
+    answering(cli_answer(text))
+    assert cli("--no-stream", "Hi") == (0, out, "")
+
+
+@each_endpoint
+def test_json_prints_the_whole_reply(endpoint, cli, standin):
+    status, out, err = cli("-e", endpoint, "--json", "Hi \u00e9")
+    build = chat_answer if endpoint == "chat" else messages_answer
+    assert (status, json.loads(out), err) == (0, build(sent(standin)), "")
+
+
+@each_way
+@each_endpoint
+def test_verbose_tells_request_id_time_and_tokens(endpoint, way, cli):
+    status, out, err = cli("-v", "-e", endpoint, *way, "Hi")
+    assert (status, out, is_one_line(err)) == (0, HI, True)
+    assert REQUEST_ID in err and re.search(r"\b\d\.\d+ ?s\b", err)
+    assert re.search(r"tokens\D+1\b.*tokens\D+3\b", err)
+
+
+def test_a_request_id_cannot_drive_a_terminal(cli, answering):
+    answering(http_answer(REPLY, request_id="id\x1b[2J\x9b5m7"))
+    status, _, err = cli("-v", "--no-stream", "Hi")
+    assert (status, is_one_line(err)) == (0, True) and "id" in err
+
+
+@cli_table("way, answer, out, err", {
+    "an answer": ([], service, 'You said: "d?j?"\n', ""),
+    "an answer as JSON": (["--json"], cli_answer("d\u00e9j\u00e0"),
+                          '"d?j?"', ""),
+    "half a character": (["--no-stream"], cli_answer("a\ud83db"), "a?b\n", ""),
+    "an error": ([], cli_refusal("No \u00e9."), "", "No ?.")})
+def test_what_an_encoding_lacks_is_replaced(way, answer, out, err, cli,
+                                            answering):
+    answering(answer)
+    _, *told = cli(*way, "d\u00e9j\u00e0", encoding="ascii")
+    assert out in told[0] and err in told[1]
+
+
+# -- What the program says of itself ------------------------------------------
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_fits_a_terminal_and_tells_every_option(flag, cli, standin,
+                                                     monkeypatch):
     monkeypatch.delenv("SERV_API_KEY")
-    secret = "own-secret-0123456789"
-    body = {"error": {"message": "bad key " + secret}}
-    with Server(http_answer(body, "401 Unauthorized")) as server:
-        with pytest.raises(serv.AuthenticationError) as caught:
-            net_chat(server, headers={"authorization": value % secret})
-    assert_no_key(caught.value, secret)
+    status, out, err = cli(flag)
+    lines = out.splitlines()
+    assert (status, err, standin.requests) == (0, "", [])
+    assert lines[0].startswith("usage: ")
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    assert set(re.findall("--[a-z][a-z-]*", out)) == {
+        "--model", "--system", "--endpoint", "--max-tokens", "--option",
+        "--header", "--no-stream", "--json", "--dry-run", "--verbose",
+        "--version", "--help"}  # none takes the key
+    assert [word for word in ("SERV_API_KEY", "SERV_MODEL", "< /dev/null",
+                              " 130 ") if word not in out] == []
 
 
-@pytest.mark.parametrize("form", [
-    "HTTP/1.1 %s OK\r\n\r\n", http_head(
-        transfer_encoding="chunked").decode() + "%s\r\n"],
-    ids=["status", "chunk"])
-@pytest.mark.parametrize("key", [r"own\secret\012", r"\\own.secret", r"o\x"])
-def test_a_key_with_a_backslash_is_cut_out_of_what_quotes_it(form, key):
-    with Server((form % key).encode()) as server:
-        with pytest.raises(serv.APIConnectionError) as caught:
-            net_chat(server, api_key=key)
-    assert_no_key(caught.value, key)
-    assert_no_key(caught.value, repr(key)[1:-1])
+def test_the_version(cli, standin):
+    assert cli("--version") == (0, "serv %s\n" % serv.__version__, "")
+    assert standin.requests == []
 
 
-def test_a_key_of_backslashes_is_looked_for_in_linear_time():
-    body = {"error": {"message": "\\" * 3000}}
-    begun = time.monotonic()
-    with Server(http_answer(body, "400 No")) as server:
-        with pytest.raises(serv.BadRequestError):
-            net_chat(server, api_key="\\\\leading")
-    assert time.monotonic() - begun < 5  # cubic time is three times that
+# -- Exit status 2: wrong usage, said in words of the command line ------------
+
+@pytest.mark.parametrize("argv, says", [
+    (["--api-key=" + SECRET], "unrecognized"),
+    (["--api-key", SECRET], "unrecognized"),
+    (["--modle=" + SECRET], "unrecognized"),
+    (["-k" + SECRET], "unrecognized"),
+    (["--json=" + SECRET], "--json"),
+    (["--no=" + SECRET], "unrecognized"),
+    (["-e", SECRET], "-e"),
+    (["-n", SECRET], "-n"),
+    (["-n"], "-n"),
+    (["-s", ""], "-s"),
+    (["-o", SECRET], "-o"),
+    (["-o", "=" + SECRET], "-o"),
+    (["-H", SECRET], "-H"),
+    (["-H", ": " + SECRET], "-H"),
+    (["-H", SECRET + " x: a"], "header"),
+    (["-H", "Host: " + SECRET], "Host"),
+    (["-H", "X-A: " + SECRET + "\nX-B: b"], "header"),
+    (["-o", "model=" + SECRET], "-m"),
+    (["-o", "system=" + SECRET], "-s"),
+    (["-o", "endpoint=" + SECRET], "-e"),
+    (["-o", "headers=" + SECRET], "-H"),
+    (["-o", "extra_headers=" + SECRET], "-H"),
+    (["-o", "messages=" + SECRET], "prompt"),
+    (["-o", "stream=true"], "--no-stream"),
+    (["-o", "api_key=" + SECRET], "SERV_API_KEY"),
+    (["-o", "base_url=" + SECRET], "SERV_BASE_URL"),
+    (["-o", "timeout=1"], "SERV_TIMEOUT"),
+    (["-o", "max_retries=0"], "max_retries")],
+    ids=lambda value: str(value) if isinstance(value, list) else "")
+def test_wrong_usage(argv, says, cli, standin):
+    status, out, err = cli(*argv, "Hi")
+    assert (status, out, is_one_line(err)) == (2, "", True), err
+    assert says in err and SECRET not in err
+    assert standin.requests == []
 
 
-@pytest.mark.parametrize("kind", [
-    "multipart/mixed; boundary=x", "message/rfc822"])
-def test_the_headers_of_any_kind_of_answer_can_be_shown(kind):
-    with Server(http_answer({"error": "no"}, "400 No", kind)) as server:
-        error = net_error(serv.BadRequestError, net_chat, server)
-    assert str(error.headers).startswith("Content-")
+@pytest.mark.parametrize("name, value", [
+    ("SERV_BASE_URL", "example.com"), ("SERV_TIMEOUT", "soon")])
+def test_a_wrong_variable_is_named(name, value, cli, monkeypatch):
+    monkeypatch.setenv(name, value)
+    status, out, err = cli("Hi")
+    assert (status, out, is_one_line(err)) == (2, "", True) and name in err
 
 
-@pytest.mark.parametrize("place", ["system", "messages"])
-def test_a_system_prompt_that_is_too_deep_is_named(place):
-    deep = []
-    for _ in range(100000):
-        deep = [deep]
-    said = dict({"messages": "Hi", "system": [{"type": "text", "text": deep}]},
-                **{place: [{"role": "system", "content": deep}]})
-    with pytest.raises(ValueError, match="messages: JSON cannot say it"):
-        serv.chat(model="m", api_key=KEY, **said)
-    while deep:  # or its garbage would be as deep
-        deep = deep.pop()
+# -- Exit status 1: no key, or the call failed --------------------------------
+
+@pytest.mark.parametrize("key", [
+    "", "\n", os.fsdecode("serv_\u2026".encode())], ids=repr)
+def test_no_usable_key(key, cli, standin, monkeypatch):
+    monkeypatch.setenv("SERV_API_KEY", key)
+    status, out, err = cli("Hi")
+    assert (status, out, is_one_line(err)) == (1, "", True)
+    assert "API" in err and "serv_" not in err and standin.requests == []
 
 
-def test_an_interrupt_before_the_first_piece_is_no_other_error():
-    with Server(stream_answer(*STREAM_HELLO)) as server:
-        stream = stream_open(server)
-        with pytest.raises(KeyboardInterrupt):
-            stream._source.throw(KeyboardInterrupt)
-        assert stream.reply.partial
-        with pytest.raises(serv.APIConnectionError):
-            next(stream)
+@cli_table("answer, says", {
+    "a message": (cli_refusal("No such thing."), "No such thing."),
+    "lines and controls": (
+        cli_refusal("One\r\nline%s\u2028." % CONTROLS), "One"),
+    "long": (cli_refusal("\u00e9" * 5000), "\u00e9"),
+    "an echo of the key": (cli_refusal(KEY, "401 Unauthorized"), "401"),
+    "HTML": (http_answer(b"<html>\nSign in\n</html>", kind="text/html"),
+             "Sign in"),
+    "a redirect": (http_head("301 Moved", location="http://elsewhere",
+                             content_length=0), "http://elsewhere")})
+def test_a_failed_call_is_told_in_one_line(answer, says, cli, answering):
+    answering(answer)
+    status, out, err = cli("Hi")
+    assert (status, out, is_one_line(err)) == (1, "", True)
+    assert says in err and KEY not in err
 
 
-def test_every_choice_of_a_json_answer_to_a_stream_is_there():
-    answer = {"object": "chat.completion", "choices": [
-        {"index": i, "finish_reason": "stop", "message": {
-            "role": "assistant", "content": text}}
-        for i, text in enumerate("AB")]}
-    pieces, reply = stream_read(http_answer(answer))
-    assert (pieces, reply) == (["A"], answer)
+@cli_table("end", {
+    "cut": b"", "a broken event": sse("{"),
+    "an error event": sse({"error": {"type": "overloaded_error"}})})
+def test_what_had_come_of_a_failed_stream_is_printed(end, cli, answering):
+    head = http_head(kind="text/event-stream")
+    answering(closing(head + sse(cli_chunk("Half an")) + end))
+    status, out, err = cli("Hi")
+    assert (status, out, is_one_line(err)) == (1, "Half an\n", True)
 
 
-def test_an_empty_object_erases_nothing():
-    call = {"index": 0, "id": "a", "function": {
-        "name": "f", "arguments": '{"q": 1}'}}
-    pieces, reply = stream_read(stream_answer(
-        stream_chunk({"content": "abc", "tool_calls": [call]}),
-        stream_chunk({"content": {}, "tool_calls": [
-            {"index": 0, "function": {"arguments": {}}}]}),
-        stream_chunk({"tool_calls": {}}, "tool_calls"), "[DONE]"))
-    assert (pieces, reply.text) == (["abc"], "abc")
-    assert reply.tool_calls == [("a", "f", {"q": 1})]
-
-
-def test_an_empty_object_does_not_erase_a_tools_input():
-    events = stream_block(0, {"type": "tool_use", "id": "a", "name": "f"}, *(
-        {"type": "input_json_delta", "partial_json": part}
-        for part in ('{"q": 1}', {})))
-    reply = stream_read(stream_answer(*events, *stream_end()), "messages")[1]
-    assert reply.tool_calls == [("a", "f", {"q": 1})]
-
-
-@pytest.mark.parametrize("endpoint, events", STREAM_OPENINGS,
-                         ids=["chat", "messages"])
-def test_a_named_error_that_repeats_the_last_event_is_one(endpoint, events):
-    last = [each for each in events if "lo" in json.dumps(each)][-1]
-    wire = http_head(kind="text/event-stream") + sse(*events) + (
-        "event: error\ndata: %s\n\n" % json.dumps(last)).encode()
-    pieces, error = stream_error(stream_closing(wire), endpoint)
-    assert ("".join(pieces), error.reply.text) == ("Hello", "Hello")
-    assert isinstance(error, serv.InternalServerError)
-
+# -- Exit status 3: blocked, or cut off by the token limit --------------------
 
 @each_endpoint
-@pytest.mark.parametrize("data", ["", "[DONE]", "x"])
-def test_a_named_error_is_one_whatever_its_data(endpoint, data):
-    events = dict(STREAM_OPENINGS)[endpoint]
-    wire = http_head(kind="text/event-stream") + sse(*events) + (
-        "event: error\ndata: %s\n\n" % data).encode() + sse("[DONE]")
-    pieces, error = stream_error(stream_closing(wire), endpoint)
-    assert ("".join(pieces), error.status) == ("Hello", 500)
+@pytest.mark.parametrize("way", [[], ["--no-stream"], ["--json"]], ids=str)
+@cli_table("argv, text, says", {
+    "blocked": (["blocked"], "I can't share that.", "blocked"),
+    "cut off": (["-n", "2", "Hi"], "You said:", "token limit")})
+def test_an_answer_that_is_not_whole_ends_with_3(endpoint, way, argv, text,
+                                                 says, cli):
+    status, out, err = cli("-e", endpoint, *way, *argv)
+    assert (status, is_one_line(err)) == (3, True) and says in err
+    assert out == text + "\n" or (
+        way == ["--json"] and serv.Reply(json.loads(out)).text == text)
 
 
-@pytest.mark.parametrize("entries", [
-    [{"id": "d", "url": "a"}, {"id": "d", "url": "b"}],
-    [{"index": 20000, "url": "a"}, {"index": -1, "url": "b"}]])
-@pytest.mark.parametrize("streamed", [True, False])
-def test_a_list_in_a_block_is_kept_as_it_comes(entries, streamed):
-    block = {"type": "web_search_tool_result", "tool_use_id": "s",
-             "content": entries}
-    answer = http_answer(stream_message([block]))
+def test_why_an_answer_is_blocked_is_told_in_one_line(cli, answering):
+    answering(cli_answer(None, refusal="Not\n%sthis." % CONTROLS))
+    status, out, err = cli("--no-stream", "Hi")
+    assert (status, out, is_one_line(err)) == (3, "", True)
+    assert re.search("blocked.+Not.+this", err)
+
+
+# -- --dry-run: the command that it prints is run for real --------------------
+
+@each_endpoint
+def test_a_dry_run_needs_no_key_and_sends_nothing(endpoint, cli, standin,
+                                                  monkeypatch):
+    argv = ["-e", endpoint, "--dry-run", "Hi"]
+    with_key = cli(*argv)
+    monkeypatch.delenv("SERV_API_KEY")
+    status, out, err = cli(*argv)
+    assert with_key == (status, out, err) == (0, out, "")
+    assert out.startswith("curl ") and "$SERV_API_KEY" in out
+    assert KEY not in out and standin.requests == []
+
+
+@needs_sh
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+@cli_table("path, argv", {
+    "what a shell expands": ("", [
+        "$HOME `id` $(id) \\ \"q\" 'p' !", "a\nb\n\nc\t%d%%", "'; exit 1; '"]),
+    "what curl reads": ("", ["@/etc/hostname", "\u00e9\U0001f600"]),
+    "headers and options": ("", [
+        "-H", "X-A: 'b' $c \"d\" @e", "-o", 'x={"y": "$z"}', "Hi"]),
+    "messages": ("", ["-e", "messages", "-n", "9", "-s", "'$HOME'\n", "Hi"]),
+    "ours replaced, and none": ("", ["-H", "Accept: */*", "-H", "X-A:", "Hi"]),
+    "an authorization of one's own": ("", [
+        "-H", "authorization: Bearer " + KEY, "--no-stream", "Hi"]),
+    "our line elsewhere": ("", [
+        "-H", "X-A: Authorization: Bearer $SERV_API_KEY",
+        "'Authorization: Bearer $SERV_API_KEY'"]),
+    "a path for the shell": ("/it's/$HOME", ["Hi"]),
+    "a path that curl would change": ("/{a,b}/[1-2]/../c", ["Hi"])})
+def test_curl_sends_what_a_dry_run_prints(path, argv, cli, standin, tmp_path,
+                                          monkeypatch):
+    monkeypatch.setenv("SERV_BASE_URL", standin.url + path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # for curl: no .curlrc
+    cli(*argv)
+    status, command, err = cli("--dry-run", *argv)
+    assert (status, err) == (0, "")
+    done = subprocess.run(["sh", "-c", command], stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE, timeout=30)
+    assert (done.returncode, done.stderr) == (0, b"")
+    ours, curls = standin.requests
+    assert curls[:4] == ours[:4]
+
+
+# -- Processes: redirections, pipes, signals ----------------------------------
+
+def cli_start(*argv, program=(SCRIPT,), shell=(), variables=None, **options):
+    """Start the command line as a process of its own."""
+    python = [sys.executable, "-S", "-W", "error"]  # -S: half the time
+    return subprocess.Popen(
+        [*shell, *python, *program, *argv],
+        env={**os.environ, **(variables or {})}, **{
+            "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE, **options})
+
+
+def cli_end(process, stdin=None):
+    """Wait for a process; return its status, output and errors."""
+    out, err = process.communicate(stdin, timeout=30)
+    return (process.returncode, *(
+        data.decode("utf-8").replace(os.linesep, "\n")
+        for data in (out, err)))
+
+
+def test_as_a_module():
+    with cli_start("Hi", program=["-m", "serv"],
+                   cwd=os.path.dirname(SCRIPT)) as process:
+        assert cli_end(process) == (0, HI, "")
+
+
+def test_the_fake_service_can_be_tried_without_a_key_or_pytest():
+    folders = [os.path.dirname(os.path.abspath(__file__)),
+               os.path.dirname(SCRIPT)]
+    code = ("import sys, %s as tests; sys.exit(tests.demo(sys.argv[1:]))"
+            % __name__)
+    with cli_start("Hi", program=["-c", code], variables={
+            "PYTHONPATH": os.pathsep.join(folders), "SERV_API_KEY": "",
+            "PYTHONDONTWRITEBYTECODE": "1", "SERV_BASE_URL": "",
+            "http_proxy": "http://127.0.0.1:9"}) as process:
+        assert cli_end(process) == (0, HI, "")
+
+
+def test_bytes_that_are_no_text_are_replaced():
+    argv = [b"\xc3\xa9 \xff"] if os.name == "posix" else ["\u00e9 \ufffd"]
+    utf8 = {} if os.name == "nt" else {"PYTHONUTF8": "1",
+                                       "PYTHONIOENCODING": ""}
+    with cli_start(*argv, stdin=subprocess.PIPE, variables=utf8) as process:
+        assert cli_end(process, b"\xf0\x9f\x98\x80 \xff") == (
+            0, 'You said: "\u00e9 \ufffd\n\n\U0001f600 \ufffd"\n', "")
+
+
+FULL = (1, "", "serv: .*No space left on device.*\n")
+
+
+@needs_sh
+@cli_table("redirection, argv, variables, end, asked", {
+    "standard input is closed": ("<&-", ["Hi"], {}, (0, HI, ""), 1),
+    "nohup opens it for writing": (
+        "0>/dev/null", ["Hi"], {}, (0, HI, ""), 1),
+    "standard output is closed: nothing is asked": (
+        ">&-", ["Hi"], {}, (1, "", "serv: standard output is closed\n"), 0),
+    "a full disk": (">/dev/full", ["Hi"], {}, FULL, 1),
+    "a full disk, unbuffered": (
+        ">/dev/full", ["Hi"], {"PYTHONUNBUFFERED": "1"}, FULL, 1),
+    "a full disk, --json": (">/dev/full", ["--json", "Hi"], {}, FULL, 1),
+    "errors are closed": ("2>&-", ["Hi"], {}, (0, HI, ""), 1),
+    "errors are closed, and no key": (
+        "2>&-", ["Hi"], {"SERV_API_KEY": ""}, (1, "", ""), 0),
+    "errors go to a full disk": (
+        "2>/dev/full", ["Hi"], {"SERV_API_KEY": ""}, (1, "", ""), 0)})
+def test_redirections(redirection, argv, variables, end, asked, standin):
+    if "/dev/full" in redirection and not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    with cli_start(*argv, shell=["sh", "-c", 'exec "$@" ' + redirection, "sh"],
+                   variables={"PYTHONUNBUFFERED": "", **variables}) as process:
+        status, out, err = cli_end(process)
+    assert (status, out) == end[:2] and re.fullmatch(end[2], err), err
+    assert len(standin.requests) == asked
+
+
+@cli_table("flags, told", {
+    "not unasked": ([], ""), "with -v": (
+        ["-v"], "serv: .*503.*\nserv: .*429.*\nserv: .*request id.*\n")})
+def test_a_line_tells_each_retry(flags, told, answering):
+    answering(*[cli_refusal("Busy.", status, retry_after_ms=1) for status in (
+        "503 Service Unavailable", "429 Too Many Requests")], service)
+    with cli_start(*flags, "Hi") as process:
+        status, out, err = cli_end(process)
+    assert (status, out) == (0, HI) and re.fullmatch(told, err), err
+
+
+def test_only_the_command_with_verbose_tells_retries(cli, answering):
+    busy = cli_refusal("Busy.", "503 Service Unavailable", retry_after_ms=1)
+    answering(service, busy, service)
+    assert cli("-v", "Hi")[:2] == (0, HI)
+    assert cli("Hi") == (0, HI, "")
+
+
+class Pausing:
+    """A service that sends an event, or none, and waits for `go_on`."""
+
+    def __init__(self, first=b"", *rest):
+        self.first, self.rest = first, rest
+        self.came, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, wire, request):
+        if self.first:
+            wire.sendall(http_head(kind="text/event-stream")
+                         + sse(self.first))
+        self.came.set()
+        if self.go_on.wait(30):
+            wire.sendall(sse(*self.rest))
+        return False
+
+
+def test_a_piece_is_printed_as_it_comes(answering):
+    model = Pausing(cli_chunk("One "), cli_chunk("two", "stop"), "[DONE]")
+    answering(model)
+    with cli_start("Hi") as process:
+        assert process.stdout.read(4) == b"One "
+        model.go_on.set()
+        assert cli_end(process) == (0, "two\n", "")
+
+
+def test_a_pipe_that_closes_midway_ends_it_quietly(answering):
+    model = Pausing(cli_chunk("One "), cli_chunk("two " * 99999), "[DONE]")
+    answering(model)
+    with cli_start("Hi") as process:
+        assert process.stdout.read(4) == b"One "
+        process.stdout.close()
+        model.go_on.set()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize("argv", [["Hi"], ["--help"]], ids=str)
+def test_a_pipe_that_was_closed_ends_it_quietly(argv):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as pipe, cli_start(*argv, stdout=pipe) as process:
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+@on_posix
+@cli_table("argv, piece", {
+    "before the answer": ([], b""),
+    "before the answer, --no-stream": (["--no-stream"], b""),
+    "while it is streamed": ([], b"One ")})
+def test_an_interrupt_ends_with_130(argv, piece, answering):
+    model = Pausing(piece and cli_chunk(piece.decode()))
+    answering(model)
+    # Whoever ignores interrupts (a shell's &) starts what ignores them.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with cli_start(*argv, "Hi") as process:
+        assert model.came.wait(30)
+        assert process.stdout.read(len(piece)) == piece
+        process.send_signal(signal.SIGINT)
+        status, out, err = cli_end(process)
+    signal.signal(signal.SIGINT, before)
+    model.go_on.set()
+    assert (status, out.strip(), err) == (130, "", "serv: interrupted\n")
+
+
+# -- A terminal, 40 columns wide ----------------------------------------------
+
+class Terminal:
+    """A terminal: its `keyboard`, a file to write to, and what it shows."""
+
+    def __init__(self):
+        self.inside, end = os.openpty()
+        pytest.importorskip("fcntl").ioctl(
+            end, pytest.importorskip("termios").TIOCSWINSZ,
+            struct.pack("4H", 24, 40, 0, 0))
+        self.keyboard = open(os.dup(end), encoding="utf-8")
+        self.file = open(end, "w", encoding="utf-8")
+        self.data = ""
+
+    def close(self):
+        self.keyboard.close()
+        self.file.close()
+        os.close(self.inside)
+
+    def read(self, until):
+        """Read what is written up to a text; return all that was so far."""
+        while until not in self.data:
+            assert select.select([self.inside], [], [], 9)[0], self.data
+            self.data += os.read(self.inside, 9999).decode()
+        return self.data
+
+    def written(self):
+        """Return all that was written."""
+        print("\0", end="", file=self.file, flush=True)
+        return self.read("\0").rstrip("\0").replace("\r\n", "\n")
+
+
+def cli_screen(data):
+    """Return the lines that a terminal shows after it was sent some text."""
+    lines = []
+    for line in data.split("\n"):
+        *erased, text = line.split("\r")  # each begins again on the left
+        assert all(len(note) < 40 for note in erased), "wider than the window"
+        for part in reversed(erased):
+            text += part[len(text):]
+        lines.append(text.rstrip())
+    return lines
+
+
+@pytest.fixture
+def terminal():
+    if not hasattr(os, "openpty"):
+        pytest.skip("needs terminals")
+    terminal = Terminal()
+    if not terminal.file.isatty():
+        pytest.skip("its terminals are none")
+    yield terminal
+    terminal.close()
+
+
+@each_way
+@pytest.mark.parametrize("model", [MODEL, "wider-than-the-window-" * 5],
+                         ids=["short", "wider than the window"])
+def test_a_note_says_what_is_waited_for_until_it_comes(model, way, cli,
+                                                       answering, terminal):
+    def answer(wire, request):
+        notes.append(terminal.read(model[:9]))
+        service(wire, request)
+
+    notes = []
+    answering(answer)
+    assert cli("-m", model, *way, "Hi", stdout=terminal.file,
+               stderr=terminal.file) == (0,)
+    assert notes[0].startswith("serv: ")
+    assert cli_screen(terminal.written()) == HI.split("\n")
+
+
+@cli_table("argv, answers, status, shown", {
+    "refused": ([], [cli_refusal("No.")], 1, "serv: .*No.*\n"),
+    "cut": ([], [closing(http_head(kind="text/event-stream") + sse(
+        cli_chunk("Half an")))], 1, "Half an\nserv: .*\n"),
+    "retried": (["-v"], [cli_refusal("Busy.", "503 Service Unavailable",
+                                     retry_after_ms=1), service],
+                0, "serv: .*503.*\n%sserv: request id .*\n" % HI)})
+def test_nothing_of_the_note_is_left(argv, answers, status, shown, cli,
+                                     answering, terminal):
+    answering(*answers)
+    assert cli(*argv, "Hi", stdout=terminal.file,
+               stderr=terminal.file) == (status,)
+    screen = "\n".join(cli_screen(terminal.written()))
+    assert re.fullmatch(shown, screen) and MODEL not in screen
+
+
+@cli_table("way, answer", {
+    "streamed": ([], stream_answer(
+        *map(cli_chunk, CONTROLS), cli_chunk(".", "stop"))),
+    "whole": (["--no-stream"], cli_answer(CONTROLS + ".")),
+    "as JSON": (["--json"], cli_answer(CONTROLS + "."))})
+def test_an_answer_cannot_drive_a_terminal(way, answer, cli, answering,
+                                           terminal):
+    answering(answer)
+    assert cli(*way, "Hi", stdout=terminal.file) == (0, "")
+    written = terminal.written()
+    assert set(written) & set(CONTROLS) <= set("\t\n")
+    if way != ["--json"]:
+        assert written == re.sub("[^\t\n]", "\ufffd", CONTROLS) + ".\n"
+
+
+def test_in_a_pipe_an_answer_is_as_it_was_sent(cli, answering):
+    answering(cli_answer(CONTROLS))
+    assert cli("--no-stream", "Hi") == (0, CONTROLS + "\n", "")
+
+
+@cli_table("argv, prompt", {
+    "not read unasked": (["Hi"], "Hi"), "- reads it": (["-"], "typed")})
+def test_what_is_typed(argv, prompt, cli, standin, terminal):
+    os.write(terminal.inside, b"typed\n\x04\x04")  # Ctrl-D ends it
+    assert cli(*argv, stdin=terminal.keyboard)[0] == 0
+    assert sent(standin)["messages"][-1]["content"] == prompt
+
+
+# ---------------------------------------------------------------------------
+# Live checks
+#
+# Of the service itself, or of any other that speaks both formats.  They cost
+# money, so they run only with SERV_LIVE=1; SERV_BASE_URL, SERV_API_KEY and
+# SERV_MODEL say where.  They look at the shape of an answer only: what a
+# model says is its own affair.
+# ---------------------------------------------------------------------------
+
+LIVE_LIMIT = {"chat": {"max_completion_tokens": 200},
+              "messages": {"max_tokens": 200}}
+LIVE_SCHEMA = {"type": "object", "required": ["city"],
+               "properties": {"city": {"type": "string"}}}
+LIVE_TOOL = {
+    "chat": {"type": "function", "function": {
+        "name": "get_weather", "parameters": LIVE_SCHEMA}},
+    "messages": {"name": "get_weather", "input_schema": LIVE_SCHEMA}}
+live_ways = pytest.mark.parametrize("streamed", [False, True],
+                                    ids=["whole", "streamed"])
+
+
+def live_call(endpoint, streamed, messages, **options):
+    """Return the reply to a call, and check that it is a whole answer."""
+    options = {"system": SYSTEM, **LIVE_LIMIT[endpoint], **options}
     if streamed:
-        answer = stream_answer(*stream_said(), *stream_block(1, block),
-                               *stream_end())
-    reply = stream_read(answer, "messages")[1]
-    assert reply["content"][-1] == block
+        with serv.stream(messages, endpoint=endpoint, **options) as stream:
+            pieces = list(stream)
+        reply = stream.reply
+        assert "".join(pieces) == reply.text and all(pieces)
+        assert len(pieces) > 1 or reply.tool_calls
+    else:
+        call = serv.chat if endpoint == "chat" else serv.message
+        reply = call(messages, **options)
+    assert reply.stop_reason and reply.refusal is None and not reply.partial
+    assert reply.elapsed > 0 and json.loads(json.dumps(reply)) == reply
+    return reply
 
 
-def test_a_tools_input_named_message_is_kept_as_it_comes():
-    given = {"message": {"text": "hi", "content": [
-        {"index": 1, "a": 1}, {"index": 1, "a": 2}, {"index": -1}]}}
-    events = stream_block(0, {"type": "tool_use", "id": "a", "name": "f",
-                              "input": given})
-    reply = stream_read(stream_answer(*events, *stream_end()), "messages")[1]
-    assert reply.tool_calls == [("a", "f", given)]
-
-
-def test_a_whole_message_beside_an_empty_delta_is_read():
-    whole = stream_whole({"content": "hello"})
-    whole["choices"][0]["delta"] = {}
-    pieces, reply = stream_read(stream_answer(whole, "[DONE]"))
-    assert (pieces, reply.text) == (["hello"], "hello")
-
-
-@pytest.mark.parametrize("event, told", [
-    ({"type": "insufficient_quota", "message": "over"}, "over"),
-    ({"type": "request_too_large", "message": "big"}, "big"),
-    ({"message": None, "detail": "no"}, "no"),
-    ({"detail": [{"msg": "no"}]}, '[{"msg": "no"}]')])
+@live_ways
 @each_endpoint
-def test_a_flat_error_is_one(event, told, endpoint):
-    wire = stream_answer(*dict(STREAM_OPENINGS)[endpoint], "%s" % json.dumps(
-        event), "[DONE]")
-    pieces, error = stream_error(wire, endpoint)
-    assert ("".join(pieces), error.message) == ("Hello", told)
+def test_live_turns(endpoint, streamed, real):
+    messages = [{"role": "user", "content": "My name is Ada. Say hello."}]
+    for question in ("What is my name?", "Thank you!"):
+        reply = live_call(endpoint, streamed, messages)
+        assert reply.text and reply.message["role"] == "assistant"
+        messages += [reply.message, {"role": "user", "content": question}]
 
 
-@pytest.mark.parametrize("name, event", [
-    ("quota", {"message": "50 left"}), ("", {"detail": [], "usage": {}}),
-    ("content_filter", "ok"), ("", {"detail": ""})])
 @each_endpoint
-def test_a_notice_is_no_error(name, event, endpoint):
-    wire = http_head(kind="text/event-stream") + sse(
-        *dict(STREAM_OPENINGS)[endpoint])
-    wire += ("event: %s\ndata: %s\n\n" % (name, json.dumps(
-        event) if isinstance(event, dict) else event)).encode()
-    wire += sse(*([stream_chunk({}, "stop"), "[DONE]"]
-                  if endpoint == "chat" else stream_end()))
-    assert "".join(stream_read(stream_closing(wire), endpoint)[0]) == "Hello"
-
-
-def test_text_without_a_type_comes_in_pieces():
-    events = stream_block(0, {}, {"text": "Hel"}, {"text": "lo"})
-    pieces, reply = stream_read(
-        stream_answer(*events, *stream_end()), "messages")
-    assert (pieces, reply.text) == (["Hel", "lo"], "Hello")
-
-
-@pytest.mark.parametrize("entries", [
-    [{"type": "a", "index": 9, "file": "x"}, {"type": "a", "index": 9,
-                                              "file": "y"}],
-    [{"id": "d", "chunk": "one"}, {"id": "d", "chunk": "two"}],
-    [{"index": 30, "u": "x"}, {"index": 10, "u": "y"}]])
-@pytest.mark.parametrize("cut", [1, 2])
-def test_unknown_lists_are_kept_as_they_come(entries, cut):
-    events = [stream_chunk({"notes": part}) for part in
-              (entries[:cut], entries[cut:]) if part]
-    reply = stream_read(stream_answer(
-        *events, stream_chunk({}, "stop"), "[DONE]"))[1]
-    assert reply.message["notes"] == entries
-
-
-@pytest.mark.parametrize("values, last", [
-    ((False, "no"), "no"), (({"a": 1}, "t"), "t"), ((5, "a"), "a"),
-    (("a", 5), 5), ((5, ["a"]), ["a"]), (("a", {"b": 1}), {"b": 1})])
-@pytest.mark.parametrize("name", ["x", "reasoning", "citations"])
-def test_a_field_may_change_its_kind(values, last, name):
-    events = [stream_chunk({name: value}) for value in values]
-    reply = stream_read(stream_answer(
-        *events, stream_chunk({}, "stop"), "[DONE]"))[1]
-    assert reply.message[name] == last
-
-
-def test_an_input_that_comes_as_an_object():
-    events = [
-        {"type": "content_block_start", "index": 0, "content_block": {
-            "type": "tool_use", "id": "t", "name": "f", "input": {}}},
-        {"type": "content_block_delta", "index": 0, "delta": {
-            "type": "input_json_delta", "partial_json": {"a": 1}}},
-        {"type": "message_stop"}]
-    reply = stream_read(stream_answer(*events), "messages")[1]
-    assert reply.tool_calls == [serv.ToolCall("t", "f", {"a": 1})]
-
-
-def test_blocks_that_are_all_counted_as_0():
-    events = []
-    for block, delta in (
-            ({"type": "text", "text": ""},
-             {"type": "text_delta", "text": "hey"}),
-            ({"type": "tool_use", "id": "t", "name": "f", "input": {}},
-             {"type": "input_json_delta", "partial_json": '{"a": 1}'})):
-        events += [
-            {"type": "content_block_start", "index": 0,
-             "content_block": block},
-            {"type": "content_block_delta", "index": 0, "delta": delta},
-            {"type": "content_block_stop", "index": 0}]
-    reply = stream_read(stream_answer(*events, {"type": "message_stop"}),
-                        "messages")[1]
-    assert reply["content"] == [
-        {"type": "text", "text": "hey"},
-        {"type": "tool_use", "id": "t", "name": "f", "input": {"a": 1}}]
-
-
-@pytest.mark.parametrize("begun, order", [
-    ([0, 1, 2], "ABC"), ([2, 0, 1], "BCA"), ([1, 7, 4], "ACB"),
-    ([0, 0, 0], "ABC"), ([0, 1, 0, 1, 0, 1], "ABCDEF"),
-    ([0, 0, 1], "ABC"), ([0, 0, 1, 1, 2], "ABCDE"), ([1, 0, 0], "BAC"),
-    ([None, None, None], "ABC"), ([0, None, None], "ABC"),
-    ([None, 1, None], "ABC")])
-def test_blocks_stand_by_their_index_or_as_they_are_begun(begun, order):
-    events = []
-    for index, text in zip(begun, "ABCDEF"):
-        where = {} if index is None else {"index": index}
-        events += [
-            {"type": "content_block_start", **where,
-             "content_block": {"type": "text", "text": ""}},
-            {"type": "content_block_delta", **where,
-             "delta": {"type": "text_delta", "text": text}},
-            {"type": "content_block_stop", **where}]
-    reply = stream_read(stream_answer(*events, {"type": "message_stop"}),
-                        "messages")[1]
-    assert [block["text"] for block in reply["content"]] == [*order]
-
-
-@pytest.mark.parametrize("headers", [[("a", "b")], "a: b", 5])
-def test_headers_are_a_mapping(headers, standin):
-    with pytest.raises(TypeError, match="headers"):
-        serv.chat("Hi", system="s", headers=headers)
-    assert standin.requests == [] or standin.requests[-1].headers
-
-
-def test_a_broken_event_of_a_vendors_name_is_broken():
-    events = b"".join(b"event: chunk\n" + sse(event) for event in (
-        stream_chunk({"content": "a"}), '{"choices": [{"delta": "LO'))
-    with Server(http_head(kind="text/event-stream",
-                          content_length=len(events)) + events) as server:
-        stream = stream_open(server)
-        assert next(stream) == "a"
-        with pytest.raises(serv.APIResponseError):
-            next(stream)
-
-
-def test_many_fields_cost_what_they_weigh():
-    big = dict(stream_chunk({"content": "a"}),
-               **{"k%d" % i: 0 for i in range(50000)})
-    events = [dict(stream_chunk({"content": "b"}), z=i) for i in range(1100)]
-    pieces, reply = stream_read(stream_answer(
-        big, *events, stream_chunk({}, "stop"), "[DONE]"))
-    assert (len(pieces), reply["z"], reply["k9"]) == (1101, 1099, 0)
-
-
-def test_a_stream_that_was_interrupted_does_not_end_in_silence():
-    def answer(wire, request):
-        wire.sendall(NET_SSE + chunk(sse(stream_chunk({"content": "a"}))))
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1)).start()
-
-    config = {"key": KEY}
-
-    def interrupt(*_):
-        raise LookupError(config)
-
-    before = signal.signal(signal.SIGUSR1, interrupt)
-    try:
-        with Server(answer) as server:
-            stream = stream_open(server)
-            with pytest.raises(LookupError):
-                list(stream)
-            with pytest.raises(serv.APIConnectionError) as caught:
-                list(stream)
-        assert caught.value.reply.text == "a"
-        assert config == {"key": KEY}  # the caller's own
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-
-
-@pytest.mark.skipif(not hasattr(time, "tzset"), reason="needs tzset()")
-def test_a_date_without_a_zone_is_gmt(monkeypatch):
-    monkeypatch.setenv("TZ", "America/New_York")
-    time.tzset()
-    try:
-        date = time.asctime(time.gmtime(time.time() + 86400))
-        with Server(http_answer({}, "429 Too Many", retry_after=date)) as here:
-            error = net_error(serv.RateLimitError, net_chat, here)
-        assert 86000 < error.retry_after <= 86400
-    finally:
-        monkeypatch.undo()
-        time.tzset()
-
-
-def test_halves_in_two_blocks_are_read_as_they_are_replied():
-    events = stream_said("a\ud83d") + stream_block(
-        1, {"type": "text", "text": "\ude00b"}) + stream_end()
-    pieces, reply = stream_read(stream_answer(*events), "messages")
-    assert "".join(pieces) == reply.text
-
-
-def test_a_costly_event_does_not_stretch_the_budget():
-    event = b'data: {"choices": [' + b"{}," * 300000 + b"{}]}\n\n"
-    begun = time.monotonic()
-    with Server(NET_SSE + chunk(event) + chunk(b"")) as server:
-        net_error(serv.ServError, net_read, server, timeout=1.0)
-    assert time.monotonic() - begun <= 1.5
-
-
-def test_a_costly_error_does_not_stretch_the_budget():
-    body = b'{"error": {"message": "no"}, "x": [' + b"[], " * 3000000 + b"0]}"
-    begun = time.monotonic()
-    with Server(http_answer(body, "500 No")) as server:
-        error = net_error(serv.InternalServerError, net_chat, server,
-                          timeout=1.0)
-    assert len(error.body) <= serv.MAX_ERROR
-    assert time.monotonic() - begun <= 1.5
-
-
-def test_a_connection_reset_while_idle_is_replaced():
-    with Server([net_reset(NET_OK), net_echo]) as server:
-        assert net_chat(server) == "Hello!"
-        # until the reset is here
-        select.select([serv._idle[-1].sock], [], [], 5)
-        assert net_chat(server, max_retries=0) == "Hi"
-        assert server.connections == 2
-
-
-def test_a_request_that_was_read_is_not_sent_again(monkeypatch):
-    monkeypatch.setattr(serv, "STALE_SECONDS", 0)  # as if it came later
-    with Server([NET_OK, net_hang_up, NET_OK]) as server:
-        net_chat(server)
-        net_error(serv.APIConnectionError, net_chat, server, max_retries=0)
-        assert len(server.requests) == 2
-
-
-def test_a_lost_request_is_sent_once_more_not_to_every_kept_connection():
-    meet = threading.Barrier(4)
-
-    def answer(wire, request):
-        if len(server.requests) > 4:
-            return False
-        meet.wait(10)
-        wire.sendall(NET_OK)
-
-    with Server(answer) as server:
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            list(pool.map(net_chat, [server] * 4))
-        assert server.connections == 4
-        net_error(serv.APIConnectionError, net_chat, server, max_retries=0)
-        assert len(server.requests) == 4 + 2
-
-
-STREAM_AT_ONCE = {"index": 0, "finish_reason": "stop", "message": {
-    "role": "assistant", "content": "hello"}}
-
-
-@pytest.mark.parametrize("events", [
-    [{"choices": [], "id": "a"}, {"choices": [STREAM_AT_ONCE], "id": "a"}],
-    [{"choices": [STREAM_AT_ONCE]}],
-    [{"choices": [{"index": 0, "delta": {"content": "hello"}}]},
-     {"choices": [STREAM_AT_ONCE]}]],
-    ids=["behind an empty chunk", "alone", "behind its own pieces"])
-def test_a_whole_message_in_a_stream_is_read_once(events):
-    pieces, reply = stream_read(stream_answer(*events, "[DONE]"))
-    assert ("".join(pieces), reply.text) == ("hello", "hello")
-
-
-def test_a_kept_connection_does_not_keep_the_request():
-    with Server([http_answer(REPLY)]) as server:
-        net_chat(server, "x" * (1 << 20))
-        assert not serv._idle[-1].unsent
-        assert isinstance(serv._idle[-1].unsent, bytes)
-
-
-def test_a_whole_message_may_lack_its_type():
-    answer = {"role": "assistant", "content": [text_block("Hello!")],
-              "stop_reason": "end_turn"}
-    pieces, reply = stream_read(http_answer(answer), "messages")
-    assert (pieces, reply.text, reply.partial) == (["Hello!"], "Hello!", False)
-
-
-def test_a_message_may_start_with_an_empty_block():
-    start = {"type": "message_start", "message": {
-        "role": "assistant", "content": [text_block("")]}}
-    events = [start, *stream_block(0, text_block("Hi"))] + stream_end()
-    reply = stream_read(stream_answer(*events), "messages")[1]
-    assert reply["content"] == [text_block("Hi")]
-
-
-@pytest.mark.parametrize("key", ["content", "reasoning_content", "refusal"])
-def test_an_empty_list_erases_no_text(key):
-    events = [stream_chunk({key: "Hi"}), stream_chunk({key: []}),
-              stream_chunk({key: "!"}), stream_chunk({}, "stop")]
-    reply = stream_read(stream_answer(*events, "[DONE]"))[1]
-    assert reply.message[key] == "Hi!"
-
-
-@at_once(*[("chat", [
-    stream_chunk({"role": "assistant", "annotations": []}),
-    stream_chunk({"annotations": [{"n": 1}]}),
-    stream_chunk({"annotations": [{"n": 2}]}), stream_chunk({}, "stop")]),
-    ("messages", stream_said()[:1] + stream_block(
-        0, {"type": "text", "text": "", "citations": []},
-        *[{"type": "citations_delta", "citation": {"n": n}} for n in (1, 2)])
-     + stream_end())])
-def test_events_stay_as_they_came(endpoint, events):
-    end = ["[DONE]"] * (endpoint == "chat")
-    with Server(stream_answer(*events, *end)) as server:
-        assert [*stream_open(server, endpoint).events()] == events
-
-
-def test_each_choice_may_come_as_a_whole_message():
-    events = [{"choices": [dict(STREAM_AT_ONCE, index=index, message={
-        "content": text})]} for index, text in enumerate("AB")]
-    reply = stream_read(stream_answer(*events, "[DONE]"))[1]
-    assert [choice["message"]["content"] for choice in reply["choices"]] == [
-        "A", "B"]
-
-
-@pytest.mark.parametrize("block", [{}, {"input": {}}, {"input": None}])
-@pytest.mark.parametrize("text, given", [('{"a": 1}', {"a": 1}), ("", {})])
-def test_a_block_that_is_begun_without_an_index(block, text, given):
-    events = [
-        {"type": "content_block_start", "content_block": dict(
-            block, type="tool_use", id="a", name="f")},
-        {"type": "content_block_delta", "index": 0, "delta": {
-            "type": "input_json_delta", "partial_json": text}},
-        {"type": "message_stop"}]
-    reply = stream_read(stream_answer(*events), "messages")[1]
-    assert reply.tool_calls == [("a", "f", given)]
-
-
-def test_what_a_caller_does_to_an_event_does_not_hide_the_next():
-    events = [stream_chunk({"content": "a"}, usage={"total": total})
-              for total in (1, 2)]
-    with Server(stream_answer(*events, stream_chunk({}, "stop"))) as server:
-        with stream_open(server) as stream:
-            for event in stream.events():
-                if event.get("usage"):
-                    event["usage"]["total"] += 1
-        assert (stream.reply.usage, stream.reply.text) == ({"total": 2}, "aa")
-
-
-@net_calls
-@pytest.mark.parametrize("url", [
-    "http:/user:opensesame@host:3128", "http://user:opensesame",
-    "https://user:opensesame@host", "socks5://user:opensesame@host",
-    "http://user:opensesame@", "http://user:opensesame@host:x"])
-def test_a_proxy_that_is_no_url_is_refused_without_its_password(
-        call, url, monkeypatch):
-    monkeypatch.setenv("http_proxy", url)
-    with pytest.raises(ValueError, match="http_proxy") as caught:
-        call("http://host.test")
-    assert "opensesame" not in net_secrets(caught.value)
-
-
-def test_an_entry_that_is_no_object_is_not_gone_on_with():
-    events = [stream_chunk({"tool_calls": calls}) for calls in (
-        ["x"], [{"function": {"arguments": "y"}}])]
-    reply = stream_read(stream_answer(
-        *events, stream_chunk({}, "stop"), "[DONE]"))[1]
-    assert len(reply.message["tool_calls"]) == 2
-
-
-@pytest.mark.parametrize("given, shown", [
-    ({"a": 1}, '{"a": 1}'), ([1], "[1]"), ({}, ""), ([], ""), (None, "")])
-def test_a_calls_object_does_not_look_finished_in_a_cut_stream(given, shown):
-    call = {"index": 0, "id": "a", "type": "function", "function": {
-        "name": "f", "arguments": given}}
-    error = stream_error(
-        stream_answer(stream_chunk({"tool_calls": [call]})))[1]
-    assert error.reply.tool_calls == [("a", "f", shown)]
-    events = stream_said("x") + [{
-        "type": "content_block_start", "index": 1, "content_block": {
-            "type": "tool_use", "id": "a", "name": "f", "input": given}}]
-    error = stream_error(stream_answer(*events), "messages")[1]
-    assert error.reply.tool_calls == [("a", "f", shown)]
-
-
-@pytest.mark.parametrize("given", [
-    {"content": [{"id": "a", "x": 1}, {"id": "a", "x": 2}]},
-    {"thinking": [{"index": 7, "x": 1}, {"index": 2, "x": 2}]},
-    {"name": "n", "text": "t", "list": [1, 1], "in": {"tool_calls": [{}]}}])
-def test_an_object_for_a_tool_is_left_as_it_is(given):
-    call = {"id": "a", "type": "function", "function": {
-        "name": "f", "arguments": given}}
-    block = {"type": "tool_use", "id": "a", "name": "f", "input": given}
-    for endpoint, events in (
-            ("chat", [stream_chunk({"tool_calls": [dict(call, index=0)]}),
-                      stream_chunk({}, "tool_calls")]),
-            ("messages", stream_block(0, block) + stream_end("tool_use"))):
-        reply = stream_read(stream_answer(*events), endpoint)[1]
-        assert reply.tool_calls == [("a", "f", given)]
-
-
-def test_an_error_event_is_one_whatever_stands_beside_it():
-    error = stream_error(stream_answer(
-        {"error": {"type": "rate_limit_error", "message": "slow"},
-         "choices": "none"}))[1]
-    assert type(error) is serv.RateLimitError
-
-
-@net_calls
-@pytest.mark.parametrize("parts", [
-    ["HTTP/1.1 100 Continue\r\n\r\n"], ["HTTP/1.1 103 Early Hints\r\n\r\n"],
-    ["H", "TTP/1.1 100 Continue\r\n\r\n"],
-    ["HTTP/1.1 103 E\r\n", "Link: </a>; rel=preload\r\n", "\r\n"]])
-def test_an_interim_answer_does_not_end_an_upload(call, parts):
-    def answer(wire):
-        with wire.makefile("rb") as reader:
-            lines = list(iter(reader.readline, b"\r\n"))
-            [left] = [int(line.split(b":")[1]) for line in lines
-                      if line.lower().startswith(b"content-length:")]
-            for part in parts:
-                wire.sendall(part.encode())
-                left -= len(reader.read(1 << 21))  # the part is seen by then
-            reader.read(left)
-        wire.sendall(NET_OK)
-
-    with NetRaw(answer) as server:
-        assert call(server, "x" * (1 << 24)) == "Hello!"
-
-
-@pytest.mark.parametrize("entry", ["{}", '{"a":"b"}'])
-@pytest.mark.parametrize("name", ["content", "tool_calls"])
-def test_many_entries_without_an_index_are_too_many(name, entry):
-    event = b'data: {"choices": [{"index": 0, "delta": {"%s": [%s]}}]}\n\n' % (
-        name.encode(), b",".join([entry.encode()] * 20000))
-    with Server(NET_SSE + chunk(event) + chunk(b"")) as server:
-        net_error(serv.APIResponseError, net_read, server)
+def test_live_events(endpoint, real):
+    with serv.stream("Say hello.", endpoint=endpoint, system=SYSTEM,
+                     **LIVE_LIMIT[endpoint]) as stream:
+        events = list(stream.events())
+    assert stream.reply.text and not stream.reply.partial
+    if endpoint == "chat":
+        assert all("choices" in event for event in events)
+    else:
+        types = [event["type"] for event in events if event["type"] != "ping"]
+        assert (types[0], types[-1]) == ("message_start", "message_stop")
+
+
+@live_ways
+@each_endpoint
+def test_live_tools(endpoint, streamed, real):
+    chat = endpoint == "chat"
+    messages = [{"role": "user", "content": "What is the weather in Paris?"}]
+    tools = {"tools": [LIVE_TOOL[endpoint]]}
+    first = live_call(endpoint, streamed, messages, **tools,
+                      tool_choice="required" if chat else {"type": "any"})
+    assert first.tool_calls
+    for call in first.tool_calls:
+        assert call.id and call.name == "get_weather"
+        assert isinstance(call.arguments["city"], str)
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "18 C"}
+               if chat else {"type": "tool_result", "tool_use_id": call.id,
+                             "content": "18 C"} for call in first.tool_calls]
+    messages += [first.message, *(
+        results if chat else [{"role": "user", "content": results}])]
+    if chat:
+        tools["tool_choice"] = "none"
+    last = live_call(endpoint, streamed, messages, **tools)
+    assert not chat or (last.text and not last.tool_calls)
+
+
+@live_ways
+@each_endpoint
+def test_live_wrong_key(endpoint, streamed, real):
+    with pytest.raises(serv.AuthenticationError) as caught:
+        live_call(endpoint, streamed, "Hi", api_key="sk-no-such-key")
+    assert caught.value.status == 401
+    assert "sk-no-such-key" not in str(caught.value)
+
+
+@each_way
+@each_endpoint
+def test_live_command_line(endpoint, way, real, cli):
+    status, out, err = cli("-v", "-e", endpoint, "-n", "100", *way, "Hello!")
+    assert status in (0, 3) and out.strip()
+    assert err.startswith("serv: request id ")
 
 
 # ---------------------------------------------------------------------------
-# The promises: what README.md and pyproject.toml say, and how serv.py is made.
+# README and promises
+#
+# Every block of README.md runs and prints what README.md says.  What it says
+# about serv.py is true, and serv.py is made as it promises to be.
 # ---------------------------------------------------------------------------
-
 
 ROOT = os.path.dirname(os.path.abspath(serv.__file__))
 
 
-def read_file(name):
-    """Return the text of one of the project's files; "" without a checkout."""
-    if not os.path.exists(os.path.join(ROOT, name)):
+def read_project_file(name):
+    """Return the text of a file of the project; "" where it is not here."""
+    path = os.path.join(ROOT, name)
+    if not os.path.exists(path):
         return ""
-    with open(os.path.join(ROOT, name), encoding="utf-8") as file:
+    with open(path, encoding="utf-8") as file:
         return file.read()
 
 
-SOURCE, README, PYPROJECT = map(read_file, ("serv.py", "README.md",
-                                       "pyproject.toml"))
-TREE = ast.parse(SOURCE)
-in_checkout = pytest.mark.skipif(not (README and PYPROJECT), reason=(
-    "README.md and pyproject.toml are not here: the file was copied"))
+SOURCE = read_project_file("serv.py")
+README = read_project_file("README.md")
+PYPROJECT = read_project_file("pyproject.toml")
+needs_readme = pytest.mark.skipif(
+    not README, reason="README.md is not beside serv.py")
+needs_pyproject = pytest.mark.skipif(
+    not PYPROJECT, reason="pyproject.toml is not beside serv.py")
 
 
-# -- README.md: every block runs, and prints what it is said to print ---------
+# -- The blocks of README.md --------------------------------------------------
 
-Block = collections.namedtuple("Block", "title kind marks code output exact")
+Block = collections.namedtuple("Block", "title kind marks code output")
+# The heading above it; python, sh or text; the comments above it; the code;
+# the output that follows it, or None where that is the model's words.
 
 
 def parse_blocks(text):
-    """Return the blocks of code of a README, each with the output it shows.
+    """Return the blocks of a README; a text block is the output of the last.
 
-    An output below a "the model's words" comment is an example of what may
-    come; other comments are the ``marks`` of the block that follows.  Beside
-    a print(), "# -> ..." is its output, "# e.g. ..." an example of it.
+    Comments (`<!-- ... -->`) mark the block that follows.
     """
-    found, marks, title = [], [], ""
+    blocks, marks, title = [], [], ""
     for heading, mark, kind, code in re.findall(
             r"^(?:#+ ([^\n]*)|<!-- ([^\n]*) -->|```(\w+)\n(.*?)^```)$", text,
             re.M | re.S):
-        title = heading or title
         if heading:
-            marks = []
+            title, marks = heading, []
         elif mark:
             marks.append(mark)
         elif kind == "text" and "help" not in marks:
-            found[-1] = found[-1]._replace(
-                output=code, exact="the model's words" not in marks)
+            if "the model's words" not in marks:
+                blocks[-1] = blocks[-1]._replace(output=code)
             marks = []
         else:
-            found.append(Block(title, kind, marks, code, None, False))
+            blocks.append(Block(title, kind, marks, code, None))
             marks = []
-    return found
+    return blocks
 
 
 BLOCKS = parse_blocks(README)
-NOT_HERE = {"-m pip ": "installs something: .ci/run does that",
-            "-m pytest": "would run this test again and again"}
+NOT_HERE = {"-m pip ": "it installs something",
+            "-m pytest -q test_serv.py": "it would run this test again"}
 ENGINES = {"dask": "distributed", "ray": "ray", "pyspark": "pyspark"}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A place with the file, where the README's blocks run."""
-    path = str(tmp_path_factory.mktemp("readme"))
-    for name in ("serv.py", "test_serv.py"):
-        if os.path.exists(os.path.join(ROOT, name)):
-            shutil.copy(os.path.join(ROOT, name), path)
-    py_compile.compile(os.path.join(path, "serv.py"))  # once, not each time
-    return path
+def find_block(title, number=0):
+    """Return the code of a Python block below a heading."""
+    return [block.code for block in BLOCKS
+            if block.title == title and block.kind == "python"][number]
 
 
-@contextlib.contextmanager
-def serve():
-    """A service on loopback, and an environment that leads to it."""
-    own = {name: value for name, value in os.environ.items()
-           if not name.upper().startswith(("SERV_", "SSL_CERT_"))
-           and not name.upper().endswith("_PROXY")}
-    with Server(service) as server:
-        server.env = dict(
-            own, SERV_BASE_URL=server.url, SERV_API_KEY=KEY,
-            SERV_MODEL="gpt-5.4-mini", COLUMNS="80", PYTHONIOENCODING="utf-8",
-            PATH=os.path.dirname(sys.executable) + os.pathsep
-            + own.get("PATH", ""), PYSPARK_PYTHON=sys.executable,
-            RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_UV_RUN_RUNTIME_ENV="0")
-        yield server
-
-
-def run_in(command, served, place, text=""):
-    """Run a command as a reader of the README would; return its output."""
-    done = subprocess.run(command, cwd=place, env=served.env, timeout=120,
-                          input=text, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, universal_newlines=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def needs_a_process(block):
+    """Whether a program changes the environment, or starts an engine."""
+    return re.search(r"os\.environ\.update|^(?:from|import) (?:%s)\b"
+                     % "|".join(ENGINES), block.code, re.M)
 
 
 def why_not(block):
-    """Return why a block of the README cannot run here, or None."""
-    for word, reason in NOT_HERE.items():
-        if word in block.code:
+    """Return why a block cannot run here, or None."""
+    for words, reason in NOT_HERE.items():
+        if words in block.code:
             return reason
-    missing = [module for word, module in ENGINES.items()
-               if re.search(r"^(from|import) %s\b" % word, block.code, re.M)
-               and not importlib.util.find_spec(module)]
     if block.kind == "sh":
-        missing = [tool for tool in ("bash", "zip", "sha256sum")
-                   if tool in block.code + "bash" and not shutil.which(tool)]
-    return "there is no %s here" % missing[0] if missing else None
+        for tool in "bash", "zip", "sha256sum":
+            if tool in "bash " + block.code and not shutil.which(tool):
+                return "there is no %s here" % tool
+    for package, module in ENGINES.items():
+        if re.search(r"^(from|import) %s\b" % package, block.code, re.M):
+            if not importlib.util.find_spec(module):
+                return "%s is not installed" % module
+    return None
+
+
+def clean_environment(**more):
+    """Return the environment without what would change an example."""
+    return dict({name: value for name, value in os.environ.items()
+                 if not re.match("SERV_|SSL_CERT_|PYTEST", name)
+                 and not name.lower().endswith("_proxy")}, **more)
+
+
+class Reader:
+    """Someone who has README.md, and the files in a folder of their own.
+
+    `here` is the environment after the three lines that lead to the fake
+    service; `bare` that of someone without a key, behind a proxy.
+    """
+
+    def __init__(self, folder, server):
+        self.folder, self.server = folder, server
+        path = os.pathsep.join([os.path.dirname(sys.executable),
+                                os.environ.get("PATH", "")])
+        self.bare = clean_environment(
+            COLUMNS="80", PYTHONIOENCODING="utf-8", PATH=path,
+            PYSPARK_PYTHON=sys.executable, RAY_USAGE_STATS_ENABLED="0",
+            RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
+            PYTEST_ADDOPTS="--assert=plain",
+            HTTP_PROXY="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9")
+        self.here = dict(self.bare, SERV_BASE_URL=server.url,
+                         SERV_API_KEY=KEY, SERV_MODEL="gpt-5.4-mini",
+                         no_proxy="127.0.0.1")
+
+    def run(self, *command, env=None):
+        """Run a command in the folder; return what it prints."""
+        done = subprocess.run(
+            command, cwd=self.folder, env=env or self.here, timeout=120,
+            input="", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            universal_newlines=True, encoding="utf-8")
+        assert done.returncode == 0, done.stderr
+        return done.stdout.replace(self.server.url, serv.BASE_URL)
 
 
 @pytest.fixture(scope="module")
-def outputs(place):
-    """What the README's blocks print, by number; they run two at a time."""
-    def run(number):
-        with serve() as served:
-            if "test_serv.py" in BLOCKS[number].code:
-                for name in [name for name in served.env if "SERV_" in name]:
-                    del served.env[name]  # needs no key
-            return run_in(commands[number], served, place).replace(
-                served.url, serv.BASE_URL)
-
-    commands = {}
-    for number, block in enumerate(BLOCKS):
-        commands[number] = ["bash", "-e", "-c", block.code]
-        if block.kind == "python":
-            name = (re.findall(r"\A# (\w+\.py)\n", block.code)
-                    or ["ex%d.py" % number])[0]
-            commands[number] = [sys.executable, name]
-            with open(os.path.join(place, name), "w") as file:
+def reader(tmp_path_factory):
+    """A reader of README.md, with its named programs already saved."""
+    folder = str(tmp_path_factory.mktemp("reader"))
+    for name in "serv.py", "test_serv.py":
+        if os.path.exists(os.path.join(ROOT, name)):
+            path = shutil.copy(os.path.join(ROOT, name), folder)
+            py_compile.compile(path)  # once, not in each program
+    for block in BLOCKS:
+        for name in re.findall(r"\A# (\w+\.py)\n", block.code):
+            with open(os.path.join(folder, name), "w") as file:
                 file.write(block.code)
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return {number: pool.submit(run, number)
-                for number, block in enumerate(BLOCKS)
-                if block.kind != "text" and not why_not(block)}
+    with Server(service) as server:
+        yield Reader(folder, server)
 
 
-@pytest.mark.parametrize("number, block", [
-    pair for pair in enumerate(BLOCKS) if pair[1].kind != "text"],
-    ids=lambda value: getattr(value, "title", None))
-def test_readme_block_runs(number, block, outputs):
-    if number not in outputs:
+def run_here(code, server, monkeypatch):
+    """Run a program of README.md in this process; return its names."""
+    monkeypatch.setenv("SERV_BASE_URL", server.url)
+    names = {"__name__": "__main__"}
+    exec(compile(code, "README.md", "exec"), names)
+    return names
+
+
+@needs_readme
+@pytest.mark.parametrize("block", [
+    pytest.param(block, id="%d %s" % (number, block.title))
+    for number, block in enumerate(BLOCKS) if block.kind != "text"])
+def test_readme_block_prints_what_readme_says(block, reader, monkeypatch,
+                                              capsys):
+    if why_not(block):
         pytest.skip(why_not(block))
-    output = outputs[number].result()
-    if block.output is not None and block.exact:
+    if block.kind == "sh":
+        # What is about "test_..." needs no key.
+        env = reader.bare if "test_" in block.code else reader.here
+        output = reader.run("bash", "-e", "-c", block.code, env=env)
+    elif needs_a_process(block):
+        output = reader.run(sys.executable, "-c", block.code)
+    else:
+        monkeypatch.chdir(reader.folder)
+        run_here(block.code, reader.server, monkeypatch)
+        output = capsys.readouterr().out
+    if block.output is not None:
         assert output == block.output
-    told = re.findall(r"^ *print\(.*  # (->|e\.g\.) (.*)$", block.code, re.M)
-    assert len(output.splitlines()) >= len(told) - block.code.count("if ")
-    for arrow, line in told:
-        assert arrow != "->" or line in output.splitlines()
+    lines = iter(output.splitlines())
+    for line in re.findall(r"# -> (.*)$", block.code, re.M):
+        assert line in lines, output  # each after the one before
+    shown = re.findall(r"\bprint\(.*# (?:->|e\.g\.) ", block.code)
+    assert len(output.splitlines()) >= len(shown), output
 
 
-@in_checkout
+@needs_readme
 def test_readme_blocks_are_all_run():
     kinds = collections.Counter(block.kind for block in BLOCKS)
-    assert set(kinds) == {"python", "sh", "text"}  # "text": the help
-    assert kinds["python"] > 12 and kinds["sh"] > 6 and kinds["text"] == 1
-    shown = [block for block in BLOCKS if block.output is not None]
-    assert README.count("\n```") == 2 * len(BLOCKS + shown)
+    assert set(kinds) == {"python", "sh", "text"}
+    assert kinds["python"] > 20 and kinds["sh"] > 8
+    assert [block.marks for block in BLOCKS if block.kind == "text"] == [
+        ["help"]]
+    outputs = len(re.findall(r"^```text$", README, re.M)) - kinds["text"]
+    assert README.count("\n```") == 2 * (len(BLOCKS) + outputs)
 
 
-@in_checkout
-def test_readme_stand_in_needs_no_pytest(place):
-    if not os.path.exists(os.path.join(place, "test_serv.py")):
+def test_readme_blocks_are_told_apart():
+    assert parse_blocks(
+        "# One\n```sh\na\n```\n```text\nb\n```\n## Two\n<!-- x -->\n"
+        "```python\nc\n```\n<!-- the model's words -->\n```text\nd\n```\n"
+        "<!-- help -->\n```text\ne\n```\n") == [
+            Block("One", "sh", [], "a\n", "b\n"),
+            Block("Two", "python", ["x"], "c\n", None),
+            Block("Two", "text", ["help"], "e\n", None)]
+
+
+@needs_readme
+def test_readme_three_lines_lead_to_the_fake_also_with_a_proxy(reader):
+    if not os.path.exists(os.path.join(reader.folder, "test_serv.py")):
         pytest.skip("test_serv.py is not beside serv.py")
-    with serve() as served:
-        told = run_in([sys.executable, "-S", "test_serv.py", "Hello!"],
-                      served, place)
-    assert told == 'You said: "Hello!"\n'
+    lines = find_block("From Python", 1)
+    assert len(ast.parse(lines).body) == 3
+    code = lines + find_block("A conversation") + find_block("Messages")
+    assert reader.run(sys.executable, "-c", code, env=reader.bare) == (
+        'You said: "What is my name?"\n' + 'You said: "Hello!"\n' * 2
+        + "end_turn\n")
 
 
-@in_checkout
-def test_readme_lambda_handler(tmp_path):
-    [block] = [b for b in BLOCKS if b.code.startswith("# lambda_function.py")]
-    (tmp_path / "lambda_function.py").write_text(block.code)
-    shutil.copy(serv.__file__, str(tmp_path))
-    with serve() as served:
-        output = run_in([sys.executable, "-c", """
-import json, lambda_function
-class Context:
-    def get_remaining_time_in_millis(self):
-        return 2900
-print(json.dumps(lambda_function.lambda_handler(
-    {"prompt": "Hello!"}, Context())))"""], served, str(tmp_path))
-    answer = serv.Reply(json.loads(output))
-    assert answer["object"] == "chat.completion" and answer.text
-    sent = json.loads(served.requests[0].body)
-    assert sent["messages"][-1] == {"role": "user", "content": "Hello!"}
+@needs_readme
+def test_readme_fake_needs_no_pytest(reader):
+    if not os.path.exists(os.path.join(reader.folder, "test_serv.py")):
+        pytest.skip("test_serv.py is not beside serv.py")
+    assert reader.run(sys.executable, "-S", "test_serv.py", "Hello!",
+                      env=reader.bare) == 'You said: "Hello!"\n'
 
 
-@in_checkout
-def test_readme_zip_is_a_whole_function(place):
-    path = os.path.join(place, "function.zip")
-    if not os.path.exists(path):
-        pytest.skip("there is no zip here")
-    with zipfile.ZipFile(path) as file:
+# -- The recipes of README.md, on a bad day -----------------------------------
+
+def chat_says(text, *calls):
+    """Return a chat answer with a text, and calls of (name, arguments)."""
+    return http_answer({"object": "chat.completion", "choices": [{
+        "index": 0, "finish_reason": "stop", "message": {
+            "role": "assistant", "content": text, "tool_calls": [
+                {"id": "call_%d" % number, "type": "function", "function": {
+                    "name": name, "arguments": arguments}}
+                for number, (name, arguments) in enumerate(calls)]}}]})
+
+
+def message_calls(name, given):
+    """Return a Messages answer that calls a tool."""
+    return http_answer({"type": "message", "role": "assistant",
+                        "stop_reason": "tool_use", "content": [
+                            {"type": "tool_use", "id": "toolu_1",
+                             "name": name, "input": given}]})
+
+
+def bodies(server):
+    """Return the bodies of the requests that came."""
+    return [json.loads(request.body.decode()) for request in server.requests]
+
+
+@needs_readme
+def test_readme_tool_loop_tells_the_model_what_failed(monkeypatch):
+    with Server([chat_says("", ("weather", '{"town": "Rome"}'),
+                           ("weather", '["Rome"]'), ("time", "{}")),
+                 chat_says("I see.")]) as server:
+        run_here(find_block("Tools"), server, monkeypatch)
+        results = bodies(server)[1]["messages"][-3:]
+    assert [entry["tool_call_id"] for entry in results] == [
+        "call_0", "call_1", "call_2"]
+    assert [entry["content"].split("(")[0] for entry in results] == [
+        "failed: TypeError", "failed: ValueError", "failed: KeyError"]
+
+
+@needs_readme
+def test_readme_tool_loop_tells_claude_what_failed(monkeypatch):
+    with Server([message_calls("weather", {"town": "Rome"}),
+                 service]) as server:
+        run_here(find_block("Tools", 1), server, monkeypatch)
+        [result] = bodies(server)[1]["messages"][-1]["content"]
+    assert result["is_error"] is True
+    assert (result["type"], result["tool_use_id"]) == ("tool_result",
+                                                       "toolu_1")
+    assert result["content"].startswith("TypeError")
+
+
+@needs_readme
+@pytest.mark.parametrize("number, answer", [
+    (0, chat_says("", ("weather", '{"city": "Rome"}'))),
+    (1, message_calls("weather", {"city": "Rome"}))],
+    ids=["chat", "messages"])
+def test_readme_tool_loop_ends_after_ten_turns(number, answer, monkeypatch):
+    with Server(answer) as server:
+        run_here(find_block("Tools", number), server, monkeypatch)
+    assert len(server.requests) == 10
+
+
+@needs_readme
+def test_readme_json_recipe_shows_the_model_its_mistake(monkeypatch):
+    wrong = '{"name": "Ada", "age": "36"}'
+    with Server([chat_says(wrong), service]) as server:
+        names = run_here(find_block("JSON by a schema"), server, monkeypatch)
+        assert bodies(server)[1]["messages"][-2:] == [
+            {"role": "assistant", "content": wrong, "tool_calls": []},
+            {"role": "user", "content": "That is wrong: ValueError('age is "
+             "not an integer'). Send the JSON again."}]
+    assert names["person"] == {"name": "a name", "age": 3}
+
+
+@needs_readme
+def test_readme_json_recipe_gives_up_after_two_answers(monkeypatch):
+    with Server(chat_says("no")) as server:
+        with pytest.raises(SystemExit, match="no person: no"):
+            run_here(find_block("JSON by a schema"), server, monkeypatch)
+    assert len(server.requests) == 2
+
+
+@needs_readme
+def test_readme_second_model_answers_for_the_first(monkeypatch, capsys):
+    down = http_answer({"error": {"message": "overloaded"}}, "529 No",
+                       retry_after_ms=0)
+    title = "A second model, when the first is late or down"
+    with Server([down, down, service]) as server:
+        run_here(find_block(title), server, monkeypatch)
+        assert [body["model"] for body in bodies(server)] == [
+            "gpt-5.4-mini", "gpt-5.4-mini", "claude-haiku-4.5"]
+    assert capsys.readouterr().out == "claude-haiku-4.5\n"
+
+
+@needs_readme
+def test_readme_log_tells_of_retries(monkeypatch, caplog):
+    down = http_answer({"error": {"message": "busy"}}, "503 No",
+                       retry_after_ms=0)
+    caplog.set_level("INFO")
+    with Server([down, service]) as server:
+        run_here(find_block("A log"), server, monkeypatch)
+    [line] = [record.getMessage() for record in caplog.records
+              if record.name == "my.program"]
+    assert re.fullmatch(r"request id %s, \d\.\d s, tokens \d+, retries 1"
+                        % REQUEST_ID, line)
+    assert [record.levelname for record in caplog.records
+            if record.name == "serv"] == ["WARNING"]
+
+
+@needs_readme
+def test_readme_batch_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(b"".join(b'{"id": "prompt-%d"}\n' % number
+                              for number in range(17)) + b'{"id": "pro')
+    bad = http_answer({"error": {"message": "no"}}, "400 No")
+    code = find_block("From one call to a million")
+    with Server([bad, service]) as server:
+        run_here(code, server, monkeypatch)
+        assert len(server.requests) == 3
+        assert path.read_bytes().count(b"\n") == 19
+        run_here(code, server, monkeypatch)  # asks only what had failed
+        assert len(server.requests) == 4
+        run_here(code, server, monkeypatch)
+        assert len(server.requests) == 4
+    assert sorted(json.loads(line)["id"] for line
+                  in path.read_text().splitlines()) == sorted(
+                      "prompt-%d" % number for number in range(20))
+
+
+@needs_readme
+def test_readme_batch_stops_at_a_wrong_key(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SERV_API_KEY", "wrong-key")
+    code = find_block("From one call to a million").replace(
+        "range(20)", "range(200)").replace("3000", "30000")
+    with Server(service) as server:
+        with pytest.raises(serv.AuthenticationError):
+            run_here(code, server, monkeypatch)
+        assert len(server.requests) < 200
+    assert (tmp_path / "answers.jsonl").read_bytes() == b""
+
+
+@needs_readme
+def test_readme_web_handler_ends_the_stream_of_a_client_that_left(
+        monkeypatch):
+    import asyncio
+    hung_up = threading.Event()
+
+    def answer(wire, request):
+        wire.sendall(http_head(kind="text/event-stream") + sse(
+            {"choices": [{"index": 0, "delta": {"content": "One"}}]}))
+        if wire.recv(1) == b"":  # until the client closes the connection
+            hung_up.set()
+        return False
+
+    with Server(service) as server:
+        names = run_here(find_block("A web handler in asyncio"), server,
+                         monkeypatch)
+
+    async def leave():
+        pieces = names["answer"]("Hi")
+        assert await pieces.__anext__() == "One"
+        waiting = asyncio.ensure_future(pieces.__anext__())
+        await asyncio.sleep(0.05)  # so that a thread waits for a piece
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    with Server(answer) as server:
+        monkeypatch.setenv("SERV_BASE_URL", server.url)
+        asyncio.run(leave())
+        assert hung_up.wait(10)
+    names["threads"].shutdown(wait=True)  # no thread waits any more
+
+
+@needs_readme
+def test_readme_lambda_handler_returns_what_lambda_can_send(monkeypatch):
+    class Context:
+        def get_remaining_time_in_millis(self):
+            return 2900
+
+    with Server(service) as server:
+        handler = run_here(find_block("AWS Lambda"), server,
+                           monkeypatch)["lambda_handler"]
+        answer = json.loads(json.dumps(handler({"prompt": "Hello!"},
+                                               Context())))
+        [body] = bodies(server)
+    assert answer["choices"][0]["message"]["content"] == 'You said: "Hello!"'
+    assert body["messages"][-1] == {"role": "user", "content": "Hello!"}
+
+
+@needs_readme
+def test_readme_zip_is_a_whole_function(reader):
+    if not shutil.which("zip") or not shutil.which("bash"):
+        pytest.skip("there is no zip or no bash here")
+    [block] = [block for block in BLOCKS if block.code.startswith("zip ")]
+    reader.run("bash", "-e", "-c", block.code)
+    with zipfile.ZipFile(os.path.join(reader.folder, "function.zip")) as file:
         assert sorted(file.namelist()) == ["lambda_function.py", "serv.py"]
         assert file.read("serv.py").decode() == SOURCE
 
 
-@in_checkout
-def test_readme_help_is_the_real_one(cli, monkeypatch):
-    """To mend it: COLUMNS=80 python3 serv.py --help, below <!-- help -->."""
+# -- What README.md says about serv.py ----------------------------------------
+
+@needs_readme
+def test_readme_help_is_the_real_one(capsys, monkeypatch):
+    """To repair it: COLUMNS=80 python3 serv.py --help, below its mark."""
     [block] = [block for block in BLOCKS if "help" in block.marks]
     monkeypatch.setenv("COLUMNS", "80")
-    assert cli("--help") == (0, block.code, "")
+    assert serv.main(["--help"]) == 0
+    assert tuple(capsys.readouterr()) == (block.code, "")
 
 
-@in_checkout
+@needs_readme
 def test_readme_signatures_are_the_real_ones():
-    told = dict(re.findall(r"^### `serv\.(\w+)(\(.*\))`$", README, re.M))
-    assert set(told) == {"chat", "message", "stream", "iter_events"}
-    for name, signature in told.items():
-        real = inspect.signature(getattr(serv, name))
-        bare = [p.replace(annotation=p.empty)
-                for p in real.parameters.values()]
-        assert signature == str(inspect.Signature(bare))
+    written = dict(re.findall(r"^### `serv\.(\w+)(\(.*\))`$", README, re.M))
+    assert set(written) == {"chat", "message", "stream", "iter_events"}
+    for name, signature in written.items():
+        parameters = inspect.signature(getattr(serv, name)).parameters
+        assert signature == str(inspect.Signature([
+            parameter.replace(annotation=parameter.empty)
+            for parameter in parameters.values()]))
 
 
-@in_checkout
-def test_readme_tells_of_every_public_name_and_setting():
+@needs_readme
+def test_readme_has_every_public_name_and_setting():
     for name in serv.__all__:
         assert re.search(r"\b%s\b" % name, README), name
     for name, value in inspect.getmembers(serv.Reply):
         if isinstance(value, property):
             assert "`.%s`" % name in README, name
-    for name in set(re.findall(r"\bSERV_[A-Z_]+", SOURCE)) - {"SERV_"}:
+    for name in vars(serv.Reply({})):
+        assert name.startswith("_") or "`.%s`" % name in README, name
+    for name in set(re.findall(r"\bSERV_[A-Z_]*[A-Z]", SOURCE)):
         assert "`%s`" % name in README, name
-    assert "(%g seconds)" % serv.TIMEOUT in README
 
 
-@in_checkout
+@needs_readme
+def test_readme_names_nothing_that_serv_does_not_have():
+    for name in set(re.findall(r"\bserv\.([A-Za-z_]+)", README)) - {"py"}:
+        assert name in serv.__all__, name
+
+
+@needs_readme
+@pytest.mark.parametrize("words", [
+    "`%s`, the default address" % serv.BASE_URL,
+    "`timeout` (%g seconds)" % serv.TIMEOUT,
+    "An answer above %d MiB" % (serv.MAX_BODY >> 20),
+    "a stream above %d MiB" % (serv.MAX_STREAM >> 20),
+    "nested more than %d levels" % serv.MAX_DEPTH,
+    "more than {:,} choices".format(serv.MAX_PARTS),
+    "Up to %d idle connections" % serv.MAX_IDLE,
+    "(of %d characters or more)" % serv.MIN_SECRET,
+    "docs.openserv.ai"])
+def test_readme_figures_are_the_real_ones(words):
+    assert words in " ".join(README.split())
+
+
+@needs_readme
 def test_readme_errors_have_the_real_statuses():
-    told = dict(re.findall(r"^\| `(\w+)` (\d\w\w) \|", README, re.M))
-    real = {kind.__name__: str(status)
-            for status, kind in serv.STATUS_ERRORS.items()}
-    assert told == dict(real, InternalServerError="5xx")
+    [table] = re.findall(r"^\| exception \|.*?\n\n", README, re.M | re.S)
+    written = dict(re.findall(r"^\| `(\w+)` (\d\w\w) \|", table, re.M))
+    assert written.pop("InternalServerError") == "5xx"
+    assert serv.InternalServerError("no").status // 100 == 5
+    assert {name: str(getattr(serv, name)("no").status)
+            for name in written} == written
+    errors = {name for name in serv.__all__ if name.endswith("Error")}
+    assert errors | {"ValueError", "TypeError"} == set(
+        re.findall(r"`(\w+Error)`", " ".join(
+            line.split(" | ")[0] for line in table.splitlines())))
 
 
-@in_checkout
-def test_readme_is_short_and_keeps_to_itself():
-    lines = README.splitlines()
-    assert len(lines) <= 510
-    assert "```sh" in lines[:15]
+@needs_readme
+def test_readme_first_screen_answers_the_first_questions():
+    screen = README[:README.index("The tests need pytest")]
+    assert len(screen.splitlines()) <= 55
+    assert [block.code.split("#")[0].strip()
+            for block in parse_blocks(screen)] == [
+        "export SERV_API_KEY=your-key", 'python3 serv.py "Hello!"',
+        'python3 test_serv.py "Hello!"']
+    for name in "import", "memory":
+        [row] = re.findall(r"^\| %s.*\|$" % name, README, re.M)
+        ours, _, openai, anthropic = [
+            cell.strip() for cell in row.split("|")[2:6]]
+        [line] = re.findall(r"^- .*%s.*\n" % (
+            "import" if name == "import" else "MiB"), screen, re.M)
+        assert re.findall(r"\d+", line) == [ours, openai, anthropic]
+
+
+@needs_readme
+def test_readme_links_lead_somewhere():
+    headings = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+                for title in re.findall(r"^#+ (.*)$", README, re.M)}
+    for link in re.findall(r"\]\(#([^)]*)\)", README):
+        assert link in headings
+    for link in re.findall(r"\]\(([\w.]+)\)", README):
+        assert os.path.exists(os.path.join(ROOT, link)), link
+
+
+@needs_readme
+def test_readme_keeps_to_itself():
     for text in (README, PYPROJECT):
         assert not re.search(r"pip install (-U |--upgrade )?serv\b(?!-)", text)
         assert not re.search(r"/(home|root|tmp|work|opt|Users)/", text)
 
 
+@needs_readme
+def test_readme_ends_with_the_license():
+    words = " ".join(README[README.index("\n## License\n"):].split())
+    assert "Copyright (c) 2026 serv.py contributors" in words
+    for part in ("Permission is hereby granted, free of charge, to any person",
+                 "The above copyright notice and this permission notice shall",
+                 'THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY'):
+        assert part in words
+    assert words.endswith("THE USE OR OTHER DEALINGS IN THE SOFTWARE.")
+
+
 # -- pyproject.toml: one module, one version ----------------------------------
 
-@in_checkout
-def test_pyproject_takes_the_version_from_the_file(cli):
-    assert re.search(r'^dynamic = \["version", "description"\]', PYPROJECT,
-                     re.M)
+@needs_pyproject
+def test_pyproject_takes_the_version_from_the_file(capsys):
+    assert 'dynamic = ["version", "description"]' in PYPROJECT
     assert not re.search(r"^(version|description) *=", PYPROJECT, re.M)
     assert re.search(r"^dependencies = \[\]$", PYPROJECT, re.M)
-    assert cli("--version") == (0, "serv %s\n" % serv.__version__, "")
+    assert re.search(r'^license = "MIT"$', PYPROJECT, re.M)
+    assert serv.main(["--version"]) == 0
+    assert tuple(capsys.readouterr()) == ("serv %s\n" % serv.__version__, "")
     assert re.fullmatch(r"\d+\.\d+\.\d+", serv.__version__)
 
 
-@in_checkout
+@needs_pyproject
 def test_wheel_holds_one_module_and_the_command(tmp_path):
     pytest.importorskip("flit_core")
-    for name in ("serv.py", "README.md", "pyproject.toml"):
+    for name in "serv.py", "README.md", "pyproject.toml":
         shutil.copy(os.path.join(ROOT, name), str(tmp_path))
     name = subprocess.check_output(
         [sys.executable, "-c", "import flit_core.buildapi as build\n"
@@ -6253,27 +7339,37 @@ def test_wheel_holds_one_module_and_the_command(tmp_path):
     assert "Summary: %s\n" % serv.__doc__.splitlines()[0] in files["METADATA"]
 
 
-# -- serv.py: small, plain, and pure above its network ------------------------
+# -- serv.py: its sections, what it imports, and what it never does -----------
 
-SECTIONS = ["Errors", "The calls", "What the calls return",
+SECTIONS = ["Errors", "The calls", "Reply, ToolCall and Stream",
             "Building requests", "Reading answers", "Server-sent events",
-            "Putting a stream", "Network", "Command line"]
+            "Putting streams together", "Network", "Command line"]
+STANDARD_LIBRARY = {
+    "__future__", "argparse", "array", "atexit", "base64", "collections",
+    "contextlib", "copy", "datetime", "email", "errno", "functools", "http",
+    "io", "itertools", "json", "logging", "math", "os", "random", "re",
+    "select", "selectors", "shlex", "shutil", "socket", "ssl", "string",
+    "struct", "sys", "threading", "time", "types", "typing", "urllib",
+    "weakref"}
+# Modules that do I/O, or read a clock; and what does not of what they hold.
 IMPURE = {"socket", "ssl", "http", "urllib", "sys", "time", "print", "open",
-          "input", "threading", "os", "subprocess", "atexit"}
-# What is no I/O in those modules, and what is read at each call.
-PURE = ("socket.timeout", "ssl.SSLCertVerificationError", "ssl.SSLError",
+          "input", "threading", "os", "select", "selectors", "shutil",
+          "atexit"}
+PURE = ("socket.timeout", "ssl.SSLError", "ssl.SSLCertVerificationError",
         "http.client.HTTPMessage", "http.client.HTTPException",
         "http.client.IncompleteRead", "http.client.responses", "urllib.parse",
         "sys.version_info", "sys.version", "sys.exc_info", "os.environ",
-        "time.monotonic",
-        "time.time")
+        "threading.Lock", "time.monotonic", "time.time")
 
 
-def find_docstrings(tree):
-    """Return {node: docstring node or None} of a module and all in it."""
-    nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return {node: node.body[0] if ast.get_docstring(node) else None
-            for node in ast.walk(tree) if isinstance(node, nodes)}
+def find_banners(source):
+    """Return [(line number, title)] of the sections of a file."""
+    return [(source.count("\n", 0, found.start()) + 2, found[1])
+            for found in re.finditer(r"""
+                ^\# \ -{70,}\n
+                \# \ (\w[^\n.:]*) ([.:].*)? \n  # a title, and maybe a text
+                (\#.*\n)*?
+                \# \ -{70,}$""", source, re.M | re.X)]
 
 
 def drop_annotations(tree):
@@ -6287,96 +7383,92 @@ def drop_annotations(tree):
     return tree
 
 
-def find_banners():
-    """Return [(line number, title)] of the sections of serv.py."""
-    lines = SOURCE.splitlines()
-    return [(number + 1, lines[number][2:])
-            for number in range(1, len(lines) - 1)
-            if re.fullmatch("# -{70,}", lines[number - 1])
-            and re.match("# [^-]", lines[number])]
+def find_impure(source, limit):
+    """Return [(line, name)] of what does I/O above a line."""
+    tree, impure = drop_annotations(ast.parse(source)), []
+    parents = {child: node for node in ast.walk(tree)
+               for child in ast.iter_child_nodes(node)}
+    for node in ast.walk(tree):
+        if (isinstance(node, ast.Name) and node.id in IMPURE
+                and node.lineno < limit):
+            line, name = node.lineno, node.id
+            while isinstance(parents[node], ast.Attribute):
+                node = parents[node]
+                name += "." + node.attr
+            if not (name + ".").startswith(tuple(it + "." for it in PURE)):
+                impure.append((line, name))
+    return sorted(impure)
 
 
-def test_lines_fit_a_terminal():
-    assert max(map(len, SOURCE.splitlines())) <= 79
+def run_alone(script):
+    """Run a script that finds serv, but no other package and no setting."""
+    return subprocess.check_output(
+        [sys.executable, "-I", "-S", "-W", "error", "-c",
+         "import sys\nsys.path.insert(0, %r)\n%s" % (ROOT, script)],
+        universal_newlines=True).split()
+
+
+def test_sections_are_in_order():
+    assert [title for _, title in find_banners(SOURCE)] == SECTIONS
+
+
+def test_only_the_network_and_the_command_line_do_io():
+    [limit] = [line for line, title in find_banners(SOURCE)
+               if title == "Network"]
+    assert find_impure(SOURCE, limit) == []
+
+
+def test_io_is_found_where_it_is():
+    assert find_impure("x: time.sleep = 1\nos.environ\nos.getcwd()\n"
+                       "print(socket.timeout)\nopen(1)\nopen(2)\n", 6) == [
+        (3, "os.getcwd"), (4, "print"), (5, "open")]
 
 
 def test_file_imports_only_the_standard_library():
     names = set()
-    for node in ast.walk(TREE):
+    for node in ast.walk(ast.parse(SOURCE)):
         if isinstance(node, ast.Import):
             names.update(alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
             names.add(node.module.split(".")[0])
+    assert names <= STANDARD_LIBRARY
     if hasattr(sys, "stdlib_module_names"):  # 3.10
-        assert names <= sys.stdlib_module_names
-    assert names <= {
-        "__future__", "argparse", "atexit", "base64", "collections",
-        "contextlib", "copy", "datetime", "email", "functools", "http", "io",
-        "itertools", "json", "os", "random", "re", "shlex", "socket", "ssl",
-        "sys", "threading", "time", "typing", "urllib"}
+        assert STANDARD_LIBRARY <= sys.stdlib_module_names
 
 
-def run_alone(script):
-    """Run a script that finds serv, and not even the working place,
-    site-packages or the environment; return what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-W", "error", "-c",
-         "import sys\nsys.path.insert(0, %r)\n%s" % (ROOT, script)],
-        stdout=subprocess.PIPE, check=True)
-    return done.stdout.decode().split()
-
-
-def test_file_imports_on_its_own():
+def test_file_imports_on_its_own_and_quickly():
+    """What a call does not need costs its time only where it is used."""
     assert run_alone("""
 import serv
-assert not {'typing', 'asyncio', 'argparse', 'urllib.request'} & set(
-    sys.modules)
-print(serv.__version__)""") == [serv.__version__]
+print(serv.__version__, *sorted({'typing', 'asyncio', 'argparse', 'logging',
+                                 'urllib.request'} & set(sys.modules)))
+""") == [serv.__version__]
 
 
+@pytest.mark.skipif(sys.implementation.name != "cpython", reason=(
+    "what the standard library loads is another matter there"))
 def test_file_loads_little_beyond_what_speaks_http():
     assert set(run_alone("""
 import http.client, json
 known = set(sys.modules)
 import serv
-print(*(set(sys.modules) - known))""")) <= {
+print(*set(sys.modules) - known)""")) <= {
         "serv", "__future__", "atexit", "contextlib",
         "copy", "weakref", "threading", "_weakrefset",
         # which http.client loads itself before 3.13
         "random", "_random", "bisect", "_bisect", "math", "_sha2"}
 
 
-def test_sections_are_in_order():
-    banners = find_banners()
-    assert len(banners) == len(SECTIONS), banners
-    for (_, title), start in zip(banners, SECTIONS):
-        assert title.startswith(start)
+@pytest.mark.parametrize("words", [
+    "eval(", "exec(", "pickle.", "import pickle", "subprocess", "urlopen",
+    "verify_mode", "check_hostname", "_create_unverified", "os.system"])
+def test_no_request_goes_out_by_other_ways(words):
+    assert words not in SOURCE
 
 
-def test_only_the_network_and_the_command_line_do_io():
-    limit = next(number for number, title in find_banners()
-                 if title.startswith("Network"))
-    tree, bad = drop_annotations(ast.parse(SOURCE)), []
-    parents = {child: node for node in ast.walk(tree)
-               for child in ast.iter_child_nodes(node)}
-    for node in ast.walk(tree):
-        if (isinstance(node, ast.Name) and node.id in IMPURE
-                and node.lineno < limit):
-            path = node.id
-            while isinstance(parents[node], ast.Attribute):
-                node = parents[node]
-                path += "." + node.attr
-            if not (path + ".").startswith(tuple(p + "." for p in PURE)):
-                bad.append((node.lineno, path))
-    assert not bad
-
-
-def test_no_request_goes_out_by_other_ways():
-    """No eval, pickle or subprocess; urllib opens nothing."""
-    for word in ("eval(", "exec(", "import pickle", "subprocess", "urlopen",
-                 "verify_mode", "check_hostname", "_create_unverified"):
-        assert word not in SOURCE, word
+def test_lines_have_at_most_79_columns():
+    assert max(map(len, SOURCE.splitlines())) <= 79
 
 
 def test_public_names():
@@ -6386,48 +7478,71 @@ def test_public_names():
         "APIResponseError", "APIStatusError", "BadRequestError",
         "AuthenticationError", "BillingError", "PermissionDeniedError",
         "NotFoundError", "RateLimitError", "InternalServerError"])
-    space = {}
-    exec("from serv import *", space)
-    assert set(space) - {"__builtins__"} == set(serv.__all__)
-    errors = {name for name, value in vars(serv).items()
-              if isinstance(value, type) and issubclass(value, Exception)}
-    assert errors <= set(serv.__all__)
+    names = {}
+    exec("from serv import *", names)
+    assert set(names) - {"__builtins__"} == set(serv.__all__)
 
 
 def test_errors_form_the_tree_of_the_docstring():
-    parent = {}
-    for name in serv.__all__:
-        kind = getattr(serv, name)
-        if isinstance(kind, type) and issubclass(kind, Exception):
-            parent[name] = kind.__bases__[0].__name__
-            assert re.search(r"\b%s\b" % name, serv.__doc__), name
-    direct = {name for name, base in parent.items() if base == "ServError"}
-    assert parent.pop("ServError") == "Exception"
-    assert direct == {"APIConnectionError", "APIResponseError",
-                      "APIStatusError"}
-    assert parent.pop("APITimeoutError") == "APIConnectionError"
-    assert all(parent[name] == "APIStatusError"
-               for name in set(parent) - direct)
+    bases = {name: value.__bases__[0].__name__
+             for name, value in vars(serv).items()
+             if isinstance(value, type) and issubclass(value, Exception)}
+    statuses = ["BadRequestError", "AuthenticationError", "BillingError",
+                "PermissionDeniedError", "NotFoundError", "RateLimitError",
+                "InternalServerError"]
+    assert bases == {
+        "ServError": "Exception", "APIConnectionError": "ServError",
+        "APITimeoutError": "APIConnectionError",
+        "APIResponseError": "ServError", "APIStatusError": "ServError",
+        **dict.fromkeys(statuses, "APIStatusError")}
+    for name in bases:
+        assert re.search(r"\b%s\b" % name, serv.__doc__), name
 
 
 def test_public_things_have_docstrings():
-    for node, docstring in find_docstrings(TREE).items():
-        public = not getattr(node, "name", "module").startswith("_")
-        if isinstance(node, ast.ClassDef) and node.name in serv.__all__:
-            for part in find_docstrings(node):
-                hidden = part.name.startswith("_")
-                assert hidden or ast.get_docstring(part), part.name
-        if node in TREE.body or node is TREE:
-            assert docstring is not None or not public, node.name
+    bare = [name for name in serv.__all__ if not getattr(serv, name).__doc__]
+    for kind in serv.Reply, serv.Stream, serv.ToolCall:
+        bare += [name for name, value in vars(kind).items()
+                 if not name.startswith("_") and not value.__doc__]
+    for node in ast.parse(SOURCE).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            if not node.name.startswith("_") and not ast.get_docstring(node):
+                bare.append(node.name)
+    assert bare == []
 
 
-def test_licence_line_travels_with_the_file():
-    assert SOURCE.startswith("# SPDX-License-Identifier: MIT\n")
+def test_help_begins_with_what_people_look_for():
+    import pydoc
+    lines = pydoc.plain(pydoc.render_doc(serv)).splitlines()
+    start = "\n".join(lines[:40])
+    for words in ("SERV_API_KEY", "SERV_MODEL", "serv.chat(", "serv.stream(",
+                  "serv.message(", "system=", ".text"):
+        assert words in start, words
+
+
+def test_license_travels_with_the_file():
+    assert SOURCE.startswith(
+        "# SPDX-FileCopyrightText: serv.py contributors\n"
+        "# SPDX-License-Identifier: MIT\n")
+
+
+# -- test_serv.py -------------------------------------------------------------
+
+def test_map_of_this_file_is_right():
+    text = read_project_file("test_serv.py")
+    written = [title for title, _ in re.findall(
+        r"^    (\w[\w,() -]*?)  +(\w.*)$", __doc__.partition("The map.")[2],
+        re.M)]
+    assert [title for _, title in find_banners(text)] == written
+    assert written[-2:] == ["README and promises", "Benchmark"]
 
 
 # ---------------------------------------------------------------------------
-# Benchmark: python3 test_serv.py --bench.  Each measurement is a process of
-# its own, with nothing imported but its client, against a server on loopback.
+# Benchmark
+#
+# python3 test_serv.py --bench prints the table of README.md.  Each figure is
+# measured in a process of its own, which imports nothing but its client,
+# against a server on loopback.
 # ---------------------------------------------------------------------------
 
 BENCH_SERVER = r'''
@@ -6442,30 +7557,42 @@ MESSAGE = dict(id="m1", type="message", role="assistant", model="m",
     stop_sequence=None, usage=dict(input_tokens=16, output_tokens=7))
 made = {}
 
+def chat_event(number, delta, finish_reason=None):
+    # As OpenAI sends them: obfuscation is padding that differs each time.
+    padding = ("%x" % (number * 0x9e3779b97f4a7c15 + 0xabcdef))[-14:]
+    return dict(id="c1", object="chat.completion.chunk", created=1, model="m",
+        service_tier="default", system_fingerprint="fp_1", choices=[dict(
+            index=0, delta=delta, logprobs=None,
+            finish_reason=finish_reason)],
+        usage=None, obfuscation=padding[number % 8:])
+
 def events(messages, texts):
     if messages:
         yield dict(type="message_start", message=dict(
             MESSAGE, content=[], stop_reason=None))
         yield dict(type="content_block_start", index=0, content_block=dict(
             type="text", text=""))
-    for text in texts:
+    number = -1
+    for number, text in enumerate(texts):
         yield dict(type="content_block_delta", index=0, delta=dict(
-            type="text_delta", text=text)) if messages else dict(
-            CHAT, object="chat.completion.chunk", usage=None, choices=[dict(
-                index=0, delta=dict(content=text), finish_reason=None)])
+            type="text_delta", text=text)) if messages else chat_event(
+                number, dict(content=text))
     if messages:
         yield dict(type="content_block_stop", index=0)
         yield dict(type="message_delta", usage=dict(output_tokens=7),
                    delta=dict(stop_reason="end_turn", stop_sequence=None))
         yield dict(type="message_stop")
     else:
-        yield dict(CHAT, object="chat.completion.chunk", choices=[dict(
-            index=0, delta={}, finish_reason="stop")])
+        yield chat_event(number + 1, {}, "stop")
 
 def chunk(event):
     name = "event: %s\n" % event["type"] if "type" in event else ""
     data = ("%sdata: %s\n\n" % (name, json.dumps(event))).encode()
     return b"%x\r\n%s\r\n" % (len(data), data)
+
+def now_in_turn(count):  # each text is the time at which it is sent
+    for _ in range(count):
+        yield str(time.monotonic_ns())
 
 async def answer(writer, messages, what, count):
     await asyncio.sleep(count / 1000 if what == b"sleep" else 0)
@@ -6476,16 +7603,10 @@ async def answer(writer, messages, what, count):
         return
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
                  b"Transfer-Encoding: chunked\r\n\r\n")
-    if what == b"paced":  # each text is the time at which it is sent
-        for event in events(messages, iter(lambda: str(time.monotonic_ns()),
-                                           None)):
+    if what == b"paced":
+        for event in events(messages, now_in_turn(count)):
             writer.write(chunk(event))
             await asyncio.sleep(0.002)
-            count -= 1
-            if not count:
-                event["choices"][0].update(delta={}, finish_reason="stop")
-                writer.write(chunk(event))
-                break
     else:
         if (messages, count) not in made:
             made[messages, count] = b"".join(map(chunk, events(
@@ -6580,91 +7701,154 @@ def message_stream(text):
         events.get_final_message()
 '''}
 
-# name, unit: the code that prints it, or what its process costs
+BENCH_MEMORY = '''
+import os, re, resource
+call('call=1')
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if os.path.exists('/proc/self/status'):  # the other is inherited
+    with open('/proc/self/status') as file:
+        peak = int(re.search('VmHWM:[^0-9]*([0-9]+)', file.read())[1])
+print(peak / 1024)
+'''
+BENCH_CALLS = '''
+call('call=1'); start = time.process_time()
+for _ in range(400): call('call=1')
+print((time.process_time() - start) / 400 * 1e6)
+'''
+BENCH_LATENCY = '''
+waits = [time.monotonic_ns() - int(sent) for sent in stream('paced=300')]
+print(sorted(waits)[150] / 1e3)
+'''
+BENCH_EVENTS = '''
+list({0}('events=10')); start = time.process_time()
+assert sum(1 for _ in {0}('events={1}')) == {1}
+print((time.process_time() - start) / {1} * 1e6)
+'''
+BENCH_THREADS = '''
+from concurrent.futures import ThreadPoolExecutor
+pool = ThreadPoolExecutor(64)
+list(pool.map(call, ['call=1'] * 64)); start = time.perf_counter()
+list(pool.map(call, ['sleep=20'] * 1500))
+print(1500 / (time.perf_counter() - start))
+'''
+# What is measured, of what its process costs or prints: the code, and the
+# function of the client that it needs.
 BENCH = {
-    "import, ms CPU": "cpu",
-    "script with one call, ms": "wall",
-    "memory after one call, MiB": (
-        "import os, re, resource\ncall('call=1')\n"
-        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "if os.path.exists('/proc/self/status'):  # the other is inherited\n"
-        "    with open('/proc/self/status') as file:\n"
-        "        peak = int(re.search('VmHWM:[^0-9]*([0-9]+)', file.read())"
-        "[1])\n"
-        "print(peak / 1024)"),
-    "one more call, us CPU": (
-        "call('call=1'); start = time.process_time()\n"
-        "for _ in range(400): call('call=1')\n"
-        "print((time.process_time() - start) / 400 * 1e6)"),
-    "from server to caller, us": (
-        "waits = [time.monotonic_ns() - int(sent)\n"
-        "         for sent in stream('paced=300')]\n"
-        "print(sorted(waits)[150] / 1e3)")}
-for _name, _stream, _count in (
-        ("event of a chat stream, us CPU", "stream", 5000),
-        ("the same, of 100,000, us CPU", "stream", 100000),
-        ("event of a Messages stream, us CPU", "message_stream", 5000)):
-    BENCH[_name] = (
-        "list({0}('events=10')); start = time.process_time()\n"
-        "assert sum(1 for _ in {0}('events={1}')) == {1}\n"
-        "print((time.process_time() - start) / {1} * 1e6)").format(
-            _stream, _count)
-BENCH["64 threads, calls/s"] = (
-        "from concurrent.futures import ThreadPoolExecutor\n"
-        "pool = ThreadPoolExecutor(64)\n"
-        "list(pool.map(call, ['call=1'] * 64)); start = time.perf_counter()\n"
-        "list(pool.map(call, ['sleep=20'] * 1500))\n"
-        "print(1500 / (time.perf_counter() - start))")
+    "import, ms CPU": ("cpu", "", "import"),
+    "script with one call, ms": ("wall", "call('call=1')", "call"),
+    "memory after one call, MiB": ("printed", BENCH_MEMORY, "call"),
+    "one more call, us CPU": ("printed", BENCH_CALLS, "call"),
+    "from server to caller, us": ("printed", BENCH_LATENCY, "stream"),
+    "event of a chat stream, us CPU": (
+        "printed", BENCH_EVENTS.format("stream", 5000), "stream"),
+    "the same, of 100,000, us CPU": (
+        "printed", BENCH_EVENTS.format("stream", 100000), "stream"),
+    "event of a Messages stream, us CPU": (
+        "printed", BENCH_EVENTS.format("message_stream", 5000),
+        "message_stream"),
+    "64 threads, calls/s": ("printed", BENCH_THREADS, "call")}
 
 
-def bench_one(what, who, base):
+@contextlib.contextmanager
+def start_bench_server():
+    """Run the server of the benchmark; yield its URL."""
+    server = subprocess.Popen([sys.executable, "-c", BENCH_SERVER],
+                              stdout=subprocess.PIPE)
+    try:
+        yield "http://127.0.0.1:%d" % int(server.stdout.readline())
+    finally:
+        server.terminate()
+        server.wait()
+        server.stdout.close()
+
+
+def bench_one(what, client, url):
     """Return one figure of one client, measured in a process of its own."""
     import resource
-    then = {"cpu": "", "wall": "call('call=1')"}.get(BENCH[what], BENCH[what])
-    code = "import time\nbase = %r\n%s\n%s" % (base, BENCH_CLIENTS[who], then)
-    env = dict(os.environ, NO_PROXY="*", PYTHONPATH=os.path.dirname(
-        os.path.abspath(serv.__file__)))
+    figure, then, _ = BENCH[what]
+    code = "import time\nbase = %r\n%s\n%s" % (url, BENCH_CLIENTS[client],
+                                               then)
+    env = dict(os.environ, NO_PROXY="*", no_proxy="*", PYTHONPATH=ROOT)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], env=env, check=True,
                           stdout=subprocess.PIPE)
     wall = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = sum(after[:2]) - sum(before[:2])
-    return {"cpu": cpu * 1e3, "wall": wall * 1e3}.get(BENCH[what]) or float(
-        done.stdout)
+    if figure == "cpu":
+        return (sum(after[:2]) - sum(before[:2])) * 1e3
+    return wall * 1e3 if figure == "wall" else float(done.stdout)
+
+
+def can_bench(client, what):
+    """Whether a client has what a figure needs."""
+    if client == "http.client" and what == "64 threads, calls/s":
+        return False  # its one connection serves one thread
+    return BENCH[what][2] == "import" or (
+        "def %s(" % BENCH[what][2] in BENCH_CLIENTS[client])
 
 
 def bench(rounds=3):
-    """Print the README's table: the best of some rounds of each figure."""
-    import importlib.util
-    clients = [who for who in BENCH_CLIENTS
-               if importlib.util.find_spec(who.replace(".py", ""))]
-    server = subprocess.Popen([sys.executable, "-c", BENCH_SERVER],
-                              stdout=subprocess.PIPE)
-    base = "http://127.0.0.1:%d" % int(server.stdout.readline())
-    try:
+    """Print the table of README.md: of some rounds, the best of each."""
+    clients = [client for client in BENCH_CLIENTS
+               if importlib.util.find_spec(client.replace(".py", ""))]
+    with start_bench_server() as url:
         print("| | %s |\n|---|%s" % (" | ".join(clients),
                                      "---:|" * len(clients)))
-        for what, code in BENCH.items():
-            [need] = re.findall(r"\b(call|stream|message_stream)\(", code)[
-                :1] or ["call"]
-            got = {who: [] for who in clients
-                   if "def %s(" % need in BENCH_CLIENTS[who]
-                   and (who, what[:2]) != ("http.client", "64")}
+        for what in BENCH:
+            values = {client: [] for client in clients
+                      if can_bench(client, what)}
             for _ in range(rounds + 1):  # the first warms the caches
-                for who in got:
-                    got[who].append(bench_one(what, who, base))
-            # The least of a cost is what the machine's other work adds to.
+                for client in values:
+                    values[client].append(bench_one(what, client, url))
+            # The least of a cost is what other work of the machine adds to.
             best = max if what.endswith("/s") else min
-            found = {who: best(got[who][1:]) for who in got}
-            cells = ["%.*f" % (found[who] < 10, found[who])
-                     if who in got else "" for who in clients]
+            cells = []
+            for client in clients:
+                if client in values:
+                    value = best(values[client][1:])
+                    cells.append("%.*f" % (value < 10, value))
+                else:
+                    cells.append("")
             print("| %s | %s |" % (what, " | ".join(cells)), flush=True)
-    finally:
-        server.terminate()
-        server.wait()
-        server.stdout.close()
+
+
+def test_benchmark_streams_events_as_they_are_sent_by_default():
+    """OpenAI pads each event with another `obfuscation`."""
+    ask = dict(model="m", system="s", api_key="k")
+    with start_bench_server() as url:
+        with serv.stream("events=50", base_url=url, **ask) as pieces:
+            events = list(pieces.events())
+        with serv.stream("events=50", base_url=url, endpoint="messages",
+                         max_tokens=9, **ask) as pieces:
+            text = "".join(pieces)
+    padding = [event["obfuscation"] for event in events]
+    assert len(padding) == 51 and len(set(padding)) == 51
+    assert len(set(map(len, padding))) > 5
+    assert [event["choices"][0]["delta"] for event in events] == [
+        {"content": "tok%d " % number} for number in range(50)] + [{}]
+    assert text == "".join("tok%d " % number for number in range(50))
+
+
+@pytest.mark.parametrize("what", BENCH)
+def test_benchmark_figures_can_be_measured(what):
+    for client, code in BENCH_CLIENTS.items():
+        compile(code + BENCH[what][1], client, "exec")
+    assert can_bench("serv.py", what)
+
+
+@needs_readme
+def test_benchmark_makes_the_table_of_readme():
+    rows = README.partition("<!-- bench -->\n")[2].split("\n\n")[0]
+    head, _, *figures = rows.splitlines()
+    assert [cell.strip() for cell in head.split("|")[2:-1]] == list(
+        BENCH_CLIENTS)
+    written = {row.split("|")[1].strip(): row.split("|")[2:-1]
+               for row in figures}
+    assert list(written) == list(BENCH)
+    for what, cells in written.items():
+        assert [bool(cell.strip()) for cell in cells] == [
+            can_bench(client, what) for client in BENCH_CLIENTS]
 
 
 if __name__ == "__main__":
