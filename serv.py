@@ -90,21 +90,24 @@ EXAMPLES = {"chat": "gpt-5.4-mini", "messages": "claude-haiku-4.5"}
 USER_AGENT = f"serv.py/{__version__} Python/{sys.version.split()[0]}"
 
 # Times, in seconds.
-TIMEOUT = 600.0         # a whole call; answers of 298 s have been seen
+TIMEOUT = 600.0         # of a whole call; answers of 298 s have been seen
 MAX_TIMEOUT = 86400.0   # the largest timeout that a call accepts: a day
-CONNECT_TIMEOUT = 10.0  # connecting to one address of a host; its handshake
-CLOCK_ERROR = 0.02      # a wait may end this early: Windows ticks every 16 ms
-WAIT_SLICE = 1.0        # Ctrl-C interrupts no wait on Windows, so waits end
-KEEPALIVE = 60          # silence before a TCP probe; some NATs forget at 350
-DEAD_SECONDS = 30       # sent data without acknowledgement: the path is dead
-IDLE_SECONDS = 50.0     # load balancers drop idle connections after 60 s
-STALE_SECONDS = 1.0     # a reused connection that fails later than this may
-                        # have delivered the request: it is not sent again
-LAST_CHUNK_SECONDS = 0.01   # a wait for the end of the last stream's body
+CONNECT_TIMEOUT = 10.0  # to connect to one address, and for a TLS handshake
+CLOCK_ERROR = 0.02      # a clock may tick only every 16 ms (Windows): a
+                        # failure this close to the deadline is a timeout
+WAIT_SLICE = 1.0        # of one poll(): Ctrl-C does not end it on Windows
+KEEPALIVE = 60          # of silence before TCP probes the other side: some
+                        # NATs forget a connection after 350 s
+DEAD_SECONDS = 30       # without acknowledgement of what was sent
+IDLE_SECONDS = 50.0     # of keeping a connection: load balancers drop it at 60
+STALE_SECONDS = 1.0     # in which the end of a reused connection shows that
+                        # the server closed it before the request came
+LAST_CHUNK_SECONDS = 0.01   # to wait for the end of the last stream's body
 
-# An idle connection costs one descriptor, of 1,024 that a process usually
-# has.  More than this many threads in step open new connections each time.
-MAX_IDLE = 256          # idle connections; the oldest are closed first
+# Idle connections; the oldest are closed first.  Each takes one descriptor,
+# of which a process often has 1,024.  If more threads than this call in
+# step, some open a new connection each time.
+MAX_IDLE = 256
 
 # Sizes, in bytes.  Decoded, JSON can take up to 80 times its size in memory
 # (a list of empty lists); a usual answer takes 3 to 10 times.
@@ -113,13 +116,12 @@ MAX_BODY = 1 << 25      # of one JSON answer or one event: 32 MiB
 MAX_STREAM = 1 << 26    # of a whole stream: 64 MiB, ten times the longest
 MAX_ERROR = 1 << 18     # of an error's body; the rest is not read
 MAX_HEAD = 1 << 10      # of a body before it must show what it is
+MIN_SECRET = 8          # of a key; a shorter one is a common word
 
-MIN_SECRET = 8          # characters; a shorter key is a common word
-
-# The json module recurses once a level.  A thread on musl has a stack of
-# 128 KiB, in which Python 3.8 to 3.12 crash at about 1,000 levels.
-MAX_DEPTH = 150         # levels of nested JSON
-MAX_PARTS = 10000       # choices, calls or blocks of one answer
+# Levels of nested JSON.  The json module, and copying, recurse once a level.
+# A thread on musl has a stack of 128 KiB: there, Python 3.8 crashes at 100.
+MAX_DEPTH = 64
+MAX_PARTS = 2000        # choices, calls, blocks or list entries of an answer
 
 
 # ---------------------------------------------------------------------------
@@ -139,6 +141,8 @@ class ServError(Exception):
     reply: Reply | None = None
     request_id: str | None = None
     retries: int = 0
+    # Whether retry_wait() allows one more try.  At a timeout none is made all
+    # the same: no time is left.
     _worth_a_retry: bool = False
 
 
@@ -283,10 +287,12 @@ def chat(messages: Messages, *, model: str | None = None,
         name, in any case.  With an ``Authorization`` no key is needed.
     :param params: every other parameter goes into the JSON body untouched.
     :return: a ``Reply``: the service's JSON, with ``text`` and more on top.
-    :raise ValueError: the input cannot be sent, or ``TypeError``: no model,
-        no system prompt, a bad URL, timeout or ``max_retries``, a ``stream``
-        parameter, a value that JSON or a header cannot represent, or one of
-        the headers Content-Length, Transfer-Encoding and Host.
+    :raise ValueError: the input cannot be sent: no model, no system prompt,
+        a bad URL, timeout or ``max_retries``, a ``stream`` parameter, a
+        value that JSON or a header cannot represent, or one of the headers
+        Content-Length, Transfer-Encoding and Host.
+    :raise TypeError: the input is of a wrong type, or ``extra_headers``,
+        ``extra_body`` or ``extra_query`` of the SDKs is passed.
     :raise APIStatusError: the server said no; see its subclasses.
     :raise APIConnectionError: there was no whole answer; or
         ``APITimeoutError``: not within ``timeout``.
@@ -362,7 +368,7 @@ BLOCKED = re.compile(r"""
     """, re.VERBOSE | re.IGNORECASE)
 TRUNCATED = re.compile(r"""
     length              # length (OpenAI), model_length (Mistral)
-  | max_ (\w+_)? tokens # max_tokens (Claude), MAX_TOKENS (Gemini)
+  | max_tokens | max_output_tokens      # Claude; Gemini: MAX_TOKENS
   | context_window      # model_context_window_exceeded (Claude)
     # matches no: stop, end_turn, content_filter
     """, re.VERBOSE | re.IGNORECASE)
@@ -422,7 +428,8 @@ class Reply(dict):  # type: ignore[type-arg]
         first = entries[0] if entries else {}
         if not first:
             first = {"role": "assistant", "content": content}
-        # Some gateways split one answer: text first, calls in the next choice.
+        # Some gateways split one answer: the text is in the first choice,
+        # the calls in the next.
         for entry in entries[1:]:
             if entry.get("tool_calls") and not first.get("tool_calls"):
                 return {**first, "tool_calls": entry["tool_calls"]}
@@ -514,17 +521,20 @@ class Stream:
     another.  ``with`` closes it, and so does the garbage collector.
     """
 
+    # First "open", then one of: "ended" (at its proven end), "failed",
+    # "closed" (by close()).  Until __init__ is through there is nothing that
+    # __del__ could close.
+    _state = "closed"
+
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        # "open", then one of: "ended" (at its proven end), "failed", "closed"
-        # (by close()).
-        self._state = "open"
         self._error: ServError | None = None    # why it failed
         self._elapsed = 0.0     # seconds from the call to the last event
         # Decoded events that no loop has seen yet, each with its SSE name.
         self._pending: collections.deque[tuple[str, JSONDict]]
         self._pending = collections.deque()
         self._reading = threading.Lock()    # held while a loop reads
+        self._state = "open"
 
     def __iter__(self) -> Stream:
         return self
@@ -544,8 +554,9 @@ class Stream:
             step = self._advance()
             if step is None:
                 raise StopIteration
-            if step[1]:
-                return step[1]
+            _, text = step
+            if text:
+                return text
 
     def events(self) -> Iterator[JSONDict]:
         """Yield every decoded event: chat chunks, or Messages events.
@@ -561,9 +572,10 @@ class Stream:
             step = self._advance()
             if step is None:
                 return
-            if step[0]:
+            event, _ = step
+            if event:
                 # The caller may change its event; the reply must not change.
-                yield copy.deepcopy(step[0])
+                yield copy.deepcopy(event)
 
     @property
     def reply(self) -> Reply:
@@ -610,6 +622,9 @@ class Stream:
 
     def _read(self) -> tuple[JSONDict, str] | None:
         """Do what _advance() says; the one place where a stream ends."""
+        # What is to be raised is raised outside of "except".  Inside, the
+        # exception of http.client, which may quote the key, would become
+        # the context of ours.
         problem: BaseException | None = None
         try:
             event = self._next_event()
@@ -663,15 +678,14 @@ class Stream:
     def _fail(self, exc: BaseException) -> BaseException | None:
         """Return what to raise for an exception; None if it does not count.
 
-        It does not after close(), nor does a failure of the network once the
-        answer is proven whole.
+        It does not after close().  Nor does a failure of the network, or the
+        end of the time, once the answer is proven whole.
         """
         if self._state == "closed":
             return None
-        is_ours = isinstance(exc, ServError) or is_network_failure(exc)
-        if is_ours and not isinstance(exc, ServError) and (
-                self._exchange.assembler.whole):
+        if is_network_failure(exc) and self._exchange.assembler.whole:
             return None
+        is_ours = is_network_failure(exc) or isinstance(exc, ServError)
         if is_ours:
             error = self._exchange.explain(exc)
         else:
@@ -743,13 +757,19 @@ def build_request(endpoint: str, messages: Messages, *,
         raise TypeError("base_url: expected a str")
     address = build_url(base_url or os.environ.get("SERV_BASE_URL")
                         or BASE_URL)
+    seconds = build_timeout(timeout)
+    choices = params.get("n")
+    if type(choices) is not int or choices < 1:
+        choices = 1
+    # The key comes last, so that no traceback of a refusal has it in a local
+    # variable.  No message may show a header's name in which the key is.
     own_headers = build_headers(headers, find_key(api_key))
     authorization = own_headers.get("Authorization")
     if authorization is None:
         secret = build_key(api_key)
         authorization = "Bearer " + secret
     else:
-        # The caller's own, "Bearer ...", is as secret: its last word.
+        # "Bearer sk-...": what is to be hidden is the last word.
         secret = (authorization.split() or [""])[-1]
     accept = "text/event-stream" if streaming else "application/json"
     all_headers = {
@@ -757,11 +777,8 @@ def build_request(endpoint: str, messages: Messages, *,
         "User-Agent": USER_AGENT, "Accept": accept,
         "Content-Type": "application/json", "Accept-Encoding": "identity",
         **own_headers}
-    choices = params.get("n")
-    if type(choices) is not int or choices < 1:
-        choices = 1
-    return Request(endpoint, address, body, all_headers, secret,
-                   build_timeout(timeout), max_retries, streaming, choices)
+    return Request(endpoint, address, body, all_headers, secret, seconds,
+                   max_retries, streaming, choices)
 
 
 def build_body(endpoint: str, streaming: bool, messages: Messages,
@@ -872,10 +889,12 @@ def build_url(text: str) -> Address:
         raise ValueError(f"{wrong}: {exc}")
     if parts.scheme not in ("http", "https") or not host or port == 0:
         raise ValueError(wrong)
-    # Before 3.11, urlsplit() accepts names in brackets, and other digits.
+    # Before 3.11, urlsplit() accepts a name in brackets, http://[host], and
+    # a port of Arabic digits, http://host:\u0668\u0660.
+    in_brackets = "[" in parts.netloc
     odd_digits = [char for char in text
                   if char.isdigit() and not char.isascii()]
-    if odd_digits or ("[" in parts.netloc) != (":" in host):
+    if odd_digits or in_brackets != (":" in host):
         raise ValueError(wrong)
     url = text.rstrip("/")
     if parts.path.rstrip("/").endswith("/v1"):
@@ -988,6 +1007,8 @@ def parse_json(text: str) -> JSON:
     try:
         return _decoder.decode(text)
     except ValueError as exc:
+        # Only a JSONDecodeError has msg.  The other ValueError is int()'s, of
+        # a number with more than 4,300 digits.
         reason = getattr(exc, "msg", "a number is too long")
     # Raised here, not above: the decoder's error would become the context of
     # this one, and it holds the text, with whatever is in it.
@@ -1030,6 +1051,11 @@ def parse_arguments(value: JSON, partial: bool) -> JSON:
             return value
         return decoded if isinstance(decoded, dict) else value
     return value
+
+
+def decode_body(data: bytes) -> str:
+    """Return the text of a body, without its byte order mark."""
+    return data.decode("utf-8", "replace").lstrip("\ufeff")
 
 
 def get_dict(data: JSON, name: str) -> JSONDict:
@@ -1076,6 +1102,7 @@ def clean_text(text: str) -> str:
     """
     if text.isascii():
         return text
+    # UTF-16 has halves: encoding keeps them, decoding joins or replaces them.
     return text.encode("utf-16-le", "surrogatepass").decode(
         "utf-16-le", "replace")
 
@@ -1102,12 +1129,11 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
     # vLLM's is flat: {"object": "error", "message": ...}
     if "error" in (event_name, answer.get("type"), answer.get("object")):
         return answer
-    choices = get_dicts(answer, "choices")
-    for choice in choices:
+    for choice in get_dicts(answer, "choices"):
         if choice.get("error"):                 # OpenRouter
             return choice["error"]
-        reason = get_str(choice, "finish_reason")
-        if reason and FAILED.search(reason):
+        reason = choice.get("finish_reason")
+        if isinstance(reason, str) and FAILED.search(reason):
             return {"message": "the answer ended with " + reason}
     if answer.get("choices") is None and answer.get("content") is None:
         return find_bare_error(answer)
@@ -1136,7 +1162,10 @@ def parse_error(body: JSON) -> JSONDict:
     if found is None:
         found = body
     if isinstance(found, list) and found:   # {"errors": [{...}]}, ["No."]
-        found = find_error(found[0]) or found[0]
+        found = found[0]
+        inner = find_error(found)           # [{"error": {...}}]
+        if inner is not None:
+            found = inner
     if not isinstance(found, dict):
         # {"error": "No.", "code": 404}: the code stands beside the text.
         code = body.get("code") if isinstance(body, dict) else None
@@ -1252,7 +1281,7 @@ def map_text(value: JSON, change: Callable[[str], str]) -> JSON:
 # ---------------------------------------------------------------------------
 
 BOM = b"\xef\xbb\xbf"
-DONE: JSONDict = {}     # stands for [DONE]; compared with "is"
+DONE: JSONDict = {"[DONE]": True}   # compared with "is"
 
 
 def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
@@ -1364,9 +1393,10 @@ def parse_odd_data(name: str, data: str, reason: str) -> list[JSONDict]:
     if len(lines) > 1:
         with contextlib.suppress(ValueError):
             return [parse_line(line) for line in lines]
-    is_own = name.startswith(("message", "content_block"))
-    if not is_own and not data.lstrip().startswith("{"):
-        return []       # a vendor's own event
+    # Names of the format; "message" is also what an event without a name has.
+    is_of_format = name.startswith(("message", "content_block"))
+    if not is_of_format and not data.lstrip().startswith("{"):
+        return []       # a vendor's own event, with data of its own
     raise APIResponseError(f"a broken event: {reason}")
 
 
@@ -1417,7 +1447,11 @@ ENTRY_TEXTS = ("text", "thinking", "summary")
 
 
 class Display:
-    """The answer's text as the caller sees it, piece by piece."""
+    """The answer's text as the caller sees it, piece by piece.
+
+    An emoji may come as two halves in two pieces: then the first piece shows
+    nothing yet.  If another text grows meanwhile, U+FFFD stands for the half.
+    """
 
     def __init__(self) -> None:
         self.pieces: list[str] = []
@@ -1503,17 +1537,19 @@ def add_text(target: JSONDict, name: str, value: JSON,
     another type is a broken event.
     """
     old = target.get(name)
-    if isinstance(value, str) and (value or is_empty(old)):
-        if not isinstance(old, GrowingText):
-            target[name] = GrowingText(display)
-            if isinstance(old, str):
-                target[name].add(old)
+    if isinstance(old, GrowingText):
+        if isinstance(value, str):
+            old.add(value)
+        elif not is_empty(value):
+            raise APIResponseError(f"a broken event: {name} was text and is "
+                                   f"now {type(value).__name__}")
+    elif isinstance(value, str) and (value or is_empty(old)):
+        target[name] = GrowingText(display)
+        if isinstance(old, str):
+            target[name].add(old)
         target[name].add(value)
-    elif not isinstance(old, GrowingText):
+    else:
         put(target, name, value)
-    elif not is_empty(value):
-        raise APIResponseError(f"a broken event: {name} was text and is now "
-                               + type(value).__name__)
 
 
 def add_entries(target: JSONDict, name: str, pieces: list[JSON],
@@ -1649,12 +1685,13 @@ class ChatAssembler:
             return ""
         if "choices" not in chunk and "usage" not in chunk:
             return ""       # a vendor's own event
-        for name, value in chunk.items():
-            # OpenAI pads chunks with "obfuscation": no part of the answer.
-            if name not in ("choices", "obfuscation"):
-                # Most fields are the same in every chunk.
-                if name not in self.fields or value != self.fields[name]:
-                    put(self.fields, name, value)
+        fields = dict(chunk)
+        fields.pop("choices", None)
+        # OpenAI pads chunks with this; it is no part of the answer.
+        fields.pop("obfuscation", None)
+        if fields != self.fields:   # they are the same in most chunks
+            for name, value in fields.items():
+                put(self.fields, name, value)
         for number, choice in enumerate(expect_list(chunk, "choices")):
             if not isinstance(choice, dict):
                 raise APIResponseError("a broken event: a choice is not an "
@@ -1714,36 +1751,47 @@ class ChatChoice:
             # A whole message as one chunk.
             delta = expect_dict(choice, "message")
         self.add_delta(delta)
-        for name, value in choice.items():
-            if name == "logprobs" and isinstance(value, dict):
-                self.add_logprobs(value)
-            elif name not in ("index", "delta", "message"):
+        fields = dict(choice)
+        for name in ("index", "delta", "message"):
+            fields.pop(name, None)
+        if isinstance(fields.get("logprobs"), dict):
+            self.add_logprobs(fields.pop("logprobs"))
+        if fields != self.fields:
+            for name, value in fields.items():
                 put(self.fields, name, value)
-        if choice.get("finish_reason"):
+        if fields.get("finish_reason"):
             self.finished = True
 
     def add_delta(self, delta: JSONDict) -> None:
         """Add to the message."""
         for name, value in delta.items():
-            if name != "role" and not is_empty(value):
-                self.begun = True
-                self.finished = False
-            if name == "tool_calls":
+            if is_empty(value):
+                self.add_empty(name, value)
+                continue
+            if name == "role":
+                self.message[name] = value
+                continue
+            self.begun = True
+            self.finished = False
+            if name == "content":
+                self.add_content(value)
+            elif name == "tool_calls":
                 for piece in expect_list(delta, name):
                     if isinstance(piece, dict):
                         self.add_call(piece)
-            elif value == "" and self.message.get(name) is None:
-                self.message[name] = value      # a text begins
-            elif is_empty(value):
-                self.message.setdefault(name, value)
-            elif name == "content":
-                self.add_content(value)
             elif name == "refusal" or name in REASONING_TEXTS:
                 self.add_own_text(name, value)
             elif isinstance(value, list):
                 add_entries(self.message, name, value)
             else:
                 put(self.message, name, value)
+
+    def add_empty(self, name: str, value: JSON) -> None:
+        """Add an empty value: "" begins a text, and nothing erases one."""
+        if value == "" and self.message.get(name) is None:
+            self.message[name] = value
+        elif name != "tool_calls":
+            self.message.setdefault(name, value)
 
     def add_content(self, value: JSON) -> None:
         """Add to the content: a text, or a list of parts.
@@ -1800,10 +1848,14 @@ class ChatChoice:
     def find_call(self, piece: JSONDict) -> JSONDict | None:
         """Return the call that a piece belongs to; None if it begins one.
 
-        A call is known by its id, else by its index; a piece with neither
-        belongs to the last call.  But Gemini counts all its calls as 0, so a
-        piece with a name begins the next call if the arguments so far are
-        whole, or if its id is new and its name another.
+        The first of these rules that applies:
+        - a known id: the call of this id;
+        - a new id and no index: the next call;
+        - neither: the last call;
+        - an index: the newest call of this index.
+        But Gemini counts all its calls as 0: a piece with a name begins the
+        next call if the arguments so far are whole, or if its id is new and
+        its name another.
         """
         id, index = piece.get("id"), piece.get("index")
         if isinstance(id, str) and id in self.call_of_id:
@@ -2184,8 +2236,8 @@ def open_socket(host: str, port: int, deadline: float) -> DeadlineSocket:
     the time left, so that a dead one leaves time for the next.
     """
     found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-    for left, (family, kind, protocol, _, address) in zip(
-            range(len(found), 0, -1), found):
+    for number, (family, kind, protocol, _, address) in enumerate(found):
+        left = len(found) - number
         now = time.monotonic()
         share = max(deadline - now, 0.0) / left
         sock = DeadlineSocket(family, kind, protocol)
@@ -2471,8 +2523,10 @@ class Connection(http.client.HTTPConnection):
 
     def keep(self) -> None:
         """Leave it to the next call, if there can be one."""
-        # http.client drops `sock` if the answer says "Connection: close".
-        is_last = self.sock is None
+        # For "Connection: close": http.client closes an answer's connection
+        # (but not if an interim answer came before it).
+        is_last = (self.sock is None or self.response is None
+                   or self.response.will_close)
         # tinyproxy garbles the next request where there was no CONNECT.
         plain_proxy = bool(self.route.proxy) and not self.route.address.tls
         if is_last or plain_proxy or self.upload_broke:
@@ -2485,7 +2539,7 @@ class Connection(http.client.HTTPConnection):
     def hang_up(self) -> None:
         """Close it for good; the other side is told at once."""
         self.state = "closed"
-        # Its descriptor may have been closed by others, or be taken anew.
+        # Closing fails if others have closed its descriptor already.
         with contextlib.suppress(OSError):
             if self.response is not None:
                 self.response.close()
@@ -2691,9 +2745,9 @@ class Exchange:
         if kind == "events":
             yield from iter_events(itertools.chain([head], chunks))
         else:
-            self.answer = self.parse_answer(self.read_body(head, chunks))
-            self.assembler = WholeAnswer(self.answer)
-            yield "message", json.dumps(self.answer)
+            data = self.read_body(head, chunks)
+            self.assembler = WholeAnswer(self.parse_answer(data))
+            yield "message", decode_body(data)
 
     def iter_body(self) -> Iterator[bytes]:
         """Yield the bytes of the body as they come, up to its proven end."""
@@ -2738,7 +2792,7 @@ class Exchange:
 
     def parse_answer(self, data: bytes) -> JSONDict:
         """Return a whole JSON answer; raise the error that it is, if so."""
-        text = data.decode("utf-8", "replace").lstrip("\ufeff")
+        text = decode_body(data)
         try:
             answer = parse_json(text)
         except ValueError:
@@ -3024,7 +3078,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            # What argparse quotes may be a key: show only the words before.
+            # What argparse quotes may be a key: show only what is before.
+            #   argument -n/--max-tokens: invalid int value: 'sk-...'
+            #   unrecognized arguments: --api-key=sk-...
             words = message.split("'")[0].split(": ")
             shown = ": ".join(words[:2 if words[0].startswith("argument")
                                     else 1])
@@ -3121,6 +3177,7 @@ def build_curl(request: Request) -> str:
     from shlex import quote
     lines = ["curl -gsSN --path-as-is " + quote(request.url)]
     for name, value in request.headers.items():
+        # Of a dry run; in double quotes the shell puts the key in.
         if value == "Bearer $SERV_API_KEY":
             lines.append(f'-H "{name}: {value}"')
         elif name != "Host":
