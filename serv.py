@@ -665,8 +665,10 @@ class Stream:
             name, data = item
             for event in parse_events(name, data):
                 self._pending.append((name, event))
-        self._elapsed = time.monotonic() - self._exchange.started
-        self._exchange.check_deadline()
+        now = time.monotonic()
+        if now >= self._exchange.deadline:
+            raise APITimeoutError("the time is up")
+        self._elapsed = now - self._exchange.started
         name, event = self._pending.popleft()
         if event is DONE:
             self._exchange.assembler.add(DONE)
@@ -2091,21 +2093,21 @@ class WholeAnswer:
 def expect_dict(data: JSONDict, name: str) -> JSONDict:
     """Return a field that is a dict; {} for nothing."""
     value = data.get(name)
-    if is_empty(value):
-        return {}
-    if not isinstance(value, dict):
+    if isinstance(value, dict):
+        return value
+    if not is_empty(value):
         raise APIResponseError(f"a broken event: {name} is not an object")
-    return value
+    return {}
 
 
 def expect_list(data: JSONDict, name: str) -> list[JSON]:
     """Return a field that is a list; [] for nothing."""
     value = data.get(name)
-    if is_empty(value):
-        return []
-    if not isinstance(value, list):
+    if isinstance(value, list):
+        return value
+    if not is_empty(value):
         raise APIResponseError(f"a broken event: {name} is not a list")
-    return value
+    return []
 
 
 # ---------------------------------------------------------------------------
@@ -2898,11 +2900,6 @@ class Exchange:
         if len(self.request.secret) < MIN_SECRET:
             return text
         return text.replace(self.request.secret, "[api key]")
-
-    def check_deadline(self) -> None:
-        """Raise if the time budget has run out."""
-        if time.monotonic() >= self.deadline:
-            raise APITimeoutError("the time is up")
 
     def keep_connection(self) -> None:
         """Leave the connection to the next call."""
