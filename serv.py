@@ -16,11 +16,12 @@ Usage::
 
 What this file does with your key: each call reads it from ``api_key`` or
 from SERV_API_KEY and sends it in the Authorization header of the request to
-``base_url``, and nowhere else.  It is never written to disk or to a log, and
-it is removed from every error.  Redirects are not followed.  Certificates
-are always checked.  A plain ``http://`` URL sends the key unencrypted.  No
-host is contacted except the one in ``base_url``, through your proxy if the
-environment names one.
+``base_url``, and nowhere else.  This file writes it to no disk and no log,
+and removes it from the messages and attributes of errors; only tools that
+record local variables can see it there.  Redirects are not followed.
+Certificates are always checked.  A plain ``http://`` URL sends the key
+unencrypted.  No host is contacted except the one in ``base_url``, through
+your proxy if the environment names one.
 
 Sections, top to bottom: errors; the calls; Reply, ToolCall and Stream;
 building requests; reading answers; server-sent events; putting streams
@@ -600,8 +601,8 @@ class Stream:
             self._exchange.close()
             self._reading.release()
         else:
-            # Another thread reads: it finds the end of the connection, then
-            # this state, and closes.
+            # Another thread reads.  Its wait ends; then it finds this state,
+            # there or in its next step, and closes.
             self._exchange.wake()
 
     def _advance(self) -> tuple[JSONDict, str] | None:
@@ -614,8 +615,11 @@ class Stream:
         try:
             if self._error is not None:
                 # A second loop must not look like an end.  A copy, because
-                # the traceback refers to this stream.
+                # the traceback of each refers to this stream.
                 raise copy.copy(self._error)
+            if self._state == "closed":
+                # By another thread, while this one was not waiting.
+                self._exchange.close()
             return self._read() if self._state == "open" else None
         finally:
             self._reading.release()
@@ -763,9 +767,8 @@ def build_request(endpoint: str, messages: Messages, *,
     choices = params.get("n")
     if type(choices) is not int or choices < 1:
         choices = 1
-    # The key comes last, so that no traceback of a refusal has it in a local
-    # variable.  No message may show a header's name in which the key is.
-    own_headers = build_headers(headers, find_key(api_key))
+    own_headers = build_headers(headers)
+    # The key comes last: no refusal above has it in a local variable.
     authorization = own_headers.get("Authorization")
     if authorization is None:
         secret = build_key(api_key)
@@ -819,7 +822,8 @@ def check_params(endpoint: str, streaming: bool,
     """Refuse what is not a parameter of the request, and say what to do."""
     if endpoint == "messages" and params.get("max_tokens") is None:
         raise TypeError("max_tokens: the Messages endpoint requires it")
-    if params.get("stream") not in (None, streaming):
+    wants_stream = params.get("stream")
+    if wants_stream is not None and bool(wants_stream) != streaming:
         raise ValueError("stream: call stream() for a stream, and only then")
     instead = {"extra_headers": "headers={...}",
                "extra_body": "its entries as parameters: **{...}",
@@ -833,13 +837,13 @@ def check_messages(name: str, value: JSON) -> None:
     """Refuse what is neither a str nor a list of dicts."""
     if isinstance(value, str):
         return
-    good = isinstance(value, (list, tuple))
-    for entry in value if good else []:
+    wrong = TypeError(f"{name}: expected a str or a list of dicts (for the "
+                      "next turn, append reply.message, not the reply)")
+    if not isinstance(value, (list, tuple)):
+        raise wrong
+    for entry in value:
         if not isinstance(entry, dict) or isinstance(entry, Reply):
-            good = False
-    if not good:
-        raise TypeError(f"{name}: expected a str or a list of dicts (for the "
-                        "next turn, append reply.message, not the reply)")
+            raise wrong
 
 
 def has_text(content: JSON) -> bool:
@@ -919,17 +923,12 @@ def build_host(address: Address) -> str:
     return host if address.port == default else f"{host}:{address.port}"
 
 
-def find_key(api_key: str | None) -> str:
-    """Return the key as the argument or the environment has it."""
+def build_key(api_key: str | None) -> str:
+    """Return the key without white space around it; never show it."""
     key = api_key or os.environ.get("SERV_API_KEY") or ""
     if not isinstance(key, str):
         raise TypeError("api_key: expected a str")
-    return key.strip()
-
-
-def build_key(api_key: str | None) -> str:
-    """Return the key without white space around it; never show it."""
-    key = find_key(api_key)
+    key = key.strip()
     if not key:
         raise ServError("no API key: set SERV_API_KEY or pass api_key=...")
     if not key.isascii() or not key.isprintable():
@@ -962,10 +961,11 @@ HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 HEADER_VALUE = re.compile(r"[\t\x20-\x7e\xa0-\xff]*")
 
 
-def build_headers(headers: JSON, key: str) -> dict[str, str]:
+def build_headers(headers: JSON) -> dict[str, str]:
     """Return the caller's headers, Named-Like-This.
 
-    No message shows a name in which the key is, misplaced.
+    A name may be a misplaced key: a message shows it only if it is nothing
+    but letters and hyphens.
     """
     if not headers:
         return {}
@@ -982,7 +982,9 @@ def build_headers(headers: JSON, key: str) -> dict[str, str]:
             raise ValueError("headers: a name is not a token of RFC 9110; it "
                              "is not shown here, as it may hold a secret")
         if not HEADER_VALUE.fullmatch(value):
-            shown = "a header" if key and key in name else name
+            shown = "a header"
+            if re.fullmatch("[A-Za-z-]+", name):
+                shown = name
             raise ValueError(f"headers: the value of {shown} cannot be sent: "
                              "it has a line break, or is not latin-1")
         checked[name.title()] = value
@@ -1145,8 +1147,9 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
 def find_bare_error(answer: JSONDict) -> JSON:
     """Return an error that stands where an answer should be, or None."""
     kind = str(answer.get("type") or "error")
-    if not kind.lower().endswith("error") and kind not in STATUS_OF_TYPE:
-        return None
+    is_error_type = kind.lower().endswith("error") or kind in STATUS_OF_TYPE
+    if not is_error_type:
+        return None     # a notice, such as {"type": "ping", "message": ...}
     if answer.get("errors"):                    # Cloudflare
         return answer["errors"]
     for name in ("message", "detail"):          # DashScope, FastAPI
@@ -1181,7 +1184,10 @@ def parse_error(body: JSON) -> JSONDict:
 
 
 def parse_stream_error(body: JSON) -> JSON:
-    """Return the error in a body that is an event stream, else the body."""
+    """Return the error in a body that is an event stream, else the body.
+
+    The body came with an error's status, so its first event is the error.
+    """
     if isinstance(body, str):
         for _, data in iter_events([body.encode("utf-8", "replace")]):
             for event in parse_events("error", data):
@@ -1269,6 +1275,8 @@ def map_text(value: JSON, change: Callable[[str], str]) -> JSON:
         return change(value)
     if isinstance(value, GrowingText):
         return change(value.get())
+    if isinstance(value, GrowingList):
+        value = value.entries
     if isinstance(value, list):
         return [map_text(entry, change) for entry in value]
     if isinstance(value, dict):
@@ -1378,10 +1386,11 @@ def parse_events(name: str, data: str) -> list[JSONDict]:
             events = [{"error": value}]
         else:
             events = []     # JSON that is not an object is noise
-    for event in events:
-        if event is not DONE and name != "message" and not (
-                "type" in event or "choices" in event):
-            event["type"] = name
+    if name != "message":
+        for event in events:
+            is_named = "type" in event or "choices" in event
+            if event is not DONE and not is_named:
+                event["type"] = name
     return events
 
 
@@ -1554,61 +1563,76 @@ def add_text(target: JSONDict, name: str, value: JSON,
         put(target, name, value)
 
 
-def add_entries(target: JSONDict, name: str, pieces: list[JSON],
-                display: Display | None = None) -> None:
-    """Add to a list field whose entries come in pieces."""
-    if not isinstance(target.get(name), list):
-        target[name] = []
-    entries = target[name]
-    for number, piece in enumerate(pieces):
-        if not isinstance(piece, dict):
-            entries.append(piece)
-            continue
-        if "index" in piece:
-            entry = find_entry(entries, piece)
-        else:
-            # Only the first of a list can go on with what came before.
-            entry = find_last_entry(entries, piece) if number == 0 else None
-        if entry is None:
-            check_number(len(entries))
-            entry = {}
-            entries.append(entry)
-        kind = piece.get("type") or entry.get("type") or "text"
-        is_shown = kind in ("text", "output_text")
-        for key, value in piece.items():
-            if key in ENTRY_TEXTS and isinstance(value, str):
-                shown_on = display if is_shown and key == "text" else None
-                add_text(entry, key, value, shown_on)
-            elif isinstance(value, list):
-                add_entries(entry, key, value)
-            else:
-                put(entry, key, value)
+class GrowingList:
+    """A list whose entries come in pieces, as content parts do.
 
-
-def find_entry(entries: list[JSON], piece: JSONDict) -> JSONDict | None:
-    """Return the entry with the type and the index of a piece."""
-    for entry in reversed(entries):
-        if isinstance(entry, dict):
-            key = (entry.get("type"), entry.get("index"))
-            if key == (piece.get("type"), piece["index"]):
-                return entry
-    return None
-
-
-def find_last_entry(entries: list[JSON], piece: JSONDict) -> JSONDict | None:
-    """Return the last entry if a piece without an index goes on with it.
-
-    It does if the type is the same, the id is not another, and the entry has
-    a text that can grow: a text part has, a citation has not.
+    Entries are known by type and index.  Of pieces without an index, only the
+    first of an event can go on with what came before: with the last entry,
+    if that has the same type, no other id, and a text that can grow.  So
+    {"type": "text", "text": "He"} and, in the next event, {"type": "text",
+    "text": "llo"} are one entry; but two citations stay two.
     """
-    last = entries[-1] if entries else None
-    if not isinstance(last, dict) or last.get("type") != piece.get("type"):
-        return None
-    if piece.get("id") not in (None, last.get("id")):
-        return None
-    can_grow = any(isinstance(last.get(name), (GrowingText, list))
+
+    def __init__(self, display: Display | None = None) -> None:
+        self.display = display      # of the texts in it, if they are shown
+        self.entries: list[JSON] = []
+        self.by_key: dict[tuple[str, int], JSONDict] = {}
+
+    def add(self, pieces: list[JSON]) -> None:
+        """Add the pieces of one event."""
+        for number, piece in enumerate(pieces):
+            if not isinstance(piece, dict):
+                self.entries.append(piece)
+                continue
+            index = piece.get("index")
+            if isinstance(index, int):
+                key = (str(piece.get("type")), index)
+                entry = self.by_key.get(key)
+                if entry is None:
+                    entry = self.by_key[key] = self.begin()
+            elif number == 0 and self.goes_on(piece):
+                entry = self.entries[-1]
+            else:
+                entry = self.begin()
+            self.add_piece(entry, piece)
+
+    def begin(self) -> JSONDict:
+        """Add an empty entry and return it."""
+        check_number(len(self.entries))
+        entry: JSONDict = {}
+        self.entries.append(entry)
+        return entry
+
+    def goes_on(self, piece: JSONDict) -> bool:
+        """Whether a piece without an index belongs to the last entry."""
+        last = self.entries[-1] if self.entries else None
+        if not isinstance(last, dict) or last.get("type") != piece.get("type"):
+            return False
+        if piece.get("id") not in (None, last.get("id")):
+            return False
+        return any(isinstance(last.get(name), (GrowingText, GrowingList))
                    for name in ENTRY_TEXTS)
-    return last if can_grow else None
+
+    def add_piece(self, entry: JSONDict, piece: JSONDict) -> None:
+        """Add the fields of a piece to its entry."""
+        kind = piece.get("type") or entry.get("type") or "text"
+        for name, value in piece.items():
+            if name == "text" and kind in ("text", "output_text"):
+                add_text(entry, name, value, self.display)
+            elif name in ENTRY_TEXTS and isinstance(value, str):
+                add_text(entry, name, value)
+            elif isinstance(value, list):
+                add_list(entry, name, value)
+            else:
+                put(entry, name, value)
+
+
+def add_list(target: JSONDict, name: str, pieces: list[JSON],
+             display: Display | None = None) -> None:
+    """Add to a list field whose entries come in pieces."""
+    if not isinstance(target.get(name), GrowingList):
+        target[name] = GrowingList(display)
+    target[name].add(pieces)
 
 
 def check_number(count: int) -> None:
@@ -1784,7 +1808,7 @@ class ChatChoice:
             elif name == "refusal" or name in REASONING_TEXTS:
                 self.add_own_text(name, value)
             elif isinstance(value, list):
-                add_entries(self.message, name, value)
+                add_list(self.message, name, value)
             else:
                 put(self.message, name, value)
 
@@ -1801,12 +1825,14 @@ class ChatChoice:
         Magistral sends parts, then texts: a text is then a part, too.
         """
         old = self.message["content"]
-        if isinstance(value, str) and isinstance(old, list):
+        if isinstance(value, str) and isinstance(old, GrowingList):
             value = [{"type": "text", "text": value}]
         if isinstance(value, list):
             if isinstance(old, GrowingText):
-                self.message["content"] = [{"type": "text", "text": old}]
-            add_entries(self.message, "content", value, self.display)
+                self.message["content"] = GrowingList(self.display)
+                part = {"type": "text", "text": old}
+                self.message["content"].entries.append(part)
+            add_list(self.message, "content", value, self.display)
         else:
             add_text(self.message, "content", value, self.display)
 
@@ -1814,7 +1840,7 @@ class ChatChoice:
         """Add to a text beside the content, or to a list in its place."""
         if isinstance(value, list) and not isinstance(
                 self.message.get(name), GrowingText):
-            add_entries(self.message, name, value)
+            add_list(self.message, name, value)
         else:
             add_text(self.message, name, value)
 
@@ -1877,10 +1903,16 @@ class ChatChoice:
     def build(self) -> JSONDict:
         """Return the choice; a call without a name is none."""
         message = dict(self.message)
-        calls = []
+        calls: list[JSONDict] = []
+        last_name = None
         for call in self.calls.sorted():
             function = get_dict(call, "function") or get_dict(call, "custom")
-            if function.get("name"):
+            name = function.get("name")
+            says_more = call.get("id") or function.get("arguments")
+            if name == last_name and not says_more:
+                continue    # not a call: the last one's name, said again
+            last_name = name
+            if name:
                 calls.append({"type": "function", **call})
         if calls:
             message["tool_calls"] = calls
@@ -1895,7 +1927,7 @@ def add_function(function: JSONDict, piece: JSONDict) -> None:
         elif name == "name" and isinstance(value, str):
             # Names come in pieces, or whole in every piece.
             if function.get("name") != value:
-                function["name"] = (function.get("name") or "") + value
+                function["name"] = (get_str(function, "name") or "") + value
         else:
             put(function, name, value)
 
@@ -2015,11 +2047,12 @@ class MessagesAssembler:
             if not isinstance(block.get("citations"), list):
                 block["citations"] = []
             block["citations"].append(delta.get("citation"))
-        elif self.blocks.get(index) is not None:
+        else:
             # A type yet unknown: its fields, but no text that others own.
+            block = self.blocks.get(index) or {}
             for name, value in delta.items():
                 if name not in ("type", "text", "thinking", "input"):
-                    add_text(self.blocks.get(index) or {}, name, value)
+                    add_text(block, name, value)
 
     def end(self) -> str:
         """Return the text that is still to be shown at the end."""
@@ -2155,7 +2188,8 @@ class DeadlineSocket(socket.socket):
             # Parent and child would each read parts of one answer.
             raise APIConnectionError("the connection was opened before a fork")
         if time.monotonic() >= self.deadline:
-            raise APITimeoutError("the time is up")
+            # Exchange.explain() knows if the deadline was that of the call.
+            raise APIConnectionError("connecting took too long")
 
     def wait(self, event: int) -> None:
         """Wait until the socket can be read, or written."""
@@ -2491,7 +2525,12 @@ class Connection(http.client.HTTPConnection):
             # The server may have said why it stopped reading (413).  For
             # http.client the request is sent: it lets us read the answer.
             self.upload_broke = True
-        self.response = self.getresponse()
+        try:
+            self.response = self.getresponse()
+        except http.client.RemoteDisconnected:
+            if self.upload_broke:
+                raise APIConnectionError("the request could not be sent whole")
+            raise
         while self.response.status < 200:
             # An interim answer (102, 103): the real one comes behind it.  Of
             # these, http.client skips 100 alone.  begin() is what it calls to
@@ -2529,6 +2568,9 @@ class Connection(http.client.HTTPConnection):
         # (but not if an interim answer came before it).
         is_last = (self.sock is None or self.response is None
                    or self.response.will_close)
+        # A stream that was opened before a fork is the parent's to keep.
+        if self.wire is None or self.wire.owner != os.getpid():
+            is_last = True
         # tinyproxy garbles the next request where there was no CONNECT.
         plain_proxy = bool(self.route.proxy) and not self.route.address.tls
         if is_last or plain_proxy or self.upload_broke:
@@ -2682,13 +2724,15 @@ class Exchange:
             self.close()
         return error
 
-    def was_stale(self) -> bool:
+    def was_stale(self, error: ServError) -> bool:
         """Whether a reused connection had been closed before the request.
 
         Then its end comes soon, and before a byte of the answer.  Later, the
         server may have processed the request, and billed it.
         """
         wire = self.connection.wire
+        if isinstance(error, APITimeoutError):
+            return False
         if not self.connection.reused or wire is None or wire.answered:
             return False
         return time.monotonic() < self.sent + STALE_SECONDS
@@ -2709,7 +2753,7 @@ class Exchange:
         headers = http.client.HTTPMessage()
         headers.set_payload("")     # str() needs one
         for name, value in self.get_headers().items():
-            headers[name] = self.redact_text(value)
+            headers[self.redact_text(name)] = self.redact_text(value)
         return headers
 
     def to_reply(self) -> Reply:
@@ -2851,9 +2895,6 @@ class Exchange:
             exc, APIConnectionError)
         if late and not is_answer_error:
             error = APITimeoutError(f"not within {self.request.timeout:g} s")
-        elif isinstance(exc, APITimeoutError):
-            # The deadline of one address, or of a handshake.
-            error = APIConnectionError("connecting took too long")
         elif isinstance(exc, ServError):
             error = exc.with_traceback(None)
         else:
@@ -2868,6 +2909,7 @@ class Exchange:
                 exc, http.client.HTTPException):
             # Without its frames, which hold the request.
             error.__cause__ = exc.with_traceback(None)
+        error.__context__ = None
         return error
 
     def find_hint(self, exc: BaseException) -> str:
@@ -2929,7 +2971,7 @@ def send_request(request: Request) -> Exchange:
         error = exchange.run()
         if error is None:
             return exchange
-        if exchange.was_stale() and not resent:
+        if exchange.was_stale(error) and not resent:
             # Once a call, sent again on a new connection: not a retry.
             resent = True
             del error
