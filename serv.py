@@ -111,7 +111,7 @@ LAST_CHUNK_SECONDS = 0.01   # to wait for the end of the last stream's body
 MAX_IDLE = 256
 
 # Sizes, in bytes.  Decoded, JSON can take up to 80 times its size in memory
-# (a list of empty lists); a usual answer takes 3 to 10 times.
+# (a stream of nested empty dicts); a usual answer takes 3 to 10 times.
 READ_SIZE = 1 << 16     # of one read or write
 MAX_BODY = 1 << 25      # of one JSON answer or one event: 32 MiB
 MAX_STREAM = 1 << 26    # of a whole stream: 64 MiB, ten times the longest
@@ -142,8 +142,8 @@ class ServError(Exception):
     reply: Reply | None = None
     request_id: str | None = None
     retries: int = 0
-    # Whether retry_wait() allows one more try.  At a timeout none is made all
-    # the same: no time is left.
+    # Whether retry_wait() allows one more try.  After a timeout there is none
+    # all the same: send_request() makes none if no time is left.
     _worth_a_retry: bool = False
 
 
@@ -647,6 +647,7 @@ class Stream:
             self._exchange.close()
             return None
         self._state = "ended"
+        # If it is broken, the next call finds that out before it uses it.
         self._exchange.keep_connection()
         rest = self._exchange.assembler.end()
         return ({}, rest) if rest else None
@@ -676,7 +677,7 @@ class Stream:
         name, event = self._pending.popleft()
         if event is DONE:
             self._exchange.assembler.add(DONE)
-            return None
+            return None     # what stands behind it does not count
         if find_error(event, name) is not None:
             raise self._exchange.build_status_error(event)
         return event
@@ -685,7 +686,8 @@ class Stream:
         """Return what to raise for an exception; None if it does not count.
 
         It does not after close().  Nor does a failure of the network, or the
-        end of the time, once the answer is proven whole.
+        end of the time, once the answer is proven whole.  An exception that
+        is not of the call (an interrupt) is returned as it is.
         """
         if self._state == "closed":
             return None
@@ -775,7 +777,8 @@ def build_request(endpoint: str, messages: Messages, *,
         authorization = "Bearer " + secret
     else:
         # "Bearer sk-...": what is to be hidden is the last word.
-        secret = (authorization.split() or [""])[-1]
+        words = authorization.split()
+        secret = words[-1] if words else ""
     accept = "text/event-stream" if streaming else "application/json"
     all_headers = {
         "Host": build_host(address), "Authorization": authorization,
@@ -1026,11 +1029,12 @@ def is_too_deep(text: str) -> bool:
     """
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return False
-    # Brackets in strings do not count.  Without backslashes before quotes,
-    # every second part between quotes is a string: keep the others.
+    # Brackets in strings do not count.  With escaped quotes removed, every
+    # second part between quotes is a string; the others are kept:
+    # {"a]": ["b"]} has the parts {   a]   : [   b   ]}
     parts = text.replace("\\\\", "").replace('\\"', "").split('"')
     depth = 0
-    for bracket in re.sub(r"[^][{}]+", "", "".join(parts[::2])):
+    for bracket in re.sub(r"[^\[\]{}]+", "", "".join(parts[::2])):
         if bracket in "]}":
             depth -= 1
             continue
@@ -1053,7 +1057,9 @@ def parse_arguments(value: JSON, partial: bool) -> JSON:
             decoded = parse_json(value)
         except ValueError:
             return value
-        return decoded if isinstance(decoded, dict) else value
+        if isinstance(decoded, dict):
+            # Escapes in it may hold halves of characters.
+            return map_text(decoded, clean_text)
     return value
 
 
@@ -1161,18 +1167,20 @@ def find_bare_error(answer: JSONDict) -> JSON:
 def parse_error(body: JSON) -> JSONDict:
     """Return ``type``, ``code``, ``param`` and ``message`` of an error.
 
-    The body is decoded JSON of any shape, or text (a proxy's HTML).
+    The body is text (a proxy's HTML) or decoded JSON, as
+    {"error": {"message": "No."}}, {"error": "No.", "code": 404},
+    {"errors": [{"message": "No."}]}, [{"error": ...}], {"detail": ...}.
     """
     found = find_error(body)
     if found is None:
         found = body
-    if isinstance(found, list) and found:   # {"errors": [{...}]}, ["No."]
+    if isinstance(found, list) and found:
         found = found[0]
-        inner = find_error(found)           # [{"error": {...}}]
+        inner = find_error(found)
         if inner is not None:
             found = inner
     if not isinstance(found, dict):
-        # {"error": "No.", "code": 404}: the code stands beside the text.
+        # Its code may stand beside the text.
         code = body.get("code") if isinstance(body, dict) else None
         found = {"message": found, "code": code}
     text = found.get("message") or found.get("detail") or ""
@@ -1460,8 +1468,9 @@ ENTRY_TEXTS = ("text", "thinking", "summary")
 class Display:
     """The answer's text as the caller sees it, piece by piece.
 
-    An emoji may come as two halves in two pieces: then the first piece shows
-    nothing yet.  If another text grows meanwhile, U+FFFD stands for the half.
+    An emoji may come as two halves in two pieces.  Then the text that has the
+    first half waits: add("a\\ud83d") shows "a", add("\\ude00!") the emoji and
+    "!".  If another text grows meanwhile, U+FFFD stands for the half.
     """
 
     def __init__(self) -> None:
@@ -1555,6 +1564,7 @@ def add_text(target: JSONDict, name: str, value: JSON,
             raise APIResponseError(f"a broken event: {name} was text and is "
                                    f"now {type(value).__name__}")
     elif isinstance(value, str) and (value or is_empty(old)):
+        # A text begins: with "" only where it erases nothing.
         target[name] = GrowingText(display)
         if isinstance(old, str):
             target[name].add(old)
@@ -1715,7 +1725,7 @@ class ChatAssembler:
         fields.pop("choices", None)
         # OpenAI pads chunks with this; it is no part of the answer.
         fields.pop("obfuscation", None)
-        if fields != self.fields:   # they are the same in most chunks
+        if fields != self.fields:   # for speed: most chunks repeat them
             for name, value in fields.items():
                 put(self.fields, name, value)
         for number, choice in enumerate(expect_list(chunk, "choices")):
@@ -1774,7 +1784,8 @@ class ChatChoice:
         """Add a choice of a chunk."""
         delta = expect_dict(choice, "delta")
         if not delta and not self.begun:
-            # A whole message as one chunk.
+            # A whole message as one chunk.  Beside or behind deltas, it only
+            # repeats them (Perplexity).
             delta = expect_dict(choice, "message")
         self.add_delta(delta)
         fields = dict(choice)
@@ -1782,7 +1793,7 @@ class ChatChoice:
             fields.pop(name, None)
         if isinstance(fields.get("logprobs"), dict):
             self.add_logprobs(fields.pop("logprobs"))
-        if fields != self.fields:
+        if fields != self.fields:   # for speed, as above
             for name, value in fields.items():
                 put(self.fields, name, value)
         if fields.get("finish_reason"):
@@ -1809,11 +1820,17 @@ class ChatChoice:
                 self.add_own_text(name, value)
             elif isinstance(value, list):
                 add_list(self.message, name, value)
+            elif name in ("audio", "function_call") and isinstance(value,
+                                                                   dict):
+                add_object(self.message, name, value)
             else:
                 put(self.message, name, value)
 
     def add_empty(self, name: str, value: JSON) -> None:
-        """Add an empty value: "" begins a text, and nothing erases one."""
+        """Add an empty value: "" begins a text, and nothing erases one.
+
+        A message with an empty list of tool_calls is refused in a next turn.
+        """
         if value == "" and self.message.get(name) is None:
             self.message[name] = value
         elif name != "tool_calls":
@@ -1865,9 +1882,7 @@ class ChatChoice:
             self.call_of_id[id] = call
         for name, value in piece.items():
             if name in ("function", "custom") and isinstance(value, dict):
-                if not isinstance(call.get(name), dict):
-                    call[name] = {}
-                add_function(call[name], value)
+                add_object(call, name, value)
             elif name == "id" and call.get("id"):
                 pass        # some send another id in each piece
             elif name != "index":
@@ -1913,24 +1928,32 @@ class ChatChoice:
             if name == last_name and not says_more:
                 continue    # not a call: the last one's name, said again
             last_name = name
+            kind = "custom" if "custom" in call else "function"
             if name:
-                calls.append({"type": "function", **call})
+                calls.append({**call, "type": call.get("type") or kind})
         if calls:
             message["tool_calls"] = calls
         return {**self.fields, "message": message}
 
 
-def add_function(function: JSONDict, piece: JSONDict) -> None:
-    """Add a piece of what a call calls: name, arguments (custom: input)."""
-    for name, value in piece.items():
-        if name in ("arguments", "input"):
-            add_text(function, name, value)
-        elif name == "name" and isinstance(value, str):
+def add_object(target: JSONDict, name: str, piece: JSONDict) -> None:
+    """Add to an object with texts that come in pieces.
+
+    That is what a call calls (function, custom; function_call before there
+    were tools), or spoken audio.
+    """
+    if not isinstance(target.get(name), dict):
+        target[name] = {}
+    fields = target[name]
+    for key, value in piece.items():
+        if key in ("arguments", "input", "data", "transcript"):
+            add_text(fields, key, value)
+        elif key == "name" and isinstance(value, str):
             # Names come in pieces, or whole in every piece.
-            if function.get("name") != value:
-                function["name"] = (get_str(function, "name") or "") + value
+            if fields.get(key) != value:
+                fields[key] = (get_str(fields, key) or "") + value
         else:
-            put(function, name, value)
+            put(fields, key, value)
 
 
 def is_whole_object(arguments: JSON) -> bool:
@@ -2025,6 +2048,7 @@ class MessagesAssembler:
             if fits(self.blocks.last, kind):
                 return self.blocks.last
         elif isinstance(index, int) and index < 0:
+            # A gateway that says -1 means one of the blocks: which?
             raise APIResponseError("a broken event: a delta for no block")
         return self.blocks.begin(index, {"type": kind})
 
@@ -2227,7 +2251,7 @@ class DeadlineSocket(socket.socket):
             raise OSError(code, os.strerror(code))
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        """Receive; this is how http.client reads."""
+        """Receive into a buffer, as http.client does to read."""
         size = self.when_ready(super().recv_into, buffer, len(buffer))
         if size:
             self.answered = True
@@ -2236,7 +2260,7 @@ class DeadlineSocket(socket.socket):
         return int(size)
 
     def sendall(self, data: Any, flags: int = 0) -> None:
-        """Send all of it; this is how http.client writes."""
+        """Send all of it, as http.client does to write."""
         view = memoryview(data)
         while view:
             size = self.when_ready(super().send, view[:READ_SIZE],
@@ -2263,7 +2287,11 @@ class DeadlineSocket(socket.socket):
 
 
 class TLSSocket(DeadlineSocket, ssl.SSLSocket):  # type: ignore[misc]
-    """The same with TLS: super() of its methods is that of SSLSocket."""
+    """The same with TLS.
+
+    In the methods above, super() of a TLSSocket is SSLSocket, the next class
+    in its method resolution order.
+    """
 
 
 def open_socket(host: str, port: int, deadline: float) -> DeadlineSocket:
@@ -2461,7 +2489,8 @@ def is_network_failure(exc: BaseException) -> bool:
     """Whether an exception comes from the network.
 
     A caller's signal handler may raise an OSError or a TimeoutError in the
-    middle of a call: that has no errno, as one of the system has.
+    middle of a call.  Such an exception has no errno; those of the system,
+    of getaddrinfo() and of OpenSSL have one.
     """
     if isinstance(exc, OSError):
         return exc.errno is not None or isinstance(
@@ -2604,8 +2633,9 @@ def open_tunnel(sock: DeadlineSocket, proxy: Proxy, address: Address) -> None:
     host = f"[{address.host}]" if ":" in address.host else address.host
     target = f"{host}:{address.port}"
     tunnel = http.client.HTTPConnection(proxy.host, proxy.port)
-    # http.client closes its socket after an answer without a length.
-    duplicate = sock.dup()
+    # http.client closes its socket after an answer without a length, as this
+    # one is.  So it gets another descriptor of the same connection.
+    duplicate = sock.dup()      # a DeadlineSocket, too
     duplicate.owner = sock.owner
     duplicate.deadline = sock.deadline
     tunnel.sock = duplicate
@@ -2655,7 +2685,7 @@ def take_connection(route: Route) -> Connection:
 def close_old() -> None:
     """Close what has been idle too long, and what is too many."""
     limit = time.monotonic() - IDLE_SECONDS
-    for connection in _idle[:]:
+    for connection in _idle[:]:     # the oldest first
         if connection.idle_since >= limit and len(_idle) <= MAX_IDLE:
             break
         if take_out(connection):
@@ -2701,7 +2731,9 @@ class Exchange:
     def run(self) -> ServError | None:
         """Send the request and read the answer; of a stream, its head.
 
-        Return the error, if there is one.
+        Return the error, if there is one: send_request() decides whether to
+        try again or to raise it.  After an error answer that was read to its
+        end, the connection is kept.
         """
         try:
             self.response = self.connection.send_request(self.request,
@@ -2777,7 +2809,8 @@ class Exchange:
     def iter_stream(self, labelled: bool) -> Iterator[tuple[str, str]]:
         """Yield the ``(event, data)`` pairs of a stream.
 
-        Some servers answer with plain JSON instead: that is one event.
+        Some servers answer with plain JSON instead.  That is one event, and
+        a WholeAnswer takes the place of what puts streams together.
         """
         chunks = self.iter_body()
         head = b""
@@ -2818,6 +2851,7 @@ class Exchange:
                                        "bytes")
             yield data
         # http.client does not report a body shorter than its Content-Length.
+        # `length` is what is left of that; None if the body is chunked.
         if response.length:
             raise http.client.IncompleteRead(b"", response.length)
         self.at_end = True
@@ -3009,7 +3043,8 @@ usage: serv [options] [PROMPT ...]      or: python3 serv.py [options] ...
 
 Ask a model of SERV.  Piped standard input is the prompt, or is appended to
 it; in a `while read` loop or a service, add < /dev/null.  - reads standard
-input; -- ends the options.  SERV_API_KEY holds the key.
+input; -- ends the options.  SERV_API_KEY holds the key; SERV_BASE_URL,
+SERV_MODEL and SERV_TIMEOUT (seconds) are read too.
 
   -m, --model NAME         default: SERV_MODEL, else gpt-5.4-mini, or for
                            messages claude-haiku-4.5
@@ -3121,10 +3156,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             # What argparse quotes may be a key: show only what is before.
             #   argument -n/--max-tokens: invalid int value: 'sk-...'
             #   unrecognized arguments: --api-key=sk-...
-            words = message.split("'")[0].split(": ")
-            shown = ": ".join(words[:2 if words[0].startswith("argument")
-                                    else 1])
-            raise ValueError(f"{shown.rstrip(' :')}; see --help")
+            words = message.split(": ")
+            shown = words[0]
+            if shown.startswith("argument"):
+                shown += ": " + words[1].partition(" '")[0]
+            raise ValueError(shown + "; see --help")
 
     parser = Parser(usage="", add_help=False, allow_abbrev=False)
     add = parser.add_argument

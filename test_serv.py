@@ -1272,6 +1272,7 @@ def chat_call(arguments="{}", id="1", name="f"):
 @pytest.mark.parametrize("arguments, decoded", [
     ('{"a": [1, null], "b": {"c": "\\u00e9"}}',
      {"a": [1, None], "b": {"c": "\u00e9"}}),
+    ('{"a": "\\ud83d\\ude00 \\ud83d"}', {"a": "\U0001f600 \ufffd"}),
     ("{}", {}), (" { } ", {}), ({"a": 1}, {"a": 1}), (None, {}), ("", ""),
     ('{"a": 1', '{"a": 1'), ("[1]", "[1]"), ("1", "1"), ("null", "null"),
     ('"a"', '"a"'), ('{"a": 1} {}', '{"a": 1} {}'), ("Paris", "Paris")])
@@ -2640,6 +2641,17 @@ STREAM_DELTAS = {  # the deltas of a choice; its message, at the end
          for url in "uv"],
         {"annotations": [{"type": "url_citation", "url_citation": url}
                          for url in "uv"]}),
+    "spoken audio": (
+        [{"audio": {"id": "a", "transcript": "Hel", "data": "QU"}},
+         {"audio": {"transcript": "lo", "data": "JD"}},
+         {"audio": {"expires_at": 9}}],
+        {"audio": {"id": "a", "transcript": "Hello", "data": "QUJD",
+                   "expires_at": 9}}),
+    "a function call, as it was before there were tools": (
+        [{"function_call": {"name": "f", "arguments": ""}},
+         {"function_call": {"arguments": '{"a"'}},
+         {"function_call": {"arguments": ": 1}"}}],
+        {"function_call": {"name": "f", "arguments": '{"a": 1}'}}),
     "lists of texts go on": ([{"notes": ["a"]}, {"notes": ["b"]}],
                              {"notes": ["a", "b"]}),
 }
@@ -2758,6 +2770,14 @@ STREAM_SIGNED = {"extra_content": {"google": {"thought_signature": "S"}}}
          {"index": 0, "custom": {"input": "lo"}}],
         {"id": "x", "type": "custom", "custom": {
             "name": "f", "input": "Hello"}}),
+    "a custom tool without a type": (
+        [{"index": 0, "id": "x", "type": None, "custom": {
+            "name": "f", "input": "Hello"}}],
+        {"id": "x", "type": "custom", "custom": {
+            "name": "f", "input": "Hello"}}),
+    "a name that is a number, then text": (
+        [{"index": 0, "id": "x", "function": {"name": 5}},
+         stream_call("0 - f {}")], stream_call("- x f {}")),
     "a signature, repeated (Gemini)": (
         [stream_call("0 x f {", **STREAM_SIGNED),
          stream_call("0 - - }", **STREAM_SIGNED)],
