@@ -611,6 +611,8 @@ class Stream:
         The event is {} where only text was left.
         """
         if not self._reading.acquire(blocking=False):
+            if self._state == "closed":
+                return None     # close() is at it
             raise ValueError("another thread is reading this stream")
         try:
             if self._error is not None:
@@ -1662,8 +1664,8 @@ class Ordered:
 
     def __init__(self) -> None:
         self.places: dict[int, JSONDict] = {}
-        self.by_index: dict[int, JSONDict] = {}     # the newest of an index
-        self.last: JSONDict = {}                    # the newest of all
+        self.by_index: dict[int, list[JSONDict]] = {}
+        self.last: JSONDict = {}    # the newest of all
         self.behind = 0             # the place behind all others
 
     def begin(self, index: JSON, entry: JSONDict) -> JSONDict:
@@ -1674,15 +1676,21 @@ class Ordered:
             place = self.behind
         self.behind = max(self.behind, place + 1)
         self.places[place] = entry
-        self.by_index[index if isinstance(index, int) else place] = entry
+        key = index if isinstance(index, int) else place
+        self.by_index.setdefault(key, []).append(entry)
         self.last = entry
         return entry
 
     def get(self, index: JSON) -> JSONDict | None:
         """Return the newest entry of an index; without one, the newest."""
+        entries = self.get_all(index)
+        return entries[-1] if entries else None
+
+    def get_all(self, index: JSON) -> list[JSONDict]:
+        """Return the entries of an index; without one, the newest of all."""
         if isinstance(index, int):
-            return self.by_index.get(index)
-        return self.last or None
+            return self.by_index.get(index, [])
+        return [self.last] if self.last else []
 
     def sorted(self) -> list[JSONDict]:
         """Return the entries in order."""
@@ -1892,7 +1900,8 @@ class ChatChoice:
         """Return the call that a piece belongs to; None if it begins one.
 
         The first of these rules that applies:
-        - a known id: the call of this id;
+        - a known id: the call of this id (but a name at an index that is new
+          begins a call: some give all calls one id);
         - a new id and no index: the next call;
         - neither: the last call;
         - an index: the newest call of this index.
@@ -1901,12 +1910,12 @@ class ChatChoice:
         its name another.
         """
         id, index = piece.get("id"), piece.get("index")
+        name = get_dict(piece, "function").get("name")
+        call = self.calls.get(index)
         if isinstance(id, str) and id in self.call_of_id:
-            return self.call_of_id[id]
+            return None if name and call is None else self.call_of_id[id]
         if id and not isinstance(index, int):
             return None
-        call = self.calls.get(index)
-        name = get_dict(piece, "function").get("name")
         if call is None or not name:
             return call
         function = get_dict(call, "function")
@@ -2037,17 +2046,19 @@ class MessagesAssembler:
     def find_block(self, index: JSON, kind: str) -> JSONDict:
         """Return the block that a delta of a kind goes to.
 
-        That is the block of its index.  If that is of another kind (some
-        gateways count every delta as 0), it is the newest block, and if that
-        is of another kind too, a new one.
+        That is the newest block of its index; a tool's input goes to its tool
+        even if other blocks of the index came since.  If that is of another
+        kind (some gateways count every delta as 0), it is the newest block of
+        all, and if that is of another kind too, a new one.
         """
-        block = self.blocks.get(index)
-        if block is not None:
+        blocks = self.blocks.get_all(index)
+        candidates = blocks if kind == "tool_use" else blocks[-1:]
+        for block in reversed(candidates):
             if fits(block, kind):
                 return block
-            if fits(self.blocks.last, kind):
-                return self.blocks.last
-        elif isinstance(index, int) and index < 0:
+        if blocks and fits(self.blocks.last, kind):
+            return self.blocks.last
+        if not blocks and isinstance(index, int) and index < 0:
             # A gateway that says -1 means one of the blocks: which?
             raise APIResponseError("a broken event: a delta for no block")
         return self.blocks.begin(index, {"type": kind})
@@ -2055,15 +2066,19 @@ class MessagesAssembler:
     def add_delta(self, index: JSON, delta: JSONDict) -> None:
         """Add a delta to its block."""
         kind = delta.get("type") or "text_delta"
+        # Some gateways send "" for a block of another kind: it begins none.
         if kind == "text_delta":
-            block = self.find_block(index, "text")
-            add_text(block, "text", delta.get("text"), self.display)
+            if delta.get("text"):
+                block = self.find_block(index, "text")
+                add_text(block, "text", delta["text"], self.display)
         elif kind == "thinking_delta":
-            block = self.find_block(index, "thinking")
-            add_text(block, "thinking", delta.get("thinking"))
+            if delta.get("thinking"):
+                block = self.find_block(index, "thinking")
+                add_text(block, "thinking", delta["thinking"])
         elif kind == "signature_delta":
-            block = self.find_block(index, "thinking")
-            put(block, "signature", delta.get("signature"))
+            if delta.get("signature"):
+                block = self.find_block(index, "thinking")
+                put(block, "signature", delta["signature"])
         elif kind == "input_json_delta":
             block = self.find_block(index, "tool_use")
             add_input(block, delta.get("partial_json"))
