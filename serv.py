@@ -1919,8 +1919,14 @@ class ChatChoice:
         if call is None or not name:
             return call
         function = get_dict(call, "function")
-        is_other = id and call.get("id") and name != function.get("name")
-        if is_other or is_whole_object(function.get("arguments")):
+        if id and call.get("id") and name != function.get("name"):
+            return None
+        # What goes on with arguments does not begin an object: no need to
+        # decode those that are here.
+        given = get_dict(piece, "function").get("arguments")
+        if isinstance(given, str) and given.strip()[:1] not in ("", "{"):
+            return call
+        if is_whole_object(function.get("arguments")):
             return None
         return call
 
@@ -1969,10 +1975,6 @@ def is_whole_object(arguments: JSON) -> bool:
     """Whether the arguments so far are a whole JSON object."""
     if not isinstance(arguments, GrowingText):
         return isinstance(arguments, dict)
-    # Most are not whole: see without decoding them all again.
-    last = arguments.pieces[-1] if arguments.pieces else ""
-    if not last.rstrip().endswith("}"):
-        return False
     return isinstance(parse_arguments(arguments.get(), False), dict)
 
 
@@ -3174,7 +3176,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             words = message.split(": ")
             shown = words[0]
             if shown.startswith("argument"):
-                shown += ": " + words[1].partition(" '")[0]
+                shown += ": " + re.split(" ['\"]", words[1])[0]
             raise ValueError(shown + "; see --help")
 
     parser = Parser(usage="", add_help=False, allow_abbrev=False)
