@@ -17,10 +17,11 @@ Usage::
 What this file does with your key: each call reads it from ``api_key`` or
 from SERV_API_KEY and sends it in the Authorization header of the request to
 ``base_url``, and nowhere else.  This file writes it to no disk and no log,
-and removes it from the messages and attributes of errors; only tools that
-record local variables can see it there.  Redirects are not followed.
-Certificates are always checked.  A plain ``http://`` URL sends the key
-unencrypted.  No host is contacted except the one in ``base_url``, through
+and removes it (a key of 8 characters or more, as it is) from the messages
+and attributes of errors.  Tools that record local variables, http.client's
+debuglevel and audit hooks of Python can still see it.  Redirects are not
+followed.  Certificates are always checked.  A plain ``http://`` URL sends the
+key unencrypted.  No host is contacted except the one in ``base_url``, through
 your proxy if the environment names one.
 
 Sections, top to bottom: errors; the calls; Reply, ToolCall and Stream;
@@ -574,7 +575,7 @@ class Stream:
             if step is None:
                 return
             event, _ = step
-            if event:
+            if event is not None:
                 # The caller may change its event; the reply must not change.
                 yield copy.deepcopy(event)
 
@@ -605,10 +606,10 @@ class Stream:
             # there or in its next step, and closes.
             self._exchange.wake()
 
-    def _advance(self) -> tuple[JSONDict, str] | None:
+    def _advance(self) -> tuple[JSONDict | None, str] | None:
         """Return the next event and the text that it adds; None at the end.
 
-        The event is {} where only text was left.
+        Where only text was left, there is no event.
         """
         if not self._reading.acquire(blocking=False):
             if self._state == "closed":
@@ -626,7 +627,7 @@ class Stream:
         finally:
             self._reading.release()
 
-    def _read(self) -> tuple[JSONDict, str] | None:
+    def _read(self) -> tuple[JSONDict | None, str] | None:
         """Do what _advance() says; the one place where a stream ends."""
         # What is to be raised is raised outside of "except".  Inside, the
         # exception of http.client, which may quote the key, would become
@@ -649,10 +650,11 @@ class Stream:
             self._exchange.close()
             return None
         self._state = "ended"
-        # If it is broken, the next call finds that out before it uses it.
+        # It may be broken, if _fail() took no notice of that: the next call
+        # finds that out before it uses it.
         self._exchange.keep_connection()
         rest = self._exchange.assembler.end()
-        return ({}, rest) if rest else None
+        return (None, rest) if rest else None
 
     def _next_event(self) -> JSONDict | None:
         """Return the next decoded event; None at the end.
@@ -663,10 +665,7 @@ class Stream:
         while not self._pending:
             if self._exchange.assembler.done:
                 return None
-            try:
-                item = next(self._exchange.events, None)
-            except ValueError as exc:
-                raise APIResponseError(f"a broken event: {exc}")
+            item = self._exchange.next_item()
             if item is None:
                 return None
             name, data = item
@@ -708,7 +707,7 @@ class Stream:
             True, self._exchange.redact_text)
         error.reply = Reply(answer, self._exchange.clean_headers(),
                             self._elapsed, True, self._exchange.retries)
-        self._error = copy.copy(error)  # without a traceback
+        self._error = copy.copy(error)  # all of it but its traceback
         return error if is_ours else exc
 
 
@@ -1390,10 +1389,10 @@ def parse_events(name: str, data: str) -> list[JSONDict]:
     else:
         if isinstance(value, dict):
             events = [value]
-        elif isinstance(value, list) and find_error(value) is not None:
-            events = value[:1]
         elif name == "error":
             events = [{"error": value}]
+        elif find_error(value) is not None:
+            events = [{"error": find_error(value)}]     # [{"error": ...}]
         else:
             events = []     # JSON that is not an object is noise
     if name != "message":
@@ -2230,7 +2229,8 @@ class DeadlineSocket(socket.socket):
             # Parent and child would each read parts of one answer.
             raise APIConnectionError("the connection was opened before a fork")
         if time.monotonic() >= self.deadline:
-            # Exchange.explain() knows if the deadline was that of the call.
+            # While connecting, the deadline is often nearer than that of the
+            # call.  If it is that, explain() makes an APITimeoutError of this.
             raise APIConnectionError("connecting took too long")
 
     def wait(self, event: int) -> None:
@@ -2819,9 +2819,16 @@ class Exchange:
         self.events = self.iter_stream(labelled)
         if not labelled:
             # It may be an error: look before the caller gets a stream.
-            first = next(self.events, None)
+            first = self.next_item()
             if first is not None:
                 self.events = itertools.chain([first], self.events)
+
+    def next_item(self) -> tuple[str, str] | None:
+        """Return the next ``(event, data)`` pair; None at the end."""
+        try:
+            return next(self.events, None)
+        except ValueError as exc:
+            raise APIResponseError(f"a broken event: {exc}")
 
     def iter_stream(self, labelled: bool) -> Iterator[tuple[str, str]]:
         """Yield the ``(event, data)`` pairs of a stream.
@@ -2917,7 +2924,11 @@ class Exchange:
             status = stands_for or 500
         headers = self.clean_headers()
         what = fields["type"] or http.client.responses.get(status, "")
-        why = (fields["message"] or "no message") + ADVICE.get(status, "")
+        if not known:
+            what = "error in a 200 answer"
+        why = fields["message"] or "no message"
+        if status in ADVICE:
+            why = why.rstrip(". ") + ADVICE[status]
         if 300 <= status < 400:
             why = f"not following to {headers.get('location')}; set base_url"
         kind: type[APIStatusError] = (
@@ -2946,7 +2957,8 @@ class Exchange:
         is_answer_error = isinstance(exc, ServError) and not isinstance(
             exc, APIConnectionError)
         if late and not is_answer_error:
-            error = APITimeoutError(f"not within {self.request.timeout:g} s")
+            error = APITimeoutError(
+                f"timed out: not within {self.request.timeout:g} s")
         elif isinstance(exc, ServError):
             error = exc.with_traceback(None)
         else:
@@ -3177,6 +3189,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             shown = words[0]
             if shown.startswith("argument"):
                 shown += ": " + re.split(" ['\"]", words[1])[0]
+            elif len(words) > 1:
+                # Of options only their names: --words, -x.
+                names = re.findall(r"(?:--[a-z-]+|-[a-z])(?=[=\s]|$)", words[1])
+                shown = " ".join([shown + ":", *names])
             raise ValueError(shown + "; see --help")
 
     parser = Parser(usage="", add_help=False, allow_abbrev=False)
@@ -3225,13 +3241,18 @@ def build_command_request(args: argparse.Namespace) -> Request:
         params[name] = parse_value(value)
     if args.max_tokens is not None:
         params[limit] = args.max_tokens
+    headers = dict(split_options(args.header, ":", "-H"))
+    has_key = os.environ.get("SERV_API_KEY", "").strip()
+    if not has_key and not headers and not args.dry_run:
+        raise ServError("no API key: set SERV_API_KEY (https://"
+                        "docs.openserv.ai says where keys come from)")
     args.model = (args.model or os.environ.get("SERV_MODEL")
                   or EXAMPLES[args.endpoint])
     return build_request(
         args.endpoint, prompt, streaming=streaming, model=args.model,
         system=args.system, params=params,
         api_key="$SERV_API_KEY" if args.dry_run else None,
-        headers=dict(split_options(args.header, ":", "-H")))
+        headers=headers)
 
 
 def read_stdin(by_name: bool) -> str:
