@@ -3189,10 +3189,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             shown = words[0]
             if shown.startswith("argument"):
                 shown += ": " + re.split(" ['\"]", words[1])[0]
-            elif len(words) > 1:
-                # Of options only their names: --words, -x.
-                names = re.findall(r"(?:--[a-z-]+|-[a-z])(?=[=\s]|$)", words[1])
-                shown = " ".join([shown + ":", *names])
+            # Of options that are unknown, the names: --word, -x.
+            names = re.findall(r"(?:--[a-z-]+|-[a-z])(?=[=\s]|$)", words[-1])
+            if shown == "unrecognized arguments" and names:
+                shown += ": " + " ".join(names)
             raise ValueError(shown + "; see --help")
 
     parser = Parser(usage="", add_help=False, allow_abbrev=False)
