@@ -143,8 +143,10 @@ class ServError(Exception):
     reply: Reply | None = None
     request_id: str | None = None
     retries: int = 0
-    # Whether retry_wait() allows one more try.  After a timeout there is none
-    # all the same: send_request() makes none if no time is left.
+    # Whether retry_wait() allows one more try.  It is true for an
+    # APIConnectionError, except a refused certificate, CA file or proxy
+    # login.  For an APIStatusError see is_worth_a_retry().  For the others it
+    # is false.  After a timeout no try follows: no time is left.
     _worth_a_retry: bool = False
 
 
@@ -381,6 +383,7 @@ FAILED = re.compile(r"""
     """, re.VERBOSE | re.IGNORECASE)
 
 
+# A typing.NamedTuple would be shorter, but typing is slow to import.
 class ToolCall(collections.namedtuple("ToolCall", "id name arguments")):
     """A call that the model asks for.
 
@@ -906,12 +909,14 @@ def build_url(text: str) -> Address:
                   if char.isdigit() and not char.isascii()]
     if odd_digits or in_brackets != (":" in host):
         raise ValueError(wrong)
-    url = text.rstrip("/")
-    if parts.path.rstrip("/").endswith("/v1"):
-        url = url[:-len("/v1")].rstrip("/")
+    path = parts.path.rstrip("/")
+    if path.endswith("/v1"):
+        path = path[:-len("/v1")].rstrip("/")
+    netloc = parts.netloc
     if not host.isascii():
-        number = "" if port is None else f":{port}"
-        url = url.replace(parts.netloc, ascii_host + number)
+        netloc = ascii_host if port is None else f"{ascii_host}:{port}"
+    scheme = text.partition("://")[0]   # as it is written: HTTPS, too
+    url = f"{scheme}://{netloc}{path}"
     if not url.isascii():
         raise ValueError(wrong)
     tls = parts.scheme == "https"
@@ -968,8 +973,8 @@ HEADER_VALUE = re.compile(r"[\t\x20-\x7e\xa0-\xff]*")
 def build_headers(headers: JSON) -> dict[str, str]:
     """Return the caller's headers, Named-Like-This.
 
-    A name may be a misplaced key: a message shows it only if it is nothing
-    but letters and hyphens.
+    All but three may be set, and replace ours.  A name may be a misplaced
+    key: a message shows it only if it is nothing but letters and hyphens.
     """
     if not headers:
         return {}
@@ -1030,8 +1035,9 @@ def is_too_deep(text: str) -> bool:
     """
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return False
-    # Brackets in strings do not count.  With escaped quotes removed, every
-    # second part between quotes is a string; the others are kept:
+    # Brackets in strings do not count.  First the escaped backslashes go,
+    # then the escaped quotes.  Of what is left, every second part between
+    # quotes is a string; the others are kept:
     # {"a]": ["b"]} has the parts {   a]   : [   b   ]}
     parts = text.replace("\\\\", "").replace('\\"', "").split('"')
     depth = 0
@@ -1714,7 +1720,7 @@ class ChatAssembler:
     def whole(self) -> bool:
         """Whether what has arrived is proven to be the whole answer."""
         if len(self.choices) < self.asked:
-            return False
+            return False    # even at [DONE]: a choice was lost
         return self.done or all(choice.finished
                                 for choice in self.choices.values())
 
@@ -1905,8 +1911,9 @@ class ChatChoice:
         - neither: the last call;
         - an index: the newest call of this index.
         But Gemini counts all its calls as 0: a piece with a name begins the
-        next call if the arguments so far are whole, or if its id is new and
-        its name another.
+        next call if the arguments so far are whole ({"index": 0, "function":
+        {"name": "f", "arguments": "{}"}}, twice), or if its id is new and its
+        name another.
         """
         id, index = piece.get("id"), piece.get("index")
         name = get_dict(piece, "function").get("name")
@@ -1937,8 +1944,8 @@ class ChatChoice:
         for call in self.calls.sorted():
             function = get_dict(call, "function") or get_dict(call, "custom")
             name = function.get("name")
-            arguments = map_text(function.get("arguments"), str.strip)
-            says_more = call.get("id") or arguments
+            says_more = call.get("id") or not is_blank(
+                function.get("arguments"))
             if name == last_name and not says_more:
                 continue    # not a call: the last one's name, said again
             last_name = name
@@ -1968,6 +1975,13 @@ def add_object(target: JSONDict, name: str, piece: JSONDict) -> None:
                 fields[key] = (get_str(fields, key) or "") + value
         else:
             put(fields, key, value)
+
+
+def is_blank(arguments: JSON) -> bool:
+    """Whether there are no arguments, or nothing but white space."""
+    if isinstance(arguments, GrowingText):
+        arguments = arguments.get()
+    return not arguments or str(arguments).isspace()
 
 
 def is_whole_object(arguments: JSON) -> bool:
