@@ -26,7 +26,7 @@ your proxy if the environment names one.
 
 Sections, top to bottom: errors; the calls; Reply, ToolCall and Stream;
 building requests; reading answers; server-sent events; putting streams
-together; network; command line.  Only the last two do any I/O.
+together; network; command line.  Only the last two open sockets and files.
 
 Errors::
 
@@ -653,8 +653,8 @@ class Stream:
             self._exchange.close()
             return None
         self._state = "ended"
-        # It may be broken, if _fail() took no notice of that: the next call
-        # finds that out before it uses it.
+        # If the connection is broken, which does not count here, the next
+        # call finds that out before it uses it.
         self._exchange.keep_connection()
         rest = self._exchange.assembler.end()
         return (None, rest) if rest else None
@@ -1904,37 +1904,41 @@ class ChatChoice:
     def find_call(self, piece: JSONDict) -> JSONDict | None:
         """Return the call that a piece belongs to; None if it begins one.
 
-        The first of these rules that applies:
-        - a known id: the call of this id (but a name at an index that is new
-          begins a call: some give all calls one id);
-        - a new id and no index: the next call;
-        - neither: the last call;
-        - an index: the newest call of this index.
-        But Gemini counts all its calls as 0: a piece with a name begins the
-        next call if the arguments so far are whole ({"index": 0, "function":
-        {"name": "f", "arguments": "{}"}}, twice), or if its id is new and its
-        name another.
+        1. A known id: the call of this id.  But a name at a new index begins
+           a call: some servers give one id to all calls.
+        2. A new id and no index: the next call.
+        3. An index: the newest call of this index.  Neither id nor index: the
+           last call.
+        4. But with a name, the next call, if the id is new and the name
+           another, or if the arguments so far are whole: Gemini counts all
+           its calls as 0, and often gives no ids.
         """
         id, index = piece.get("id"), piece.get("index")
         name = get_dict(piece, "function").get("name")
-        call = self.calls.get(index)
+        newest = self.calls.get(index)
+        # 1
         if isinstance(id, str) and id in self.call_of_id:
-            return None if name and call is None else self.call_of_id[id]
+            if name and newest is None:
+                return None
+            return self.call_of_id[id]
+        # 2
         if id and not isinstance(index, int):
             return None
-        if call is None or not name:
-            return call
-        function = get_dict(call, "function")
-        if id and call.get("id") and name != function.get("name"):
+        # 3
+        if newest is None or not name:
+            return newest
+        # 4
+        function = get_dict(newest, "function")
+        if id and newest.get("id") and name != function.get("name"):
             return None
         # What goes on with arguments does not begin an object: no need to
         # decode those that are here.
         given = get_dict(piece, "function").get("arguments")
         if isinstance(given, str) and given.strip()[:1] not in ("", "{"):
-            return call
+            return newest
         if is_whole_object(function.get("arguments")):
             return None
-        return call
+        return newest
 
     def build(self) -> JSONDict:
         """Return the choice; a call without a name is none."""
@@ -2754,9 +2758,12 @@ class Exchange:
         self.released = False           # the connection is another call's
         self.answer: JSONDict = {}      # unless it is a stream
         # Of a stream: what puts it together, and its (event, data) pairs.
-        self.assembler: Assembler = MessagesAssembler()
+        # iter_stream() replaces the first if the answer is plain JSON.
+        self.assembler: Assembler
         if request.endpoint == "chat":
             self.assembler = ChatAssembler(request.choices)
+        else:
+            self.assembler = MessagesAssembler()
         self.events: Iterator[tuple[str, str]] = iter(())
 
     def run(self) -> ServError | None:
@@ -3306,7 +3313,7 @@ def build_curl(request: Request) -> str:
     lines = ["curl -gsSN --path-as-is " + quote(request.url)]
     for name, value in request.headers.items():
         # Of a dry run; in double quotes the shell puts the key in.
-        if value == "Bearer $SERV_API_KEY":
+        if f"{name}: {value}" == "Authorization: Bearer $SERV_API_KEY":
             lines.append(f'-H "{name}: {value}"')
         elif name != "Host":
             # curl takes "Name;" for an empty header.
