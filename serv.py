@@ -668,7 +668,7 @@ class Stream:
         while not self._pending:
             if self._exchange.assembler.done:
                 return None
-            item = self._exchange.next_item()
+            item = next(self._exchange.events, None)
             if item is None:
                 return None
             name, data = item
@@ -1146,14 +1146,17 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
     # vLLM's is flat: {"object": "error", "message": ...}
     if "error" in (event_name, answer.get("type"), answer.get("object")):
         return answer
-    for choice in get_dicts(answer, "choices"):
+    choices = answer.get("choices")
+    if choices is None and answer.get("content") is None:
+        return find_bare_error(answer)
+    for choice in choices if isinstance(choices, list) else []:
+        if not isinstance(choice, dict):
+            continue
         if choice.get("error"):                 # OpenRouter
             return choice["error"]
         reason = choice.get("finish_reason")
         if isinstance(reason, str) and FAILED.search(reason):
             return {"message": "the answer ended with " + reason}
-    if answer.get("choices") is None and answer.get("content") is None:
-        return find_bare_error(answer)
     return None
 
 
@@ -1364,17 +1367,19 @@ def iter_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         lines = chunk.split(b"\n")
         rest = lines.pop()
         if lines:
-            lines[0] = b"".join(pieces) + lines[0]
-            pieces, size = [], 0
+            if pieces:
+                lines[0] = b"".join(pieces) + lines[0]
+                pieces, size = [], 0
             if first:
                 first = False
                 if lines[0].startswith(BOM):
                     lines[0] = lines[0][len(BOM):]
             yield from lines
-        pieces.append(rest)
-        size += len(rest)
-        if size > MAX_BODY:
-            raise ValueError(f"larger than {MAX_BODY} bytes")
+        if rest:
+            pieces.append(rest)
+            size += len(rest)
+            if size > MAX_BODY:
+                raise ValueError(f"larger than {MAX_BODY} bytes")
 
 
 def parse_events(name: str, data: str) -> list[JSONDict]:
@@ -1511,21 +1516,22 @@ class GrowingText:
 
     def add(self, piece: str) -> None:
         """Add a piece."""
-        if self.display is not None:
-            self.display.turn_to(self)
+        display = self.display
+        if display is not None and display.waiting is not None:
+            display.turn_to(self)
         if self.half or not piece.isascii():
             piece = self.half + piece
             self.half = ""
             if "\ud800" <= piece[-1:] <= "\udbff":
                 self.half = piece[-1]
                 piece = piece[:-1]
-                if self.display is not None:
-                    self.display.waiting = self
+                if display is not None:
+                    display.waiting = self
             piece = clean_text(piece)
         if piece:
             self.pieces.append(piece)
-            if self.display is not None:
-                self.display.pieces.append(piece)
+            if display is not None:
+                display.pieces.append(piece)
 
     def end(self) -> None:
         """Give up waiting: a half without its other becomes U+FFFD."""
@@ -2840,16 +2846,9 @@ class Exchange:
         self.events = self.iter_stream(labelled)
         if not labelled:
             # It may be an error: look before the caller gets a stream.
-            first = self.next_item()
+            first = next(self.events, None)
             if first is not None:
                 self.events = itertools.chain([first], self.events)
-
-    def next_item(self) -> tuple[str, str] | None:
-        """Return the next ``(event, data)`` pair; None at the end."""
-        try:
-            return next(self.events, None)
-        except ValueError as exc:
-            raise APIResponseError(f"a broken event: {exc}")
 
     def iter_stream(self, labelled: bool) -> Iterator[tuple[str, str]]:
         """Yield the ``(event, data)`` pairs of a stream.
@@ -2868,7 +2867,10 @@ class Exchange:
         if kind is None and labelled:
             kind = "events"     # none at all
         if kind == "events":
-            yield from iter_events(itertools.chain([head], chunks))
+            try:
+                yield from iter_events(itertools.chain([head], chunks))
+            except ValueError as exc:
+                raise APIResponseError(f"a broken event: {exc}")
         else:
             data = self.read_body(head, chunks)
             self.assembler = WholeAnswer(self.parse_answer(data))
