@@ -3809,6 +3809,7 @@ def test_stream_left_early_is_closed(leave, begun):
         if begun:
             assert next(streams[0]) == "Hel"
         leave(streams.pop())
+        gc.collect()  # PyPy still held it in the call
         assert closed.wait(10)
     assert warned == []
 
@@ -6097,17 +6098,25 @@ print(all_done, threading.active_count(), sorted(
 """
 
 
+@pytest.mark.skipif(sys.implementation.name != "cpython",
+                    reason="other interpreters audit their reads as writes")
 def test_importing_does_nothing_else():
     assert net_run(NET_IMPORT, ROOT, flags=["-I", "-S", "-B"],
                    prelude="") == "[] 1 []\n"
 
 
-@table("make_pool", {
+NET_POOLS = {
     "threads": lambda: concurrent.futures.ThreadPoolExecutor(4),
     "a spawned process": lambda: concurrent.futures.ProcessPoolExecutor(
-        1, mp_context=multiprocessing.get_context("spawn"))})
+        1, mp_context=multiprocessing.get_context("spawn"))}
+
+
+@table("make_pool", NET_POOLS)
 def test_in_an_event_loop_replies_and_errors_come_from(make_pool):
     import asyncio
+    if (make_pool is NET_POOLS["a spawned process"]
+            and sys.implementation.name != "cpython"):
+        pytest.skip("some builds of PyPy cannot spawn a pool")
 
     async def work():
         loop = asyncio.get_running_loop()
