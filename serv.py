@@ -832,12 +832,13 @@ def check_params(endpoint: str, streaming: bool,
     wants_stream = params.get("stream")
     if wants_stream is not None and bool(wants_stream) != streaming:
         raise ValueError("stream: call stream() for a stream, and only then")
-    instead = {"extra_headers": "headers={...}",
-               "extra_body": "its entries as parameters: **{...}",
-               "extra_query": "no query; the service takes none"}
+    instead = {
+        "extra_headers": "pass headers={...} instead",
+        "extra_body": "pass its entries as parameters instead, **{...}",
+        "extra_query": "the service takes no query; leave it out"}
     for name in instead:
         if name in params:
-            raise TypeError(f"{name}: pass {instead[name]} instead")
+            raise TypeError(f"{name}: {instead[name]}")
 
 
 def check_messages(name: str, value: JSON) -> None:
