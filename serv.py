@@ -251,8 +251,8 @@ STATUS_OF_TYPE = {
     "insufficient_quota": 429, "api_error": 500, "server_error": 500,
     "timeout_error": 504, "overloaded_error": 529}
 
-ADVICE = {401: "; check the key", 402: "; add credits",
-          404: "; check the model and the URL"}
+ADVICE = {401: " (check the key)", 402: " (add credits)",
+          404: " (check the model and the URL)"}
 
 
 # ---------------------------------------------------------------------------
@@ -689,13 +689,16 @@ class Stream:
     def _fail(self, exc: BaseException) -> BaseException | None:
         """Return what to raise for an exception; None if it does not count.
 
-        It does not after close().  Nor does a failure of the network, or the
-        end of the time, once the answer is proven whole.  An exception that
-        is not of the call (an interrupt) is returned as it is.
+        It does not after close().  Nor does a failure of the network, or
+        silence until the deadline, once the answer is proven whole.  But an
+        event that comes after the deadline is lost, so that does count.  An
+        exception that is not of the call (an interrupt) is returned as it is.
         """
         if self._state == "closed":
             return None
-        if is_network_failure(exc) and self._exchange.assembler.whole:
+        lost_an_event = isinstance(exc, APITimeoutError)
+        if (self._exchange.assembler.whole and is_network_failure(exc)
+                and not lost_an_event):
             return None
         is_ours = is_network_failure(exc) or isinstance(exc, ServError)
         if is_ours:
@@ -2950,9 +2953,7 @@ class Exchange:
         what = fields["type"] or http.client.responses.get(status, "")
         if not known:
             what = "error in a 200 answer"
-        why = fields["message"] or "no message"
-        if status in ADVICE:
-            why = why.rstrip(". ") + ADVICE[status]
+        why = (fields["message"] or "no message") + ADVICE.get(status, "")
         if 300 <= status < 400:
             why = f"not following to {headers.get('location')}; set base_url"
         kind: type[APIStatusError] = (

@@ -4688,8 +4688,11 @@ def test_a_stream_out_of_time_keeps_what_had_arrived():
     assert (error.reply.text, error.reply.partial) == ("Hel", True)
 
 
-def test_the_budget_runs_on_while_the_caller_holds_a_piece():
-    with Server(NET_STREAM) as server:
+@pytest.mark.parametrize("reason", [None, "stop"], ids=[
+    "before the proof", "behind it: the next event would be lost"])
+def test_the_budget_runs_on_while_the_caller_holds_a_piece(reason):
+    answer = stream_answer(chat_piece("Hel", reason), chat_piece("lo", "stop"))
+    with Server(answer) as server:
         stream = open_stream(server, timeout=0.35)
         assert next(stream) == "Hel"
         time.sleep(0.35)
