@@ -1473,6 +1473,8 @@ def find_body_type(head: bytes) -> str | None:
 # choice; and as many choices as the request asked for.  Messages: a
 # stop_reason, or message_stop after message_start.  Content that comes later
 # withdraws the proof.  The property `whole` of each class decides it.
+#
+# Where servers differ from the two references, a comment names one that does.
 # ---------------------------------------------------------------------------
 
 # The names under which vendors send reasoning.
@@ -1481,24 +1483,49 @@ REASONING_TEXTS = ("thinking", "reasoning_content", "reasoning")
 ENTRY_TEXTS = ("text", "thinking", "summary")
 
 
-class Display:
-    """The answer's text as the caller sees it, piece by piece.
+class GrowingText:
+    """A text that comes in pieces.  They are joined when it is asked for."""
 
-    An emoji may come as two halves in two pieces.  Then the text that has the
-    first half waits: add("a\\ud83d") shows "a", add("\\ude00!") the emoji and
-    "!".  If another text grows meanwhile, U+FFFD stands for the half.
+    def __init__(self, text: str = "") -> None:
+        self.pieces = [text]
+
+    def get(self) -> str:
+        """Return the text so far."""
+        return "".join(self.pieces)
+
+
+class ShownText:
+    """The answer's text, piece by piece, as the caller sees it.
+
+    A piece can end with half a character: an emoji may come in two pieces.
+    The half waits for its other half.  If another text comes first, U+FFFD
+    stands for it.
     """
 
     def __init__(self) -> None:
-        self.pieces: list[str] = []
-        self.waiting: GrowingText | None = None     # it ends with a half
+        self.pieces: list[str] = []     # since the last take()
+        self.text: GrowingText | None = None    # what has grown last
+        self.half = ""                  # its last, half character
 
-    def turn_to(self, text: GrowingText | None) -> None:
-        """Before another text grows, end the one that waits for a half."""
-        waiting = self.waiting
-        self.waiting = None
-        if waiting is not None and waiting is not text:
-            waiting.end()
+    def add(self, text: GrowingText, piece: str) -> None:
+        """Add a piece by which a text has grown."""
+        if text is not self.text:
+            self.end_half()
+            self.text = text
+        if self.half or not piece.isascii():
+            piece = self.half + piece
+            self.half = ""
+            if "\ud800" <= piece[-1] <= "\udbff":
+                self.half = piece[-1]
+                piece = piece[:-1]
+            piece = clean_text(piece)
+        self.pieces.append(piece)
+
+    def end_half(self) -> None:
+        """Wait no longer for the other half of a character."""
+        if self.half:
+            self.half = ""
+            self.pieces.append("\ufffd")
 
     def take(self) -> str:
         """Return what has been added since the last time."""
@@ -1507,159 +1534,136 @@ class Display:
         return shown
 
 
-class GrowingText:
-    """A text that comes in pieces, some of it on display.
+class GrowingList:
+    """A list whose entries come in pieces, as content parts do.
 
-    If a piece ends with half a character, the half waits for its other.
+    Entries are known by type and index.  Of pieces without an index, only the
+    first of an event can continue an entry: the last one, if that has the
+    same type, no other id, and one of ENTRY_TEXTS.  So {"type": "text",
+    "text": "He"} and, in the next event, {"type": "text", "text": "llo"} are
+    one entry; but two citations stay two.
     """
 
-    def __init__(self, display: Display | None = None) -> None:
-        self.display = display
-        self.pieces: list[str] = []
-        self.half = ""
+    def __init__(self) -> None:
+        self.entries: list[JSON] = []
+        self.by_key: dict[tuple[str, JSON], JSONDict] = {}
 
-    def add(self, piece: str) -> None:
-        """Add a piece."""
-        display = self.display
-        if display is not None and display.waiting is not None:
-            display.turn_to(self)
-        if self.half or not piece.isascii():
-            piece = self.half + piece
-            self.half = ""
-            if "\ud800" <= piece[-1:] <= "\udbff":
-                self.half = piece[-1]
-                piece = piece[:-1]
-                if display is not None:
-                    display.waiting = self
-            piece = clean_text(piece)
-        if piece:
-            self.pieces.append(piece)
-            if display is not None:
-                display.pieces.append(piece)
+    def add(self, pieces: list[JSON], shown: ShownText | None) -> None:
+        """Add the pieces of one event; their text is shown, if any is."""
+        for number, piece in enumerate(pieces):
+            if not isinstance(piece, dict):
+                self.entries.append(piece)
+                continue
+            index = piece.get("index")
+            key = (str(piece.get("type")), index)
+            entry = None
+            if isinstance(index, int):
+                entry = self.by_key.get(key)
+            elif number == 0:
+                entry = self.find_last(piece)
+            if entry is None:
+                check_number(len(self.entries))
+                entry = {}
+                self.entries.append(entry)
+                if isinstance(index, int):
+                    self.by_key[key] = entry
+            add_entry(entry, piece, shown)
 
-    def end(self) -> None:
-        """Give up waiting: a half without its other becomes U+FFFD."""
-        if self.half:
-            self.half = ""
-            self.add("\ufffd")
+    def find_last(self, piece: JSONDict) -> JSONDict | None:
+        """Return the last entry if a piece without an index continues it."""
+        last = self.entries[-1] if self.entries else None
+        if not isinstance(last, dict) or last.get("type") != piece.get("type"):
+            return None
+        if piece.get("id") not in (None, last.get("id")):
+            return None
+        if any(last.get(name) is not None for name in ENTRY_TEXTS):
+            return last
+        return None
 
-    def get(self) -> str:
-        """Return the whole text so far."""
-        return "".join(self.pieces) + ("\ufffd" if self.half else "")
+
+def add_entry(entry: JSONDict, piece: JSONDict,
+              shown: ShownText | None) -> None:
+    """Add the fields of a piece to an entry of a list."""
+    kind = piece.get("type") or entry.get("type") or "text"
+    for name, value in piece.items():
+        if name == "text" and kind in ("text", "output_text"):
+            add_text(entry, name, value, shown)
+        elif name in ENTRY_TEXTS or isinstance(value, list):
+            add_text(entry, name, value)
+        else:
+            put(entry, name, value)
 
 
-def is_empty(value: JSON) -> bool:
-    """Whether a value says nothing: None, "", {}, []; 0 and False do."""
-    return not value and not isinstance(value, (int, float))
+def add_text(target: JSONDict, name: str, value: JSON,
+             shown: ShownText | None = None) -> None:
+    """Add a piece to a text field, or to a list that comes in pieces.
+
+    Some servers send a list of parts for a text.  Magistral sends parts,
+    then texts: such a text is one more part.
+
+    :raise APIResponseError: the field was text, and the value is neither.
+    """
+    old = target.get(name)
+    if is_empty(value):
+        put(target, name, value)
+    elif isinstance(value, str) and not isinstance(old, GrowingList):
+        if not isinstance(old, GrowingText):
+            old = GrowingText(old if isinstance(old, str) else "")
+            target[name] = old
+        old.pieces.append(value)
+        if shown is not None:
+            shown.add(old, value)
+    elif isinstance(value, (str, list)):
+        if not isinstance(old, GrowingList):
+            target[name] = GrowingList()
+            if isinstance(old, GrowingText):
+                target[name].entries.append({"type": "text", "text": old})
+        if isinstance(value, str):
+            value = [{"type": "text", "text": value}]
+        target[name].add(value, shown)
+    elif isinstance(old, GrowingText):
+        raise APIResponseError(f"a broken event: {name} was text and is now "
+                               f"{type(value).__name__}")
+    else:
+        put(target, name, value)
+
+
+def add_object(target: JSONDict, name: str, piece: JSONDict) -> None:
+    """Add to an object with texts that come in pieces.
+
+    That is what a call calls (function, custom; function_call before there
+    were tools), or spoken audio.
+    """
+    if not isinstance(target.get(name), dict):
+        target[name] = {}
+    fields = target[name]
+    for key, value in piece.items():
+        if key in ("arguments", "input", "data", "transcript"):
+            add_text(fields, key, value)
+        elif key == "name" and isinstance(value, str):
+            # Names come in pieces, or whole in every piece.
+            if fields.get(key) != value:
+                fields[key] = (get_str(fields, key) or "") + value
+        else:
+            put(fields, key, value)
 
 
 def put(target: JSONDict, name: str, value: JSON) -> None:
     """Set a field.  An empty value never erases; objects are merged."""
-    if is_empty(value):
-        target.setdefault(name, value)
-        return
     old = target.get(name)
-    if isinstance(old, dict) and isinstance(value, dict):
+    if is_empty(value):
+        if old is None:
+            target[name] = value
+    elif isinstance(old, dict) and isinstance(value, dict):
         for key, entry in value.items():
             put(old, key, entry)
     else:
         target[name] = value
 
 
-def add_text(target: JSONDict, name: str, value: JSON,
-             display: Display | None = None) -> None:
-    """Add a piece to a text field.
-
-    What has grown stays text: an empty value adds nothing, and a value of
-    another type is a broken event.
-    """
-    old = target.get(name)
-    if isinstance(old, GrowingText):
-        if isinstance(value, str):
-            old.add(value)
-        elif not is_empty(value):
-            raise APIResponseError(f"a broken event: {name} was text and is "
-                                   f"now {type(value).__name__}")
-    elif isinstance(value, str) and (value or is_empty(old)):
-        # A text begins: with "" only where it erases nothing.
-        target[name] = GrowingText(display)
-        if isinstance(old, str):
-            target[name].add(old)
-        target[name].add(value)
-    else:
-        put(target, name, value)
-
-
-class GrowingList:
-    """A list whose entries come in pieces, as content parts do.
-
-    Entries are known by type and index.  Of pieces without an index, only the
-    first of an event can go on with what came before: with the last entry,
-    if that has the same type, no other id, and a text that can grow.  So
-    {"type": "text", "text": "He"} and, in the next event, {"type": "text",
-    "text": "llo"} are one entry; but two citations stay two.
-    """
-
-    def __init__(self, display: Display | None = None) -> None:
-        self.display = display      # of the texts in it, if they are shown
-        self.entries: list[JSON] = []
-        self.by_key: dict[tuple[str, int], JSONDict] = {}
-
-    def add(self, pieces: list[JSON]) -> None:
-        """Add the pieces of one event."""
-        for number, piece in enumerate(pieces):
-            if not isinstance(piece, dict):
-                self.entries.append(piece)
-                continue
-            index = piece.get("index")
-            if isinstance(index, int):
-                key = (str(piece.get("type")), index)
-                entry = self.by_key.get(key)
-                if entry is None:
-                    entry = self.by_key[key] = self.begin()
-            elif number == 0 and self.goes_on(piece):
-                entry = self.entries[-1]
-            else:
-                entry = self.begin()
-            self.add_piece(entry, piece)
-
-    def begin(self) -> JSONDict:
-        """Add an empty entry and return it."""
-        check_number(len(self.entries))
-        entry: JSONDict = {}
-        self.entries.append(entry)
-        return entry
-
-    def goes_on(self, piece: JSONDict) -> bool:
-        """Whether a piece without an index belongs to the last entry."""
-        last = self.entries[-1] if self.entries else None
-        if not isinstance(last, dict) or last.get("type") != piece.get("type"):
-            return False
-        if piece.get("id") not in (None, last.get("id")):
-            return False
-        return any(isinstance(last.get(name), (GrowingText, GrowingList))
-                   for name in ENTRY_TEXTS)
-
-    def add_piece(self, entry: JSONDict, piece: JSONDict) -> None:
-        """Add the fields of a piece to its entry."""
-        kind = piece.get("type") or entry.get("type") or "text"
-        for name, value in piece.items():
-            if name == "text" and kind in ("text", "output_text"):
-                add_text(entry, name, value, self.display)
-            elif name in ENTRY_TEXTS and isinstance(value, str):
-                add_text(entry, name, value)
-            elif isinstance(value, list):
-                add_list(entry, name, value)
-            else:
-                put(entry, name, value)
-
-
-def add_list(target: JSONDict, name: str, pieces: list[JSON],
-             display: Display | None = None) -> None:
-    """Add to a list field whose entries come in pieces."""
-    if not isinstance(target.get(name), GrowingList):
-        target[name] = GrowingList(display)
-    target[name].add(pieces)
+def is_empty(value: JSON) -> bool:
+    """Whether a value says nothing: None, "", {}, []; 0 and False do."""
+    return not value and not isinstance(value, (int, float))
 
 
 def check_number(count: int) -> None:
@@ -1669,47 +1673,40 @@ def check_number(count: int) -> None:
                                "blocks in one answer")
 
 
-class Ordered:
-    """The calls or blocks of an answer, in the order of their places.
+class IndexedParts:
+    """The calls or the blocks of an answer, in order.
 
-    The place is the index that the server gave, whatever number that is.
-    Without an index, or if the place is taken, it is behind all others: begun
-    with 0, 0, 5, None, the entries stand at 0, 1, 5, 6.
+    The index of a part is its place, whatever number it is.  If the place is
+    taken, or there is no index, the part comes behind all others.
     """
 
     def __init__(self) -> None:
-        self.places: dict[int, JSONDict] = {}
-        self.by_index: dict[int, list[JSONDict]] = {}
-        self.last: JSONDict = {}    # the newest of all
-        self.behind = 0             # the place behind all others
+        self.by_place: dict[int, JSONDict] = {}
+        self.by_index: dict[int, JSONDict] = {}     # the newest of each index
+        self.last: JSONDict | None = None           # the newest of all
+        self.next_place = 0
 
-    def begin(self, index: JSON, entry: JSONDict) -> JSONDict:
-        """Add an entry and return it."""
-        check_number(len(self.places))
-        place = index
-        if not isinstance(index, int) or index in self.places:
-            place = self.behind
-        self.behind = max(self.behind, place + 1)
-        self.places[place] = entry
-        key = index if isinstance(index, int) else place
-        self.by_index.setdefault(key, []).append(entry)
-        self.last = entry
-        return entry
+    def begin(self, index: JSON, part: JSONDict) -> JSONDict:
+        """Add a part and return it."""
+        check_number(len(self.by_place))
+        if not isinstance(index, int):
+            index = self.next_place
+        place = self.next_place if index in self.by_place else index
+        self.next_place = max(self.next_place, place + 1)
+        self.by_place[place] = part
+        self.by_index[index] = part
+        self.last = part
+        return part
 
     def get(self, index: JSON) -> JSONDict | None:
-        """Return the newest entry of an index; without one, the newest."""
-        entries = self.get_all(index)
-        return entries[-1] if entries else None
-
-    def get_all(self, index: JSON) -> list[JSONDict]:
-        """Return the entries of an index; without one, the newest of all."""
+        """Return the newest part of an index; without one, the newest."""
         if isinstance(index, int):
-            return self.by_index.get(index, [])
-        return [self.last] if self.last else []
+            return self.by_index.get(index)
+        return self.last
 
     def sorted(self) -> list[JSONDict]:
-        """Return the entries in order."""
-        return [self.places[place] for place in sorted(self.places)]
+        """Return the parts in order."""
+        return [self.by_place[place] for place in sorted(self.by_place)]
 
 
 class ChatAssembler:
@@ -1723,7 +1720,7 @@ class ChatAssembler:
         self.asked = choices            # how many the request asked for
         self.fields: JSONDict = {}      # of the answer, except its choices
         self.choices: dict[int, ChatChoice] = {}
-        self.display = Display()
+        self.shown = ShownText()
         self.done = False               # [DONE] has come
 
     @property
@@ -1761,9 +1758,9 @@ class ChatAssembler:
             if index not in self.choices:
                 check_number(len(self.choices))
                 self.choices[index] = ChatChoice(
-                    self.display if index == 0 else None)
+                    self.shown if index == 0 else None)
             self.choices[index].add(choice)
-        return self.display.take()
+        return self.shown.take()
 
     def end(self) -> str:
         """Return the text that is still to be shown at the end.
@@ -1774,8 +1771,8 @@ class ChatAssembler:
         if self.choices and 0 not in self.choices:
             first = self.choices[min(self.choices)]
             return find_text(map_text(first.message["content"], clean_text))
-        self.display.turn_to(None)
-        return self.display.take()
+        self.shown.end_half()
+        return self.shown.take()
 
     def build(self, partial: bool = False,
               clean: Callable[[str], str] = clean_text) -> JSONDict:
@@ -1794,11 +1791,11 @@ class ChatAssembler:
 class ChatChoice:
     """One choice of a chat answer."""
 
-    def __init__(self, display: Display | None) -> None:
-        self.display = display
+    def __init__(self, shown: ShownText | None) -> None:
+        self.shown = shown      # if this choice's text is the answer's
         self.fields: JSONDict = {"finish_reason": None}
         self.message: JSONDict = {"role": "assistant", "content": None}
-        self.calls = Ordered()
+        self.calls = IndexedParts()
         self.call_of_id: dict[str, JSONDict] = {}
         self.begun = False      # it has content
         self.finished = False   # it has a finish_reason, and no content since
@@ -1811,78 +1808,36 @@ class ChatChoice:
             # repeats them (Perplexity).
             delta = expect_dict(choice, "message")
         self.add_delta(delta)
-        fields = dict(choice)
-        for name in ("index", "delta", "message"):
-            fields.pop(name, None)
-        if isinstance(fields.get("logprobs"), dict):
-            self.add_logprobs(fields.pop("logprobs"))
-        if fields != self.fields:   # for speed, as above
-            for name, value in fields.items():
+        for name, value in choice.items():
+            if name == "finish_reason":
                 put(self.fields, name, value)
-        if fields.get("finish_reason"):
-            self.finished = True
+                self.finished = self.finished or bool(value)
+            elif name == "logprobs" and isinstance(value, dict):
+                self.add_logprobs(value)
+            elif name not in ("index", "delta", "message"):
+                put(self.fields, name, value)
 
     def add_delta(self, delta: JSONDict) -> None:
         """Add to the message."""
         for name, value in delta.items():
-            if is_empty(value):
-                self.add_empty(name, value)
-                continue
-            if name == "role":
-                self.message[name] = value
-                continue
-            self.begun = True
-            self.finished = False
+            if name != "role" and not is_empty(value):
+                self.begun = True
+                self.finished = False
             if name == "content":
-                self.add_content(value)
+                add_text(self.message, name, value, self.shown)
             elif name == "tool_calls":
                 for piece in expect_list(delta, name):
                     if isinstance(piece, dict):
                         self.add_call(piece)
             elif name == "refusal" or name in REASONING_TEXTS:
-                self.add_own_text(name, value)
+                add_text(self.message, name, value)
             elif isinstance(value, list):
-                add_list(self.message, name, value)
+                add_text(self.message, name, value)
             elif name in ("audio", "function_call") and isinstance(value,
                                                                    dict):
                 add_object(self.message, name, value)
             else:
                 put(self.message, name, value)
-
-    def add_empty(self, name: str, value: JSON) -> None:
-        """Add an empty value: "" begins a text, and nothing erases one.
-
-        A message with an empty list of tool_calls is refused in a next turn.
-        """
-        if value == "" and self.message.get(name) is None:
-            self.message[name] = value
-        elif name != "tool_calls":
-            self.message.setdefault(name, value)
-
-    def add_content(self, value: JSON) -> None:
-        """Add to the content: a text, or a list of parts.
-
-        Magistral sends parts, then texts: a text is then a part, too.
-        """
-        old = self.message["content"]
-        if isinstance(value, str) and isinstance(old, GrowingList):
-            value = [{"type": "text", "text": value}]
-        if isinstance(value, list):
-            if isinstance(old, GrowingText):
-                self.message["content"] = GrowingList(self.display)
-                part = {"type": "text", "text": old}
-                self.message["content"].entries.append(part)
-            add_list(self.message, "content", value, self.display)
-        else:
-            add_text(self.message, "content", value, self.display)
-
-    def add_own_text(self, name: str, value: JSON) -> None:
-        """Add to a text beside the content, or to a list in its place."""
-        if isinstance(value, list) and not isinstance(
-                self.message.get(name), GrowingText):
-            add_list(self.message, name, value)
-        else:
-            add_text(self.message, name, value)
 
     def add_logprobs(self, logprobs: JSONDict) -> None:
         """Add the log probabilities of tokens: lists that go on."""
@@ -1912,43 +1867,33 @@ class ChatChoice:
                 put(call, name, value)
 
     def find_call(self, piece: JSONDict) -> JSONDict | None:
-        """Return the call that a piece belongs to; None if it begins one.
+        """Return the call that a piece continues; None if it begins one.
 
-        1. A known id: the call of this id.  But a name at a new index begins
-           a call: some servers give one id to all calls.
-        2. A new id and no index: the next call.
-        3. An index: the newest call of this index.  Neither id nor index: the
-           last call.
-        4. But with a name, the next call, if the id is new and the name
-           another, or if the arguments so far are whole: Gemini counts all
-           its calls as 0, and often gives no ids.
+        A call is known by its id, else by its index.  Without both, the last
+        one goes on.
         """
         id, index = piece.get("id"), piece.get("index")
-        name = get_dict(piece, "function").get("name")
-        newest = self.calls.get(index)
-        # 1
+        function = get_dict(piece, "function")
+        call = self.calls.get(index)
         if isinstance(id, str) and id in self.call_of_id:
-            if name and newest is None:
+            # Some servers give the same id to all calls; then a name at a new
+            # index begins one.
+            if function.get("name") and call is None:
                 return None
             return self.call_of_id[id]
-        # 2
         if id and not isinstance(index, int):
             return None
-        # 3
-        if newest is None or not name:
-            return newest
-        # 4
-        function = get_dict(newest, "function")
-        if id and newest.get("id") and name != function.get("name"):
+        if call is None or not function.get("name"):
+            return call
+        # A name where a call has begun already.  Some servers repeat it in
+        # every piece.  But Gemini counts all its calls as 0, often without
+        # ids: there a name begins the next call.
+        begun = get_dict(call, "function")
+        if id and call.get("id") and function["name"] != begun.get("name"):
             return None
-        # What goes on with arguments does not begin an object: no need to
-        # decode those that are here.
-        given = get_dict(piece, "function").get("arguments")
-        if isinstance(given, str) and given.strip()[:1] not in ("", "{"):
-            return newest
-        if is_whole_object(function.get("arguments")):
+        if begins_arguments(function) and has_whole_arguments(begun):
             return None
-        return newest
+        return call
 
     def build(self) -> JSONDict:
         """Return the choice; a call without a name is none."""
@@ -1958,8 +1903,7 @@ class ChatChoice:
         for call in self.calls.sorted():
             function = get_dict(call, "function") or get_dict(call, "custom")
             name = function.get("name")
-            says_more = call.get("id") or not is_blank(
-                function.get("arguments"))
+            says_more = call.get("id") or has_arguments(function)
             if name == last_name and not says_more:
                 continue    # not a call: the last one's name, said again
             last_name = name
@@ -1971,38 +1915,28 @@ class ChatChoice:
         return {**self.fields, "message": message}
 
 
-def add_object(target: JSONDict, name: str, piece: JSONDict) -> None:
-    """Add to an object with texts that come in pieces.
-
-    That is what a call calls (function, custom; function_call before there
-    were tools), or spoken audio.
-    """
-    if not isinstance(target.get(name), dict):
-        target[name] = {}
-    fields = target[name]
-    for key, value in piece.items():
-        if key in ("arguments", "input", "data", "transcript"):
-            add_text(fields, key, value)
-        elif key == "name" and isinstance(value, str):
-            # Names come in pieces, or whole in every piece.
-            if fields.get(key) != value:
-                fields[key] = (get_str(fields, key) or "") + value
-        else:
-            put(fields, key, value)
-
-
-def is_blank(arguments: JSON) -> bool:
-    """Whether there are no arguments, or nothing but white space."""
+def get_arguments(function: JSONDict) -> str:
+    """Return the arguments of a call as the text that has come so far."""
+    arguments = function.get("arguments") or ""
     if isinstance(arguments, GrowingText):
-        arguments = arguments.get()
-    return not arguments or str(arguments).isspace()
+        return arguments.get()
+    return arguments if isinstance(arguments, str) else json.dumps(arguments)
 
 
-def is_whole_object(arguments: JSON) -> bool:
+def has_arguments(function: JSONDict) -> bool:
+    """Whether there are arguments, and not only white space."""
+    return get_arguments(function).strip() != ""
+
+
+def has_whole_arguments(function: JSONDict) -> bool:
     """Whether the arguments so far are a whole JSON object."""
-    if not isinstance(arguments, GrowingText):
-        return isinstance(arguments, dict)
-    return isinstance(parse_arguments(arguments.get(), False), dict)
+    text = get_arguments(function)
+    return isinstance(parse_arguments(text, False), dict)
+
+
+def begins_arguments(function: JSONDict) -> bool:
+    """Whether a piece of a call can be the first: none yet, or a "{"."""
+    return get_arguments(function).strip()[:1] in ("", "{")
 
 
 class MessagesAssembler:
@@ -2013,8 +1947,9 @@ class MessagesAssembler:
 
     def __init__(self) -> None:
         self.fields: JSONDict = {}      # of the message, except its blocks
-        self.blocks = Ordered()
-        self.display = Display()
+        self.blocks = IndexedParts()
+        self.tools: dict[int, JSONDict] = {}    # the newest of each index
+        self.shown = ShownText()
         self.started = False            # message_start has come
         self.done = False               # message_stop has come
         self.whole = False              # what has arrived is proven whole
@@ -2024,7 +1959,7 @@ class MessagesAssembler:
 
         :raise APIResponseError: the event breaks the format.
         """
-        kind = event.get("type")
+        kind, index = event.get("type"), event.get("index")
         if kind == "message_start":
             self.started = True
             self.add_message(expect_dict(event, "message"))
@@ -2032,11 +1967,10 @@ class MessagesAssembler:
             self.add_message(event)     # a whole message as one event
         elif kind == "content_block_start":
             self.whole = False
-            self.begin_block(event.get("index"),
-                             expect_dict(event, "content_block"))
+            self.begin_block(index, expect_dict(event, "content_block"))
         elif kind == "content_block_delta":
             self.whole = False
-            self.add_delta(event.get("index"), expect_dict(event, "delta"))
+            self.add_delta(index, expect_dict(event, "delta"))
         elif kind == "message_delta":
             self.add_fields(expect_dict(event, "delta"))
             self.add_fields({name: value for name, value in event.items()
@@ -2045,7 +1979,7 @@ class MessagesAssembler:
             self.done = True
             self.whole = self.whole or self.started
         # Nothing to do for content_block_stop, ping and events yet unknown.
-        return self.display.take()
+        return self.shown.take()
 
     def add_message(self, message: JSONDict) -> None:
         """Add a message with the blocks that it has."""
@@ -2062,35 +1996,40 @@ class MessagesAssembler:
         if fields.get("stop_reason"):
             self.whole = True
 
-    def begin_block(self, index: JSON, fields: JSONDict) -> None:
-        """Begin a block with the fields that it has."""
+    def begin_block(self, index: JSON, fields: JSONDict) -> JSONDict:
+        """Begin a block with the fields that it has, and return it."""
         block = self.blocks.begin(index, {"type": "text"})
         put(block, "type", fields.get("type"))
         for name, value in fields.items():
             if name == "text" and block["type"] == "text":
-                add_text(block, name, value, self.display)
+                add_text(block, name, value, self.shown)
             elif name != "type":
                 put(block, name, value)
+        if isinstance(index, int) and fits(block, "tool_use"):
+            self.tools[index] = block
+        return block
 
     def find_block(self, index: JSON, kind: str) -> JSONDict:
         """Return the block that a delta of a kind goes to.
 
-        That is the newest block of its index; a tool's input goes to its tool
-        even if other blocks of the index came since.  If that is of another
+        That is the newest block of its index.  If that block is of another
         kind (some gateways count every delta as 0), it is the newest block of
-        all, and if that is of another kind too, a new one.
+        all; and if that is of another kind, too, a new one.
         """
-        blocks = self.blocks.get_all(index)
-        candidates = blocks if kind == "tool_use" else blocks[-1:]
-        for block in reversed(candidates):
-            if fits(block, kind):
-                return block
-        if blocks and fits(self.blocks.last, kind):
-            return self.blocks.last
-        if not blocks and isinstance(index, int) and index < 0:
+        block = self.blocks.get(index)
+        if block is not None and fits(block, kind):
+            return block
+        if kind == "tool_use" and isinstance(index, int):
+            tool = self.tools.get(index)
+            if tool is not None:
+                return tool     # texts of the same index have come since
+        last = self.blocks.last
+        if block is not None and last is not None and fits(last, kind):
+            return last
+        if block is None and isinstance(index, int) and index < 0:
             # A gateway that says -1 means one of the blocks: which?
             raise APIResponseError("a broken event: a delta for no block")
-        return self.blocks.begin(index, {"type": kind})
+        return self.begin_block(index, {"type": kind})
 
     def add_delta(self, index: JSON, delta: JSONDict) -> None:
         """Add a delta to its block."""
@@ -2099,7 +2038,7 @@ class MessagesAssembler:
         if kind == "text_delta":
             if delta.get("text"):
                 block = self.find_block(index, "text")
-                add_text(block, "text", delta["text"], self.display)
+                add_text(block, "text", delta["text"], self.shown)
         elif kind == "thinking_delta":
             if delta.get("thinking"):
                 block = self.find_block(index, "thinking")
@@ -2125,8 +2064,8 @@ class MessagesAssembler:
 
     def end(self) -> str:
         """Return the text that is still to be shown at the end."""
-        self.display.turn_to(None)
-        return self.display.take()
+        self.shown.end_half()
+        return self.shown.take()
 
     def build(self, partial: bool = False,
               clean: Callable[[str], str] = clean_text) -> JSONDict:
@@ -2161,7 +2100,7 @@ def add_input(block: JSONDict, piece: JSON) -> None:
     if isinstance(piece, str) and piece:
         if not isinstance(block.get("input"), GrowingText):
             block["input"] = GrowingText()
-        block["input"].add(piece)
+        block["input"].pieces.append(piece)
     elif isinstance(piece, dict) and piece:
         block["input"] = piece
     else:
@@ -2171,10 +2110,11 @@ def add_input(block: JSONDict, piece: JSON) -> None:
 class WholeAnswer:
     """The answer to a stream request that came whole, as plain JSON."""
 
+    whole = True
+
     def __init__(self, answer: JSONDict) -> None:
         self.answer = answer
         self.done = False
-        self.whole = True
 
     def add(self, event: JSONDict) -> str:
         """Return the answer's text; the event is the answer itself."""
