@@ -526,20 +526,13 @@ class Stream:
     another.  ``with`` closes it, and so does the garbage collector.
     """
 
-    # First "open", then one of: "ended" (at its proven end), "failed",
-    # "closed" (by close()).  Until __init__ is through there is nothing that
-    # __del__ could close.
-    _state = "closed"
-
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        self._error: ServError | None = None    # why it failed
-        self._elapsed = 0.0     # seconds from the call to the last event
-        # Decoded events that no loop has seen yet, each with its SSE name.
-        self._pending: collections.deque[tuple[str, JSONDict]]
-        self._pending = collections.deque()
-        self._reading = threading.Lock()    # held while a loop reads
+        # "open", then one of: "ended" (at its proven end), "failed",
+        # "closed" (by close()).
         self._state = "open"
+        self._error: ServError | None = None    # why it failed
+        self._reading = threading.Lock()        # held by the thread that reads
 
     def __iter__(self) -> Stream:
         return self
@@ -556,12 +549,11 @@ class Stream:
     def __next__(self) -> str:
         """Return the next piece of text; raise as ``events()`` does."""
         while True:
-            step = self._advance()
-            if step is None:
-                raise StopIteration
-            _, text = step
+            event, text = self._advance()
             if text:
                 return text
+            if event is None:
+                raise StopIteration
 
     def events(self) -> Iterator[JSONDict]:
         """Yield every decoded event: chat chunks, or Messages events.
@@ -574,23 +566,18 @@ class Stream:
         :raise ValueError: another thread is reading this stream.
         """
         while True:
-            step = self._advance()
-            if step is None:
+            event, _ = self._advance()
+            if event is None:
                 return
-            event, _ = step
-            if event is not None:
-                # The caller may change its event; the reply must not change.
-                yield copy.deepcopy(event)
+            # The caller may change its event; the reply must not change.
+            yield copy.deepcopy(event)
 
     @property
     def reply(self) -> Reply:
         """What has arrived so far, in the shape of a whole answer."""
         if self._error is not None and self._error.reply is not None:
             return self._error.reply
-        assembler = self._exchange.assembler
-        partial = not assembler.whole
-        return Reply(assembler.build(partial), self._exchange.get_headers(),
-                     self._elapsed, partial, self._exchange.retries)
+        return self._exchange.build_reply()
 
     def close(self) -> None:
         """End the stream early; what had arrived stays in ``reply``.
@@ -598,93 +585,63 @@ class Stream:
         If another thread waits for a piece, its wait ends at once, and its
         loop ends without an error.
         """
-        if self._state != "open":
-            return
-        self._state = "closed"
+        if self._state == "open":
+            self._state = "closed"
         if self._reading.acquire(blocking=False):
             self._exchange.close()
             self._reading.release()
         else:
-            # Another thread reads.  Its wait ends; then it finds this state,
-            # there or in its next step, and closes.
-            self._exchange.wake()
+            # Another thread reads.  It closes when it finds the new state.
+            self._exchange.end_wait()
 
-    def _advance(self) -> tuple[JSONDict | None, str] | None:
-        """Return the next event and the text that it adds; None at the end.
+    def _advance(self) -> tuple[JSONDict | None, str]:
+        """Return the next event, and the text that it adds.
 
-        Where only text was left, there is no event.
+        At the end there is no event; the last text may come then.
         """
         if not self._reading.acquire(blocking=False):
             if self._state == "closed":
-                return None     # close() is at it
+                return None, ""     # close() is at it
             raise ValueError("another thread is reading this stream")
         try:
             if self._error is not None:
                 # A second loop must not look like an end.  A copy, because
                 # the traceback of each refers to this stream.
                 raise copy.copy(self._error)
-            if self._state == "closed":
-                # By another thread, while this one was not waiting.
-                self._exchange.close()
-            return self._read() if self._state == "open" else None
+            if self._state == "open":
+                return self._read()
+            return None, ""
         finally:
+            if self._state == "closed":     # by another thread, meanwhile
+                self._exchange.close()
             self._reading.release()
 
-    def _read(self) -> tuple[JSONDict | None, str] | None:
+    def _read(self) -> tuple[JSONDict | None, str]:
         """Do what _advance() says; the one place where a stream ends."""
-        # What is to be raised is raised outside of "except".  Inside, the
-        # exception of http.client, which may quote the key, would become
-        # the context of ours.
-        problem: BaseException | None = None
+        exchange = self._exchange
+        failure: BaseException | None = None
         try:
-            event = self._next_event()
+            event = next(exchange.events, None)
             if event is not None:
-                return event, self._exchange.assembler.add(event)
-            if not self._exchange.assembler.whole:
+                return event, exchange.assembler.add(event)
+            if not exchange.assembler.whole:
                 raise APIConnectionError("the answer was cut")
         except BaseException as exc:
-            problem = self._fail(exc)
-        if problem is not None:
+            failure = self._fail(exc)
+        if failure is not None:
+            # Inside of "except", the exception of http.client, which may
+            # quote the key, would become the context of this one.
             try:
-                raise problem
+                raise failure
             finally:
-                del problem     # it refers to this frame, and this to it
+                del failure     # it refers to this frame, and this to it
         if self._state == "closed":
-            self._exchange.close()
-            return None
+            return None, ""
         self._state = "ended"
         # If the connection is broken, which does not count here, the next
         # call finds that out before it uses it.
-        self._exchange.keep_connection()
-        rest = self._exchange.assembler.end()
-        return (None, rest) if rest else None
-
-    def _next_event(self) -> JSONDict | None:
-        """Return the next decoded event; None at the end.
-
-        :raise ServError: it is an error event, it is broken, or the time
-            budget ran out.
-        """
-        while not self._pending:
-            if self._exchange.assembler.done:
-                return None
-            item = next(self._exchange.events, None)
-            if item is None:
-                return None
-            name, data = item
-            for event in parse_events(name, data):
-                self._pending.append((name, event))
-        now = time.monotonic()
-        if now >= self._exchange.deadline:
-            raise APITimeoutError("the time is up")
-        self._elapsed = now - self._exchange.started
-        name, event = self._pending.popleft()
-        if event is DONE:
-            self._exchange.assembler.add(DONE)
-            return None     # what stands behind it does not count
-        if find_error(event, name) is not None:
-            raise self._exchange.build_status_error(event)
-        return event
+        exchange.keep_connection()
+        return None, exchange.assembler.end()
 
     def _fail(self, exc: BaseException) -> BaseException | None:
         """Return what to raise for an exception; None if it does not count.
@@ -696,23 +653,21 @@ class Stream:
         """
         if self._state == "closed":
             return None
+        exchange = self._exchange
         lost_an_event = isinstance(exc, APITimeoutError)
-        if (self._exchange.assembler.whole and is_network_failure(exc)
+        if (exchange.assembler.whole and is_network_failure(exc)
                 and not lost_an_event):
             return None
         is_ours = is_network_failure(exc) or isinstance(exc, ServError)
         if is_ours:
-            error = self._exchange.explain(exc)
+            error = exchange.explain(exc)
         else:
             # An interrupt, or what a signal handler raised.
             error = APIConnectionError("reading was interrupted")
         self._state = "failed"
-        self._exchange.close()
-        self._exchange.complete_error(error)
-        answer = self._exchange.assembler.build(
-            True, self._exchange.redact_text)
-        error.reply = Reply(answer, self._exchange.clean_headers(),
-                            self._elapsed, True, self._exchange.retries)
+        exchange.close()
+        exchange.complete_error(error)
+        error.reply = exchange.build_partial_reply()
         self._error = copy.copy(error)  # all of it but its traceback
         return error if is_ours else exc
 
@@ -1316,6 +1271,10 @@ BOM = b"\xef\xbb\xbf"
 DONE: JSONDict = {"[DONE]": True}   # compared with "is"
 
 
+class EventTooLarge(ValueError):
+    """An event is larger than MAX_BODY bytes."""
+
+
 def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
     """Yield the ``(event, data)`` pairs of a stream of server-sent events.
 
@@ -1339,7 +1298,7 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
             continue
         size += len(line)
         if size > MAX_BODY:
-            raise ValueError(f"larger than {MAX_BODY} bytes")
+            raise EventTooLarge(f"larger than {MAX_BODY} bytes")
         field, _, value = line.partition(b":")
         if value.startswith(b" "):
             value = value[1:]
@@ -1383,7 +1342,7 @@ def iter_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
             pieces.append(rest)
             size += len(rest)
             if size > MAX_BODY:
-                raise ValueError(f"larger than {MAX_BODY} bytes")
+                raise EventTooLarge(f"larger than {MAX_BODY} bytes")
 
 
 def parse_events(name: str, data: str) -> list[JSONDict]:
@@ -2707,14 +2666,14 @@ class Exchange:
         self.at_end = False             # the body was read to its end
         self.released = False           # the connection is another call's
         self.answer: JSONDict = {}      # unless it is a stream
-        # Of a stream: what puts it together, and its (event, data) pairs.
+        # Of a stream: what puts it together, and its decoded events.
         # iter_stream() replaces the first if the answer is plain JSON.
         self.assembler: Assembler
         if request.endpoint == "chat":
             self.assembler = ChatAssembler(request.choices)
         else:
             self.assembler = MessagesAssembler()
-        self.events: Iterator[tuple[str, str]] = iter(())
+        self.events: Iterator[JSONDict] = iter(())
 
     def run(self) -> ServError | None:
         """Send the request and read the answer; of a stream, its head.
@@ -2783,6 +2742,17 @@ class Exchange:
         return Reply(self.answer, self.get_headers(), self.elapsed,
                      retries=self.retries)
 
+    def build_reply(self) -> Reply:
+        """Return what has arrived of a stream."""
+        partial = not self.assembler.whole
+        return Reply(self.assembler.build(partial), self.get_headers(),
+                     self.elapsed, partial, self.retries)
+
+    def build_partial_reply(self) -> Reply:
+        """Return what had arrived of a stream that failed, without the key."""
+        return Reply(self.assembler.build(True, self.redact_text),
+                     self.clean_headers(), self.elapsed, True, self.retries)
+
     def begin_stream(self) -> None:
         """Prepare the reading of a stream."""
         labelled = (self.get_headers().get_content_type()
@@ -2794,11 +2764,11 @@ class Exchange:
             if first is not None:
                 self.events = itertools.chain([first], self.events)
 
-    def iter_stream(self, labelled: bool) -> Iterator[tuple[str, str]]:
-        """Yield the ``(event, data)`` pairs of a stream.
+    def iter_stream(self, labelled: bool) -> Iterator[JSONDict]:
+        """Yield the decoded events of a stream.
 
-        Some servers answer with plain JSON instead.  That is one event, and
-        a WholeAnswer takes the place of what puts streams together.
+        Some servers answer with plain JSON instead.  Then the whole answer is
+        one event, and a WholeAnswer takes the place of the assembler.
         """
         chunks = self.iter_body()
         head = b""
@@ -2808,17 +2778,33 @@ class Exchange:
             kind = find_body_type(head)
             if kind is not None:
                 break
-        if kind is None and labelled:
-            kind = "events"     # none at all
-        if kind == "events":
-            try:
-                yield from iter_events(itertools.chain([head], chunks))
-            except ValueError as exc:
-                raise APIResponseError(f"a broken event: {exc}")
+        if kind == "events" or (kind is None and labelled):
+            yield from self.iter_decoded(itertools.chain([head], chunks))
         else:
-            data = self.read_body(head, chunks)
-            self.assembler = WholeAnswer(self.parse_answer(data))
-            yield "message", decode_body(data)
+            answer = self.parse_answer(self.read_body(head, chunks))
+            self.assembler = WholeAnswer(answer)
+            self.elapsed = time.monotonic() - self.started
+            yield answer
+
+    def iter_decoded(self, chunks: Iterator[bytes]) -> Iterator[JSONDict]:
+        """Yield the decoded events up to the last one of the format."""
+        try:
+            for name, data in iter_events(chunks):
+                for event in parse_events(name, data):
+                    now = time.monotonic()
+                    if now >= self.deadline:
+                        raise APITimeoutError("an event came too late")
+                    self.elapsed = now - self.started
+                    if event is DONE:
+                        self.assembler.add(DONE)
+                        return      # what stands behind it does not count
+                    if find_error(event, name) is not None:
+                        raise self.build_status_error(event)
+                    yield event
+                    if self.assembler.done:
+                        return
+        except EventTooLarge as exc:
+            raise APIResponseError(f"a broken event: {exc}")
 
     def iter_body(self) -> Iterator[bytes]:
         """Yield the bytes of the body as they come, up to its proven end."""
@@ -2984,8 +2970,8 @@ class Exchange:
         if not self.released:
             self.connection.hang_up()
 
-    def wake(self) -> None:
-        """End a wait in another thread."""
+    def end_wait(self) -> None:
+        """End a wait in another thread, which then finds the end."""
         if self.connection.wire is not None and not self.released:
             self.connection.wire.hang_up()
 
