@@ -976,12 +976,16 @@ def parse_json(text: str) -> JSON:
     """
     if is_too_deep(text):
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    text = text.strip(" \t\r\n")
+    reason = "Extra data"
     try:
-        return _decoder.decode(text)
-    except ValueError as exc:
-        # Only a JSONDecodeError has msg.  The other ValueError is int()'s, of
-        # a number with more than 4,300 digits.
-        reason = getattr(exc, "msg", "a number is too long")
+        value, end = _decoder.raw_decode(text)
+        if end == len(text):
+            return value
+    except json.JSONDecodeError as exc:
+        reason = exc.msg
+    except ValueError:      # of int()
+        reason = "a number is too long"
     # Raised here, not above: the decoder's error would become the context of
     # this one, and it holds the text, with whatever is in it.
     raise ValueError(f"not JSON: {reason}")
@@ -1048,10 +1052,10 @@ def get_dicts(data: JSON, name: str) -> list[JSONDict]:
     return [entry for entry in value if isinstance(entry, dict)]
 
 
-def get_str(data: JSONDict, name: str) -> str | None:
+def get_str(data: JSON, name: str) -> str | None:
     """Return a field that is a str with something in it, else None."""
-    value = data.get(name)
-    return value if value and isinstance(value, str) else None
+    value = data.get(name) if isinstance(data, dict) else None
+    return value if isinstance(value, str) and value else None
 
 
 def find_text(content: JSON) -> str:
@@ -1114,22 +1118,25 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
         if choice.get("error"):                 # OpenRouter
             return choice["error"]
         reason = choice.get("finish_reason")
-        if isinstance(reason, str) and FAILED.search(reason):
-            return {"message": "the answer ended with " + reason}
+        if reason and FAILED.search(str(reason)):
+            return {"message": f"the answer ended with {reason}"}
     return None
 
 
 def find_bare_error(answer: JSONDict) -> JSON:
     """Return an error that stands where an answer should be, or None."""
+    errors = answer.get("errors")       # Cloudflare
+    # "message": DashScope; "detail": FastAPI.
+    text = answer.get("message") or answer.get("detail")
+    if not isinstance(text, (str, list)):
+        text = None
+    if not errors and not text:
+        return None
+    # Without a type it is an error.  With another type it is a notice, such
+    # as {"type": "ping", "message": "still here"}.
     kind = str(answer.get("type") or "error")
-    is_error_type = kind.lower().endswith("error") or kind in STATUS_OF_TYPE
-    if not is_error_type:
-        return None     # a notice, such as {"type": "ping", "message": ...}
-    if answer.get("errors"):                    # Cloudflare
-        return answer["errors"]
-    for name in ("message", "detail"):          # DashScope, FastAPI
-        if answer.get(name) and isinstance(answer[name], (str, list)):
-            return answer
+    if kind.lower().endswith("error") or kind in STATUS_OF_TYPE:
+        return errors or answer
     return None
 
 
@@ -1320,24 +1327,25 @@ def iter_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     first = True
     after_cr = False            # the last chunk ended with CR
     for chunk in chunks:
-        if not chunk:
-            continue
         if after_cr and chunk.startswith(b"\n"):
             chunk = chunk[1:]
+            after_cr = False
+        if not chunk:
+            continue
         after_cr = chunk.endswith(b"\r")
-        if b"\r" in chunk:
-            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        lines = chunk.split(b"\n")
-        rest = lines.pop()
-        if lines:
-            if pieces:
-                lines[0] = b"".join(pieces) + lines[0]
-                pieces, size = [], 0
-            if first:
-                first = False
-                if lines[0].startswith(BOM):
-                    lines[0] = lines[0][len(BOM):]
-            yield from lines
+        # Unlike those of a str, the lines of bytes end only as said above.
+        lines = chunk.splitlines()
+        rest = b""
+        if not chunk.endswith((b"\n", b"\r")):
+            rest = lines.pop()
+        if lines and pieces:
+            lines[0] = b"".join(pieces) + lines[0]
+            pieces, size = [], 0
+        if lines and first:
+            first = False
+            if lines[0].startswith(BOM):
+                lines[0] = lines[0][len(BOM):]
+        yield from lines
         if rest:
             pieces.append(rest)
             size += len(rest)
@@ -1563,15 +1571,15 @@ def add_text(target: JSONDict, name: str, value: JSON,
     :raise APIResponseError: the field was text, and the value is neither.
     """
     old = target.get(name)
-    if is_empty(value):
-        put(target, name, value)
-    elif isinstance(value, str) and not isinstance(old, GrowingList):
+    if isinstance(value, str) and value and not isinstance(old, GrowingList):
         if not isinstance(old, GrowingText):
             old = GrowingText(old if isinstance(old, str) else "")
             target[name] = old
         old.pieces.append(value)
         if shown is not None:
             shown.add(old, value)
+    elif is_empty(value):
+        put(target, name, value)
     elif isinstance(value, (str, list)):
         if not isinstance(old, GrowingList):
             target[name] = GrowingList()
@@ -1767,19 +1775,21 @@ class ChatChoice:
             # repeats them (Perplexity).
             delta = expect_dict(choice, "message")
         self.add_delta(delta)
-        for name, value in choice.items():
-            if name == "finish_reason":
+        fields = dict(choice)
+        for name in ("index", "delta", "message"):
+            fields.pop(name, None)
+        if isinstance(fields.get("logprobs"), dict):
+            self.add_logprobs(fields.pop("logprobs"))
+        if fields != self.fields:   # for speed, as above
+            for name, value in fields.items():
                 put(self.fields, name, value)
-                self.finished = self.finished or bool(value)
-            elif name == "logprobs" and isinstance(value, dict):
-                self.add_logprobs(value)
-            elif name not in ("index", "delta", "message"):
-                put(self.fields, name, value)
+        if fields.get("finish_reason"):
+            self.finished = True
 
     def add_delta(self, delta: JSONDict) -> None:
         """Add to the message."""
         for name, value in delta.items():
-            if name != "role" and not is_empty(value):
+            if value and name != "role":
                 self.begun = True
                 self.finished = False
             if name == "content":
