@@ -56,7 +56,7 @@ import json
 import os
 import random
 import re
-import selectors
+import select
 import socket
 import ssl
 import sys
@@ -251,8 +251,9 @@ STATUS_OF_TYPE = {
     "insufficient_quota": 429, "api_error": 500, "server_error": 500,
     "timeout_error": 504, "overloaded_error": 529}
 
-ADVICE = {401: " (check the key)", 402: " (add credits)",
-          404: " (check the model and the URL)"}
+# What the text of an error adds to the server's message.
+ADVICE = {401: "check the key", 402: "add credits",
+          404: "check the model and the URL"}
 
 
 # ---------------------------------------------------------------------------
@@ -422,6 +423,12 @@ class Reply(dict):  # type: ignore[type-arg]
     def __str__(self) -> str:
         return self.text
 
+    if not TYPE_CHECKING:   # a type checker finds such mistakes by itself
+        def __getattr__(self, name):
+            raise AttributeError(
+                f"a Reply has no attribute {name!r}: it is a dict, as in "
+                "reply['usage'], with attributes such as reply.text")
+
     @property
     def message(self) -> JSONDict:
         """The assistant entry to append to ``messages`` for the next turn."""
@@ -545,6 +552,12 @@ class Stream:
 
     def __del__(self) -> None:
         self.close()
+
+    if not TYPE_CHECKING:
+        def __getattr__(self, name):
+            raise AttributeError(
+                f"a Stream has no attribute {name!r}: it is an iterator of "
+                "text, and stream.reply is the answer")
 
     def __next__(self) -> str:
         """Return the next piece of text; raise as ``events()`` does."""
@@ -760,22 +773,25 @@ def build_body(endpoint: str, streaming: bool, messages: Messages,
     if system is not None:
         check_messages("system", system)
     model = model or os.environ.get("SERV_MODEL")
-    if not model or not isinstance(model, str):
+    if not model:
         raise ValueError("model: pass model=... or set SERV_MODEL")
+    if not isinstance(model, str):
+        raise TypeError("model: expected a str")
     entries: list[Mapping[str, JSON]] = (
         [{"role": "user", "content": messages}]
         if isinstance(messages, str) else list(messages))
     body: JSONDict = {"model": model, "messages": entries}
     if endpoint == "messages":
-        found = has_text(system)
+        if not has_text(system):
+            raise ValueError("a system prompt is required: pass system=... "
+                             "(a system entry in messages does not count)")
         body["system"] = system
     else:
         if system:
             entries.insert(0, {"role": "system", "content": system})
-        found = any(has_text(entry.get("content")) for entry in entries
-                    if entry.get("role") in ("system", "developer"))
-    if not found:
-        raise ValueError("a system prompt is required: pass system=...")
+        if not any(has_text(entry.get("content")) for entry in entries
+                   if entry.get("role") in ("system", "developer")):
+            raise ValueError("a system prompt is required: pass system=...")
     body.update(params)
     if streaming:
         body["stream"] = True
@@ -803,13 +819,13 @@ def check_messages(name: str, value: JSON) -> None:
     """Refuse what is neither a str nor a list of dicts."""
     if isinstance(value, str):
         return
-    wrong = TypeError(f"{name}: expected a str or a list of dicts (for the "
-                      "next turn, append reply.message, not the reply)")
-    if not isinstance(value, (list, tuple)):
-        raise wrong
-    for entry in value:
-        if not isinstance(entry, dict) or isinstance(entry, Reply):
-            raise wrong
+    entries = value if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(entry, Reply) for entry in entries):
+        raise TypeError(f"{name}: append reply.message, not the reply itself")
+    if entries is not value or not all(isinstance(entry, dict)
+                                       for entry in entries):
+        raise TypeError(f"{name}: expected a str or a list of dicts (for an "
+                        "object of an SDK, its .model_dump())")
 
 
 def has_text(content: JSON) -> bool:
@@ -998,19 +1014,21 @@ def is_too_deep(text: str) -> bool:
     """
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return False
-    # Brackets in strings do not count.  First the escaped backslashes go,
-    # then the escaped quotes.  Of what is left, every second part between
-    # quotes is a string; the others are kept:
-    # {"a]": ["b"]} has the parts {   a]   : [   b   ]}
-    parts = text.replace("\\\\", "").replace('\\"', "").split('"')
     depth = 0
-    for bracket in re.sub(r"[^\[\]{}]+", "", "".join(parts[::2])):
-        if bracket in "]}":
+    in_string = False
+    # The tokens are escapes, such as \\" in a string; quotes; and brackets.
+    for match in re.finditer(r'\\.|["\[\]{}]', text, re.DOTALL):
+        token = match.group()
+        if token == '"':
+            in_string = not in_string
+        elif in_string:
+            pass
+        elif token in "[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                return True
+        elif token in "]}":
             depth -= 1
-            continue
-        depth += 1
-        if depth > MAX_DEPTH:
-            return True
     return False
 
 
@@ -2131,10 +2149,6 @@ def expect_list(data: JSONDict, name: str) -> list[JSON]:
 # answer; send_request(), which tries exchanges until one is good.
 # ---------------------------------------------------------------------------
 
-# poll() where there is one: select() cannot take descriptors above 1,023.
-_Selector: type[selectors.BaseSelector] = getattr(
-    selectors, "PollSelector", selectors.SelectSelector)
-
 # What is set on every socket, where the system has it: send at once; probe a
 # silent connection; take a dead path for lost (in milliseconds).
 SOCKET_OPTIONS = [
@@ -2148,9 +2162,9 @@ SOCKET_OPTIONS = [
 class DeadlineSocket(socket.socket):
     """A socket in which every wait ends with a deadline.
 
-    Beneath, it does not block: a wait is a poll() of its own.  So no timeout
-    of the socket module can be mistaken for an exception that a caller's
-    signal handler raised.
+    Beneath, it does not block, and waits by poll().  So no timeout of the
+    socket module can be mistaken for an exception that a caller's signal
+    handler raised.
     """
 
     # These are set after construction: SSLContext.wrap_socket() makes its
@@ -2160,46 +2174,45 @@ class DeadlineSocket(socket.socket):
     answered = False    # a byte has come since this was set to False
     ended = False       # the other side has closed it
 
-    def check(self) -> None:
-        """Raise if the deadline is reached, or after a fork."""
-        if self.owner != os.getpid():
-            # Parent and child would each read parts of one answer.
-            raise APIConnectionError("the connection was opened before a fork")
-        if time.monotonic() >= self.deadline:
-            # While connecting, the deadline is often nearer than that of the
-            # call.  If it is that, explain() makes an APITimeoutError of this.
-            raise APIConnectionError("connecting took too long")
+    def check(self) -> float:
+        """Return the seconds left.
 
-    def wait(self, event: int) -> None:
+        :raise OSError: none is left; ``errno`` is ETIMEDOUT.
+        :raise APIConnectionError: this is a child of the process that opened
+            it.  Parent and child would each read parts of one answer.
+        """
+        if self.owner != os.getpid():
+            raise APIConnectionError("the connection was opened before a fork")
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        return left
+
+    def wait(self, writing: bool) -> None:
         """Wait until the socket can be read, or written."""
-        with _Selector() as selector:
-            selector.register(self, event)
-            while True:
-                self.check()
-                left = self.deadline - time.monotonic()
-                if selector.select(min(max(left, 0.0), WAIT_SLICE)):
-                    return
+        while not is_ready(self, writing, min(self.check(), WAIT_SLICE)):
+            pass
 
     def when_ready(self, operation: Callable[..., Any], *args: Any,
-                   event: int = selectors.EVENT_READ) -> Any:
+                   writing: bool = False) -> Any:
         """Return what an operation returns, once it need not wait."""
         while True:
             self.check()
             try:
                 return operation(*args)
             except BlockingIOError:
-                needed = event
+                pass
             except ssl.SSLWantReadError:
-                needed = selectors.EVENT_READ
+                writing = False
             except ssl.SSLWantWriteError:
-                needed = selectors.EVENT_WRITE
-            self.wait(needed)
+                writing = True
+            self.wait(writing)
 
     def connect(self, address: Any) -> None:
         """Connect; raise OSError if that fails."""
         code = self.connect_ex(address)
         if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
-            self.wait(selectors.EVENT_WRITE)
+            self.wait(writing=True)
             code = self.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             raise OSError(code, os.strerror(code))
@@ -2218,7 +2231,7 @@ class DeadlineSocket(socket.socket):
         view = memoryview(data)
         while view:
             size = self.when_ready(super().send, view[:READ_SIZE],
-                                   event=selectors.EVENT_WRITE)
+                                   writing=True)
             view = view[size:]
 
     def has_input(self) -> bool:
@@ -2246,6 +2259,17 @@ class TLSSocket(DeadlineSocket, ssl.SSLSocket):  # type: ignore[misc]
     In the methods above, super() of a TLSSocket is SSLSocket, the next class
     in its method resolution order.
     """
+
+
+def is_ready(sock: socket.socket, writing: bool, seconds: float) -> bool:
+    """Wait for some seconds at most; return whether a socket is ready."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(sock, select.POLLOUT if writing else select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+    # Windows.  There, a connection that is refused is an exceptional socket.
+    read, write = ([], [sock]) if writing else ([sock], [])
+    return any(select.select(read, write, write, seconds))
 
 
 def open_socket(host: str, port: int, deadline: float) -> DeadlineSocket:
@@ -2889,7 +2913,9 @@ class Exchange:
         what = fields["type"] or http.client.responses.get(status, "")
         if not known:
             what = "error in a 200 answer"
-        why = (fields["message"] or "no message") + ADVICE.get(status, "")
+        why = fields["message"] or "no message"
+        if status in ADVICE:
+            why = f"{why.rstrip('.')}; {ADVICE[status]}"
         if 300 <= status < 400:
             why = f"not following to {headers.get('location')}; set base_url"
         kind: type[APIStatusError] = (
@@ -3025,7 +3051,7 @@ def warn(text: str) -> None:
 
 # ---------------------------------------------------------------------------
 # Command line.  The answer goes to standard output, everything else to
-# standard error.  No option takes the key.
+# standard error.  There is no option for the key.
 # ---------------------------------------------------------------------------
 
 HELP = """\
@@ -3142,27 +3168,20 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     import argparse
 
     class Parser(argparse.ArgumentParser):
+        """A parser that raises, and shows no value: it may be a key."""
+
         def error(self, message: str) -> NoReturn:
-            # What argparse quotes may be a key: show only what is before.
-            #   argument -n/--max-tokens: invalid int value: 'sk-...'
-            #   unrecognized arguments: --api-key=sk-...
-            words = message.split(": ")
-            shown = words[0]
-            if shown.startswith("argument"):
-                shown += ": " + re.split(" ['\"]", words[1])[0]
-            # Of options that are unknown, the names: --word, -x.
-            names = re.findall(r"(?:--[a-z-]+|-[a-z])(?=[=\s]|$)", words[-1])
-            if shown == "unrecognized arguments" and names:
-                shown += ": " + " ".join(names)
-            raise ValueError(shown + "; see --help")
+            # Such as: argument --json: ignored explicit argument 'sk-...'
+            shown = re.split("['\"]", message)[0].strip()
+            raise ValueError(f"{shown}; see --help")
 
     parser = Parser(usage="", add_help=False, allow_abbrev=False)
     add = parser.add_argument
     add("prompt", nargs="*")
     add("-m", "--model")
     add("-s", "--system", default="You are a helpful assistant.")
-    add("-e", "--endpoint", choices=list(PATHS), default="chat")
-    add("-n", "--max-tokens", type=int)
+    add("-e", "--endpoint", default="chat")
+    add("-n", "--max-tokens")
     add("-o", "--option", action="append", default=[])
     add("-H", "--header", action="append", default=[])
     add("--no-stream", action="store_true")
@@ -3173,7 +3192,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("-h", "--help", action="store_true")
     # argparse drops "--" in another way in each Python.
     end = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_intermixed_args(argv[:end])
+    args, unknown = parser.parse_known_intermixed_args(argv[:end])
+    if unknown:
+        # Of --name=VALUE and -xVALUE, only the name.
+        name = re.findall("^--[A-Za-z_-]+|^-[A-Za-z]|$", unknown[0])[0]
+        raise ValueError(f"unrecognized option {name}; see --help")
+    if args.endpoint not in PATHS:
+        raise ValueError("-e: expected chat or messages")
+    if args.max_tokens is not None:
+        if not args.max_tokens.isdecimal():
+            raise ValueError("-n: expected a whole number")
+        args.max_tokens = int(args.max_tokens)
     args.use_stdin = "-" in args.prompt
     args.prompt = [word for word in args.prompt if word != "-"]
     args.prompt += argv[end + 1:]

@@ -6477,14 +6477,16 @@ def test_the_version_is_printed_without_a_call(cli, fake):
 # -- Exit status 2: wrong usage, said in words of the command line ------------
 
 @pytest.mark.parametrize("argv, says", [
-    (["--api-key=" + SECRET], "unrecognized"),
-    (["--api-key", SECRET], "unrecognized"),
-    (["--modle=" + SECRET], "unrecognized"),
-    (["-k" + SECRET], "unrecognized"),
+    (["--api-key=" + SECRET], "unrecognized option --api-key"),
+    (["--api-key", SECRET], "unrecognized option --api-key"),
+    (["--modle=" + SECRET], "unrecognized option --modle"),
+    (["-k" + SECRET], "unrecognized option -k"),
     (["--json=" + SECRET], "--json"),
-    (["--no=" + SECRET], "unrecognized"),
-    (["-e", SECRET], "-e"),
-    (["-n", SECRET], "-n"),
+    (["--max_tokens", "9"], "unrecognized option --max_tokens"),
+    (["--no=" + SECRET], "unrecognized option --no"),
+    (["-e", SECRET], "-e: expected chat or messages"),
+    (["-n", SECRET], "-n: expected a whole number"),
+    (["-n", "1.5"], "-n: expected a whole number"),
     (["-n"], "-n"),
     (["-s", ""], "-s"),
     (["-o", SECRET], "-o"),
