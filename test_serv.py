@@ -1613,6 +1613,12 @@ def test_a_tool_round_trip(calls, options, result, entry, streamed, fake):
 
 # -- Odd answers break no view ------------------------------------------------
 
+@pytest.mark.parametrize("name", ["choices", "content", "model_dump"])
+def test_a_reply_that_is_used_as_an_object_says_that_it_is_a_dict(name):
+    with pytest.raises(AttributeError, match="%r: it is a dict" % name):
+        getattr(serv.Reply(REPLY), name)
+
+
 @pytest.mark.parametrize("usage, seen", [
     ({"total_tokens": 0}, {"total_tokens": 0}), ({}, {}), (None, {}),
     ([], {}), (3, {})], ids=repr)
@@ -1727,6 +1733,16 @@ NO_PROMPTS = {
 def test_no_system_prompt_is_refused(endpoint, system, messages):
     with pytest.raises(ValueError, match="system prompt.*system="):
         build(endpoint, system=system, messages=messages)
+
+
+def test_a_system_entry_of_messages_does_not_count_and_the_error_says_so():
+    with pytest.raises(ValueError, match="entry in messages does not count"):
+        build("messages", system=None, messages=[SYSTEM_ENTRY, ASKED])
+
+
+def test_a_model_is_a_str():
+    with pytest.raises(TypeError, match="model: expected a str"):
+        build(model=5)
 
 
 @pytest.mark.parametrize("name", ["messages", "system"])
@@ -3768,6 +3784,14 @@ def test_stream_a_call_of_a_cut_stream_never_looks_finished(
         with pytest.raises(serv.APIConnectionError) as caught:
             next(source)
     assert caught.value.reply.tool_calls == calls
+
+
+@pytest.mark.parametrize("name", ["text_stream", "get_final_message", "usage"])
+def test_a_stream_that_is_used_as_an_sdks_says_what_it_is(name, fake):
+    stream = open_stream(fake)
+    with pytest.raises(AttributeError, match="%r: it is an iterator" % name):
+        getattr(stream, name)
+    stream.close()
 
 
 # -- close(), and interrupts --------------------------------------------------
