@@ -7239,7 +7239,7 @@ def test_readme_blocks_are_told_apart():
 def test_readme_lines_at_the_top_lead_to_the_fake_also_with_a_proxy(reader):
     if not os.path.exists(os.path.join(reader.folder, "test_serv.py")):
         pytest.skip("test_serv.py is not beside serv.py")
-    lines = find_block("From Python", 1)
+    lines = find_block("serv.py")
     code = lines + find_block("A conversation") + find_block("Messages")
     assert reader.run(sys.executable, "-c", code, env=reader.bare) == (
         'You said: "What is my name?"\n' + 'You said: "Hello!"\n' * 2
@@ -7402,6 +7402,19 @@ def test_readme_batch_stops_where_every_call_fails(status, kind, tmp_path,
             run_here(code, server, monkeypatch)
         assert len(server.requests) < 200
     assert (tmp_path / "answers.jsonl").read_bytes() == b""
+
+
+@needs_readme
+def test_readme_batch_stops_where_there_is_no_server(tmp_path, monkeypatch,
+                                                     capsys):
+    monkeypatch.chdir(tmp_path)
+    code = find_block("From one call to a million").replace(
+        "range(20)", "range(200)").replace("max_retries=8", "max_retries=0")
+    with Server(service) as server:
+        pass
+    with pytest.raises(SystemExit, match="stopped: no call would succeed"):
+        run_here(code, server, monkeypatch)
+    assert capsys.readouterr().out.count("failed: no answer: ") < 200
 
 
 @needs_readme
@@ -7597,13 +7610,24 @@ def test_readme_errors_have_the_real_statuses():
 
 
 @needs_readme
+def test_readme_shows_an_error_as_it_looks(shared):
+    [line] = re.findall(r"<!-- an error -->\n(?:<.*>\n)?```text\n(.*)\n",
+                        README)
+    with pytest.raises(serv.AuthenticationError) as caught:
+        serv.chat("Hello!", system="s", api_key="not-a-key")
+    assert str(caught.value).replace(
+        os.environ["SERV_BASE_URL"], serv.BASE_URL).replace(
+            caught.value.request_id, "7f9c2c1e") == line
+
+
+@needs_readme
 def test_readme_first_screen_answers_the_first_questions():
     screen = README[:README.index("The tests need pytest")]
-    assert len(screen.splitlines()) <= 55
+    assert len(screen.splitlines()) <= 65
     assert [block.code.split("#")[0].strip()
             for block in parse_blocks(screen)] == [
-        'python3 test_serv.py "Hello!"', "export SERV_API_KEY=your-key",
-        'python3 serv.py "Hello!"']
+        'python3 test_serv.py "Hello!"', find_block("serv.py").strip(),
+        "export SERV_API_KEY=your-key", 'python3 serv.py "Hello!"']
     for name in "import", "memory":
         [row] = re.findall(r"^\| %s.*\|$" % name, README, re.M)
         ours, _, openai, anthropic = [
