@@ -879,19 +879,17 @@ def build_url(text: str) -> Address:
         raise ValueError(wrong)
     # Before 3.11, urlsplit() accepts a name in brackets, http://[host], and
     # a port of Arabic digits, http://host:\u0668\u0660.
-    in_brackets = "[" in parts.netloc
-    odd_digits = [char for char in text
-                  if char.isdigit() and not char.isascii()]
-    if odd_digits or in_brackets != (":" in host):
+    if "[" in parts.netloc and ":" not in host:
+        raise ValueError(wrong)
+    if any(char.isdigit() and not char.isascii() for char in text):
         raise ValueError(wrong)
     path = parts.path.rstrip("/")
     if path.endswith("/v1"):
         path = path[:-len("/v1")].rstrip("/")
-    netloc = parts.netloc
-    if not host.isascii():
-        netloc = ascii_host if port is None else f"{ascii_host}:{port}"
-    scheme = text.partition("://")[0]   # as it is written: HTTPS, too
-    url = f"{scheme}://{netloc}{path}"
+    netloc = f"[{host}]" if ":" in host else ascii_host
+    if port is not None:
+        netloc = f"{netloc}:{port}"
+    url = f"{parts.scheme}://{netloc}{path}"
     if not url.isascii():
         raise ValueError(wrong)
     tls = parts.scheme == "https"

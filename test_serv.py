@@ -1897,7 +1897,7 @@ def test_white_space_around_a_base_url_is_dropped(blanks, monkeypatch):
     ("http://h", ("http://h", False, "h", 80)),
     ("https://h/v1/", ("https://h", True, "h", 443)),
     ("http://h:8/a/v1", ("http://h:8/a", False, "h", 8)),
-    ("https://h:/a", ("https://h:/a", True, "h", 443)),
+    ("https://h:/a", ("https://h/a", True, "h", 443)),
     ("http://[::1]:8", ("http://[::1]:8", False, "::1", 8)),
     ("https://[fe80::1%lo]:8/v1",
      ("https://[fe80::1%lo]:8", True, "fe80::1%lo", 8)),
