@@ -1572,43 +1572,49 @@ def add_entry(entry: JSONDict, piece: JSONDict,
         if name == "text" and kind in ("text", "output_text"):
             add_text(entry, name, value, shown)
         elif name in ENTRY_TEXTS or isinstance(value, list):
-            add_text(entry, name, value)
+            add_text_or_list(entry, name, value)
         else:
             put(entry, name, value)
 
 
 def add_text(target: JSONDict, name: str, value: JSON,
              shown: ShownText | None = None) -> None:
-    """Add a piece to a text field, or to a list that comes in pieces.
+    """Add a piece to a text field.
 
-    Some servers send a list of parts for a text.  Magistral sends parts,
-    then texts: such a text is one more part.
-
-    :raise APIResponseError: the field was text, and the value is neither.
+    :raise APIResponseError: the field was text, and the piece is not.
     """
     old = target.get(name)
-    if isinstance(value, str) and value and not isinstance(old, GrowingList):
+    if isinstance(value, str) and (value or old is None):
         if not isinstance(old, GrowingText):
             old = GrowingText(old if isinstance(old, str) else "")
             target[name] = old
         old.pieces.append(value)
         if shown is not None:
             shown.add(old, value)
-    elif is_empty(value):
-        put(target, name, value)
-    elif isinstance(value, (str, list)):
-        if not isinstance(old, GrowingList):
-            target[name] = GrowingList()
-            if isinstance(old, GrowingText):
-                target[name].entries.append({"type": "text", "text": old})
-        if isinstance(value, str):
-            value = [{"type": "text", "text": value}]
-        target[name].add(value, shown)
-    elif isinstance(old, GrowingText):
+    elif isinstance(old, GrowingText) and not is_empty(value):
         raise APIResponseError(f"a broken event: {name} was text and is now "
                                f"{type(value).__name__}")
     else:
         put(target, name, value)
+
+
+def add_text_or_list(target: JSONDict, name: str, value: JSON,
+                     shown: ShownText | None = None) -> None:
+    """Add to a text field, or to a list that some servers send in its place.
+
+    Magistral sends a list of parts, then texts: such a text is one more part.
+    """
+    old = target.get(name)
+    if isinstance(old, GrowingList) and isinstance(value, str) and value:
+        value = [{"type": "text", "text": value}]
+    if isinstance(value, list) and value:
+        if not isinstance(old, GrowingList):
+            target[name] = GrowingList()
+            if isinstance(old, GrowingText) and old.get():
+                target[name].entries.append({"type": "text", "text": old})
+        target[name].add(value, shown)
+    else:
+        add_text(target, name, value, shown)
 
 
 def add_object(target: JSONDict, name: str, piece: JSONDict) -> None:
@@ -1635,8 +1641,7 @@ def put(target: JSONDict, name: str, value: JSON) -> None:
     """Set a field.  An empty value never erases; objects are merged."""
     old = target.get(name)
     if is_empty(value):
-        if old is None:
-            target[name] = value
+        target.setdefault(name, value)
     elif isinstance(old, dict) and isinstance(value, dict):
         for key, entry in value.items():
             put(old, key, entry)
@@ -1809,15 +1814,15 @@ class ChatChoice:
                 self.begun = True
                 self.finished = False
             if name == "content":
-                add_text(self.message, name, value, self.shown)
+                add_text_or_list(self.message, name, value, self.shown)
             elif name == "tool_calls":
                 for piece in expect_list(delta, name):
                     if isinstance(piece, dict):
                         self.add_call(piece)
             elif name == "refusal" or name in REASONING_TEXTS:
-                add_text(self.message, name, value)
+                add_text_or_list(self.message, name, value)
             elif isinstance(value, list):
-                add_text(self.message, name, value)
+                add_text_or_list(self.message, name, value)
             elif name in ("audio", "function_call") and isinstance(value,
                                                                    dict):
                 add_object(self.message, name, value)
