@@ -95,15 +95,15 @@ USER_AGENT = f"serv.py/{__version__} Python/{sys.version.split()[0]}"
 TIMEOUT = 600.0         # of a whole call; answers of 298 s have been seen
 MAX_TIMEOUT = 86400.0   # the largest timeout that a call accepts: a day
 CONNECT_TIMEOUT = 10.0  # to connect to one address, and for a TLS handshake
-CLOCK_ERROR = 0.02      # a clock may tick only every 16 ms (Windows): a
-                        # failure this close to the deadline is a timeout
+CLOCK_ERROR = 0.02      # a failure this close to the deadline is a timeout:
+                        # a clock may tick only every 16 ms (Windows)
 WAIT_SLICE = 1.0        # of one poll(): Ctrl-C does not end it on Windows
 KEEPALIVE = 60          # of silence before TCP probes the other side: some
                         # NATs forget a connection after 350 s
 DEAD_SECONDS = 30       # without acknowledgement of what was sent
 IDLE_SECONDS = 50.0     # of keeping a connection: load balancers drop it at 60
-STALE_SECONDS = 1.0     # in which the end of a reused connection shows that
-                        # the server closed it before the request came
+STALE_SECONDS = 1.0     # a reused connection that ends sooner, before a byte
+                        # of the answer, was closed before the request came
 LAST_CHUNK_SECONDS = 0.01   # to wait for the end of the last stream's body
 
 # Idle connections; the oldest are closed first.  Each takes one descriptor,
