@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 """A client for the SERV inference API in one file, without dependencies.
 
-Usage::
+It needs Python 3.8 or newer.  Usage::
 
     import serv                 # first: export SERV_API_KEY=... SERV_MODEL=...
 
@@ -19,7 +19,8 @@ from SERV_API_KEY and sends it in the Authorization header of the request to
 ``base_url``, and nowhere else.  This file writes it to no disk and no log,
 and removes it (a key of 8 characters or more, as it is) from the messages
 and attributes of errors.  Tools that record local variables, http.client's
-debuglevel and audit hooks of Python can still see it.  Redirects are not
+debuglevel and audit hooks of Python can still see it; so can whoever has
+recorded the traffic and the file that SSLKEYLOGFILE names.  Redirects are not
 followed.  Certificates are always checked.  A plain ``http://`` URL sends the
 key unencrypted.  No host is contacted except the one in ``base_url``, through
 your proxy if the environment names one.
@@ -96,7 +97,7 @@ TIMEOUT = 600.0         # of a whole call; answers of 298 s have been seen
 MAX_TIMEOUT = 86400.0   # the largest timeout that a call accepts: a day
 CONNECT_TIMEOUT = 10.0  # to connect to one address, and for a TLS handshake
 CLOCK_ERROR = 0.02      # a failure this close to the deadline is a timeout:
-                        # a clock may tick only every 16 ms (Windows)
+                        # Windows' clock ticks only every 16 ms
 WAIT_SLICE = 1.0        # of one poll(): Ctrl-C does not end it on Windows
 KEEPALIVE = 60          # of silence before TCP probes the other side: some
                         # NATs forget a connection after 350 s
@@ -104,15 +105,16 @@ DEAD_SECONDS = 30       # without acknowledgement of what was sent
 IDLE_SECONDS = 50.0     # of keeping a connection: load balancers drop it at 60
 STALE_SECONDS = 1.0     # a reused connection that ends sooner, before a byte
                         # of the answer, was closed before the request came
-LAST_CHUNK_SECONDS = 0.01   # to wait for the end of the last stream's body
+LAST_CHUNK_SECONDS = 0.01   # for the end of a stream's body to come, before
+                            # the next call uses its connection
 
 # Idle connections; the oldest are closed first.  Each takes one descriptor,
-# of which a process often has 1,024.  If more threads than this call in
-# step, some open a new connection each time.
+# of which a process often has 1,024.  If more threads than this make calls at
+# once, some calls open a new connection.
 MAX_IDLE = 256
 
-# Sizes, in bytes.  Decoded, JSON can take up to 80 times its size in memory
-# (a stream of nested empty dicts); a usual answer takes 3 to 10 times.
+# Sizes, in bytes.  Decoded, a usual answer takes 3 to 10 times its size in
+# memory, and the worst (nothing but empty dicts) 80 times.
 READ_SIZE = 1 << 16     # of one read or write
 MAX_BODY = 1 << 25      # of one JSON answer or one event: 32 MiB
 MAX_STREAM = 1 << 26    # of a whole stream: 64 MiB, ten times the longest
@@ -143,10 +145,10 @@ class ServError(Exception):
     reply: Reply | None = None
     request_id: str | None = None
     retries: int = 0
-    # Whether retry_wait() allows one more try.  It is true for an
-    # APIConnectionError, except a refused certificate, CA file or proxy
-    # login.  For an APIStatusError see is_worth_a_retry().  For the others it
-    # is false.  After a timeout no try follows: no time is left.
+    # Set where the error is made, and read by retry_wait() only.  It is true
+    # for an APIConnectionError, except a refused certificate, CA file or
+    # proxy login.  For an APIStatusError see is_worth_a_retry().  For the
+    # others it is false.  After a timeout no try follows: no time is left.
     _worth_a_retry: bool = False
 
 
@@ -284,10 +286,11 @@ def chat(messages: Messages, *, model: str | None = None,
         the system can end, nor the time to decode what has arrived.
     :param max_retries: how often a failed try is repeated.  Repeated are
         connection failures (except a refused certificate or proxy login),
-        408, 409, 429 (except ``insufficient_quota``) and 5xx.  The header
-        ``x-should-retry`` overrides this.  A retry may be billed.  One
-        resend is always allowed: if a reused connection turns out to be
-        closed, within a second and before a byte of the answer.
+        408, 409, 429 (except ``insufficient_quota``) and 5xx.  If an answer
+        has the header ``x-should-retry: true`` or ``false``, that decides.
+        A retry may be billed.  Even with 0, a request is sent once more if
+        it went out on a reused connection that turns out to be closed,
+        within a second and before a byte of the answer.
     :param headers: added to the request; they replace ours of the same
         name, in any case.  With an ``Authorization`` no key is needed.
     :param params: every other parameter goes into the JSON body untouched.
@@ -366,7 +369,8 @@ def stream(messages: Messages, *, endpoint: str = "chat",
 BLOCKED = re.compile(r"""
     filter              # content_filter, content_filter: RECITATION
   | refus               # refusal (Claude)
-  | safety | recitation | prohibited | block | spii     # Gemini: SAFETY ...
+  | safety | recitation | prohibited | block            # Gemini
+  | spii                # Gemini: sensitive personal information
   | sensitive           # GLM
   | guardrail           # Bedrock: guardrail_intervened
     # matches no: stop, end_turn, tool_calls, max_tokens, pause_turn
@@ -382,6 +386,9 @@ FAILED = re.compile(r"""
   | insufficient_system_resource    # DeepSeek
     # matches no: stop, length, content_filter
     """, re.VERBOSE | re.IGNORECASE)
+
+# The names under which vendors send reasoning.
+REASONING_TEXTS = ("thinking", "reasoning_content", "reasoning")
 
 
 # A typing.NamedTuple would be shorter, but typing is slow to import.
@@ -432,14 +439,13 @@ class Reply(dict):  # type: ignore[type-arg]
     @property
     def message(self) -> JSONDict:
         """The assistant entry to append to ``messages`` for the next turn."""
-        content = self.get("content")
-        if content is None:
-            content = ""
+        if "choices" not in self:       # the Messages format
+            return {"role": "assistant", "content": self.get("content") or ""}
         entries = [get_dict(choice, "message")
                    for choice in get_dicts(self, "choices")]
-        first = entries[0] if entries else {}
-        if not first:
-            first = {"role": "assistant", "content": content}
+        if not entries or not entries[0]:
+            return {"role": "assistant", "content": ""}
+        first = entries[0]
         # Some gateways split one answer: the text is in the first choice,
         # the calls in the next.
         for entry in entries[1:]:
@@ -618,8 +624,9 @@ class Stream:
             raise ValueError("another thread is reading this stream")
         try:
             if self._error is not None:
-                # A second loop must not look like an end.  A copy, because
-                # the traceback of each refers to this stream.
+                # A second loop must not look like an end.  A copy is raised:
+                # the traceback of an exception that was raised keeps this
+                # stream alive.
                 raise copy.copy(self._error)
             if self._state == "open":
                 return self._read()
@@ -642,12 +649,14 @@ class Stream:
         except BaseException as exc:
             failure = self._fail(exc)
         if failure is not None:
-            # Inside of "except", the exception of http.client, which may
-            # quote the key, would become the context of this one.
+            # It is raised here, because inside of "except" the exception of
+            # http.client, which may quote the key, would become its context.
             try:
                 raise failure
             finally:
-                del failure     # it refers to this frame, and this to it
+                # Its traceback refers to this frame.  If this frame referred
+                # to it, too, both would stay until the garbage collector.
+                del failure
         if self._state == "closed":
             return None, ""
         self._state = "ended"
@@ -660,22 +669,22 @@ class Stream:
         """Return what to raise for an exception; None if it does not count.
 
         It does not after close().  Nor does a failure of the network, or
-        silence until the deadline, once the answer is proven whole.  But an
-        event that comes after the deadline is lost, so that does count.  An
-        exception that is not of the call (an interrupt) is returned as it is.
+        silence until the deadline, once the answer is proven whole; except if
+        an event was lost, which had come after the deadline.
         """
         if self._state == "closed":
             return None
         exchange = self._exchange
-        lost_an_event = isinstance(exc, APITimeoutError)
-        if (exchange.assembler.whole and is_network_failure(exc)
-                and not lost_an_event):
+        is_network = is_network_failure(exc)
+        if (is_network and exchange.assembler.whole
+                and not exchange.lost_an_event):
             return None
-        is_ours = is_network_failure(exc) or isinstance(exc, ServError)
+        is_ours = is_network or isinstance(exc, ServError)
         if is_ours:
             error = exchange.explain(exc)
         else:
-            # An interrupt, or what a signal handler raised.
+            # An interrupt, or what a signal handler raised: it is raised as
+            # it is, and this error is for the next loop.
             error = APIConnectionError("reading was interrupted")
         self._state = "failed"
         exchange.close()
@@ -745,7 +754,8 @@ def build_request(endpoint: str, messages: Messages, *,
     if type(choices) is not int or choices < 1:
         choices = 1
     own_headers = build_headers(headers)
-    # The key comes last: no refusal above has it in a local variable.
+    # The environment's key is read last: the local variables of a refusal
+    # above do not hold it.
     authorization = own_headers.get("Authorization")
     if authorization is None:
         secret = build_key(api_key)
@@ -819,11 +829,10 @@ def check_messages(name: str, value: JSON) -> None:
     """Refuse what is neither a str nor a list of dicts."""
     if isinstance(value, str):
         return
-    entries = value if isinstance(value, (list, tuple)) else [value]
-    if any(isinstance(entry, Reply) for entry in entries):
+    is_list = isinstance(value, (list, tuple))
+    if is_list and any(isinstance(entry, Reply) for entry in value):
         raise TypeError(f"{name}: append reply.message, not the reply itself")
-    if entries is not value or not all(isinstance(entry, dict)
-                                       for entry in entries):
+    if not is_list or not all(isinstance(entry, dict) for entry in value):
         raise TypeError(f"{name}: expected a str or a list of dicts (for an "
                         "object of an SDK, its .model_dump())")
 
@@ -1014,7 +1023,7 @@ def is_too_deep(text: str) -> bool:
         return False
     depth = 0
     in_string = False
-    # The tokens are escapes, such as \\" in a string; quotes; and brackets.
+    # The tokens: an escape, such as \\" (it ends no string); a quote; brackets.
     for match in re.finditer(r'\\.|["\[\]{}]', text, re.DOTALL):
         token = match.group()
         if token == '"':
@@ -1188,11 +1197,12 @@ def parse_stream_error(body: JSON) -> JSON:
 
     The body came with an error's status, so its first event is the error.
     """
-    if isinstance(body, str):
-        for _, data in iter_events([body.encode("utf-8", "replace")]):
-            for event in parse_events("error", data):
-                return event
-    return body
+    if not isinstance(body, str):
+        return body
+    events = [event
+              for _, data in iter_events([body.encode("utf-8", "replace")])
+              for event in parse_events("error", data)]
+    return events[0] if events else body
 
 
 def is_answer(answer: JSON, endpoint: str) -> bool:
@@ -1269,22 +1279,6 @@ def shorten(text: str, limit: int = 400) -> str:
     return line if len(line) <= limit else line[:limit] + "..."
 
 
-def map_text(value: JSON, change: Callable[[str], str]) -> JSON:
-    """Return a copy of a JSON value in which a function changed each text."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, GrowingText):
-        return change(value.get())
-    if isinstance(value, GrowingList):
-        value = value.entries
-    if isinstance(value, list):
-        return [map_text(entry, change) for entry in value]
-    if isinstance(value, dict):
-        return {change(name): map_text(entry, change)
-                for name, entry in value.items()}
-    return value
-
-
 # ---------------------------------------------------------------------------
 # Server-sent events.  No I/O: bytes in, events out.
 # https://html.spec.whatwg.org/multipage/server-sent-events.html
@@ -1346,7 +1340,7 @@ def iter_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         if after_cr and chunk.startswith(b"\n"):
             chunk = chunk[1:]
             after_cr = False
-        if not chunk:
+        if not chunk:       # it was empty, or only the LF of a CRLF
             continue
         after_cr = chunk.endswith(b"\r")
         # Unlike those of a str, the lines of bytes end only as said above.
@@ -1381,8 +1375,6 @@ def parse_events(name: str, data: str) -> list[JSONDict]:
     try:
         value = parse_json(data)
     except ValueError as exc:
-        if data.strip() == "[DONE]" and name != "error":
-            return [DONE]
         events = parse_odd_data(name, data, str(exc))
     else:
         if isinstance(value, dict):
@@ -1405,16 +1397,16 @@ def parse_odd_data(name: str, data: str, reason: str) -> list[JSONDict]:
     """Return the events in data that is not one JSON value."""
     if name == "error":
         return [{"message": data}]
+    # Nothing: an event that keeps the connection alive.
+    # [DONE], or several lines, each an event whose blank line was lost.
     lines = [line for line in data.split("\n") if line.strip()]
-    if not lines:
-        return []       # an event to keep the connection alive
-    if len(lines) > 1:
-        with contextlib.suppress(ValueError):
-            return [parse_line(line) for line in lines]
-    # Names of the format; "message" is also what an event without a name has.
+    with contextlib.suppress(ValueError):
+        return [parse_line(line) for line in lines]
+    # Text under a name that is not of the format: a vendor's own event.  An
+    # event without a name is called "message".
     is_of_format = name.startswith(("message", "content_block"))
     if not is_of_format and not data.lstrip().startswith("{"):
-        return []       # a vendor's own event, with data of its own
+        return []
     raise APIResponseError(f"a broken event: {reason}")
 
 
@@ -1442,9 +1434,11 @@ def find_body_type(head: bytes) -> str | None:
     beginnings = (b":", b"data:", b"event:", b"id:", b"retry:")
     if start.startswith(beginnings):
         return "events"
-    for beginning in (*beginnings, BOM):
-        if beginning.startswith(start) and len(head) < MAX_HEAD:
-            return None     # start is "", or a part of a beginning: b"da"
+    # Nothing yet, or a part of a beginning, such as b"da".
+    could_be_events = any(beginning.startswith(start)
+                          for beginning in (*beginnings, BOM))
+    if could_be_events and len(head) < MAX_HEAD:
+        return None
     return "other"
 
 
@@ -1460,8 +1454,6 @@ def find_body_type(head: bytes) -> str | None:
 # Where servers differ from the two references, a comment names one that does.
 # ---------------------------------------------------------------------------
 
-# The names under which vendors send reasoning.
-REASONING_TEXTS = ("thinking", "reasoning_content", "reasoning")
 # The texts that come in pieces in an entry of a list, such as a text part.
 ENTRY_TEXTS = ("text", "thinking", "summary")
 
@@ -1496,7 +1488,7 @@ class ShownText:
             self.end_half()
             self.text = text
         if self.half or not piece.isascii():
-            piece = self.half + piece
+            piece = self.half + piece       # which is not empty
             self.half = ""
             if "\ud800" <= piece[-1] <= "\udbff":
                 self.half = piece[-1]
@@ -1515,6 +1507,22 @@ class ShownText:
         shown = "".join(self.pieces)
         self.pieces.clear()
         return shown
+
+
+def map_text(value: JSON, change: Callable[[str], str]) -> JSON:
+    """Return a copy of a JSON value in which a function changed each text."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, GrowingText):
+        return change(value.get())
+    if isinstance(value, GrowingList):
+        value = value.entries
+    if isinstance(value, list):
+        return [map_text(entry, change) for entry in value]
+    if isinstance(value, dict):
+        return {change(name): map_text(entry, change)
+                for name, entry in value.items()}
+    return value
 
 
 class GrowingList:
@@ -1677,12 +1685,11 @@ class IndexedParts:
     def begin(self, index: JSON, part: JSONDict) -> JSONDict:
         """Add a part and return it."""
         check_number(len(self.by_place))
-        if not isinstance(index, int):
-            index = self.next_place
-        place = self.next_place if index in self.by_place else index
+        key = index if isinstance(index, int) else self.next_place
+        place = self.next_place if key in self.by_place else key
         self.next_place = max(self.next_place, place + 1)
         self.by_place[place] = part
-        self.by_index[index] = part
+        self.by_index[key] = part
         self.last = part
         return part
 
@@ -1733,7 +1740,7 @@ class ChatAssembler:
         fields.pop("choices", None)
         # OpenAI pads chunks with this; it is no part of the answer.
         fields.pop("obfuscation", None)
-        if fields != self.fields:   # for speed: most chunks repeat them
+        if fields != self.fields:   # for speed: to put() them again is no use
             for name, value in fields.items():
                 put(self.fields, name, value)
         for number, choice in enumerate(expect_list(chunk, "choices")):
@@ -1804,7 +1811,9 @@ class ChatChoice:
         if fields != self.fields:   # for speed, as above
             for name, value in fields.items():
                 put(self.fields, name, value)
-        if fields.get("finish_reason"):
+        # It stands for the content beside it, too.  DashScope's own format
+        # has the text "null" until the end.
+        if fields.get("finish_reason") not in (None, "", "null"):
             self.finished = True
 
     def add_delta(self, delta: JSONDict) -> None:
@@ -1859,29 +1868,31 @@ class ChatChoice:
     def find_call(self, piece: JSONDict) -> JSONDict | None:
         """Return the call that a piece continues; None if it begins one.
 
-        A call is known by its id, else by its index.  Without both, the last
-        one goes on.
+        The first row that fits decides:
+
+        ========  =========  ====  =========================================
+        its id    its index  name  the call
+        ========  =========  ====  =========================================
+        known     new        yes   a new one: some give all calls one id
+        known     any other        the one of this id
+        new       none             a new one
+        any       new              a new one
+        new/none  known      no    the newest of this index
+        none      none       no    the last one
+        new/none  known      yes   see begins_next()
+        none      none       yes   see begins_next()
+        ========  =========  ====  =========================================
         """
         id, index = piece.get("id"), piece.get("index")
-        function = get_dict(piece, "function")
-        call = self.calls.get(index)
+        name = get_dict(piece, "function").get("name")
+        call = self.calls.get(index)    # without an index, the last one
         if isinstance(id, str) and id in self.call_of_id:
-            # Some servers give the same id to all calls; then a name at a new
-            # index begins one.
-            if function.get("name") and call is None:
+            if name and call is None:
                 return None
             return self.call_of_id[id]
         if id and not isinstance(index, int):
             return None
-        if call is None or not function.get("name"):
-            return call
-        # A name where a call has begun already.  Some servers repeat it in
-        # every piece.  But Gemini counts all its calls as 0, often without
-        # ids: there a name begins the next call.
-        begun = get_dict(call, "function")
-        if id and call.get("id") and function["name"] != begun.get("name"):
-            return None
-        if begins_arguments(function) and has_whole_arguments(begun):
+        if call is not None and name and begins_next(piece, call):
             return None
         return call
 
@@ -1893,9 +1904,10 @@ class ChatChoice:
         for call in self.calls.sorted():
             function = get_dict(call, "function") or get_dict(call, "custom")
             name = function.get("name")
-            says_more = call.get("id") or has_arguments(function)
-            if name == last_name and not says_more:
-                continue    # not a call: the last one's name, said again
+            is_only_a_name = (not call.get("id")
+                              and is_blank(function.get("arguments")))
+            if name == last_name and is_only_a_name:
+                continue    # the name of the last call, said again at its end
             last_name = name
             kind = "custom" if "custom" in call else "function"
             if name:
@@ -1905,28 +1917,40 @@ class ChatChoice:
         return {**self.fields, "message": message}
 
 
-def get_arguments(function: JSONDict) -> str:
-    """Return the arguments of a call as the text that has come so far."""
-    arguments = function.get("arguments") or ""
-    if isinstance(arguments, GrowingText):
-        return arguments.get()
-    return arguments if isinstance(arguments, str) else json.dumps(arguments)
+def begins_next(piece: JSONDict, call: JSONDict) -> bool:
+    """Whether a piece with a name begins the call behind this one.
+
+    Some servers repeat the name in every piece of a call.  But Gemini counts
+    all its calls as 0, often without ids; its next call has a new id and
+    another name, or it comes when the arguments so far are whole.
+    """
+    function, begun = get_dict(piece, "function"), get_dict(call, "function")
+    has_other_name = function.get("name") != begun.get("name")
+    if piece.get("id") and call.get("id") and has_other_name:
+        return True
+    given = function.get("arguments")
+    if isinstance(given, str) and given.strip()[:1] not in ("", "{"):
+        return False    # it goes on with arguments
+    return is_whole_object(begun.get("arguments"))
 
 
-def has_arguments(function: JSONDict) -> bool:
-    """Whether there are arguments, and not only white space."""
-    return get_arguments(function).strip() != ""
-
-
-def has_whole_arguments(function: JSONDict) -> bool:
+def is_whole_object(arguments: JSON) -> bool:
     """Whether the arguments so far are a whole JSON object."""
-    text = get_arguments(function)
-    return isinstance(parse_arguments(text, False), dict)
+    if not isinstance(arguments, GrowingText):
+        return isinstance(arguments, dict)
+    for piece in reversed(arguments.pieces):
+        if piece.strip():
+            if not piece.rstrip().endswith("}"):
+                return False    # for speed: no need to decode all pieces
+            break
+    return isinstance(parse_arguments(arguments.get(), False), dict)
 
 
-def begins_arguments(function: JSONDict) -> bool:
-    """Whether a piece of a call can be the first: none yet, or a "{"."""
-    return get_arguments(function).strip()[:1] in ("", "{")
+def is_blank(arguments: JSON) -> bool:
+    """Whether there are no arguments, or only white space."""
+    if isinstance(arguments, GrowingText):
+        arguments = arguments.get()
+    return not arguments or str(arguments).isspace()
 
 
 class MessagesAssembler:
@@ -1942,7 +1966,9 @@ class MessagesAssembler:
         self.shown = ShownText()
         self.started = False            # message_start has come
         self.done = False               # message_stop has come
-        self.whole = False              # what has arrived is proven whole
+        # What has arrived is proven whole.  Content that comes later withdraws
+        # the proof.
+        self.whole = False
 
     def add(self, event: JSONDict) -> str:
         """Add an event; return what it adds to the answer's text.
@@ -2002,9 +2028,12 @@ class MessagesAssembler:
     def find_block(self, index: JSON, kind: str) -> JSONDict:
         """Return the block that a delta of a kind goes to.
 
-        That is the newest block of its index.  If that block is of another
-        kind (some gateways count every delta as 0), it is the newest block of
-        all; and if that is of another kind, too, a new one.
+        1. The newest block of its index, if that is of this kind.
+        2. For the input of a tool: the newest tool of its index.
+        3. Some gateways count every delta as 0.  So, if its index is known:
+           the newest block of all, if that is of this kind.
+        4. A new block.  But an index below 0 must be known: a gateway that
+           says -1 means one of the blocks, and who knows which.
         """
         block = self.blocks.get(index)
         if block is not None and fits(block, kind):
@@ -2012,12 +2041,11 @@ class MessagesAssembler:
         if kind == "tool_use" and isinstance(index, int):
             tool = self.tools.get(index)
             if tool is not None:
-                return tool     # texts of the same index have come since
+                return tool
         last = self.blocks.last
         if block is not None and last is not None and fits(last, kind):
             return last
         if block is None and isinstance(index, int) and index < 0:
-            # A gateway that says -1 means one of the blocks: which?
             raise APIResponseError("a broken event: a delta for no block")
         return self.begin_block(index, {"type": kind})
 
@@ -2046,11 +2074,16 @@ class MessagesAssembler:
                 block["citations"] = []
             block["citations"].append(delta.get("citation"))
         else:
-            # A type yet unknown: its fields, but no text that others own.
-            block = self.blocks.get(index) or {}
-            for name, value in delta.items():
-                if name not in ("type", "text", "thinking", "input"):
-                    add_text(block, name, value)
+            self.add_unknown(index, delta)
+
+    def add_unknown(self, index: JSON, delta: JSONDict) -> None:
+        """Add a delta of a type yet unknown: no text that the others own."""
+        block = self.blocks.get(index)
+        if block is None:
+            return
+        for name, value in delta.items():
+            if name not in ("type", "text", "thinking", "input"):
+                add_text(block, name, value)
 
     def end(self) -> str:
         """Return the text that is still to be shown at the end."""
@@ -2170,8 +2203,8 @@ class DeadlineSocket(socket.socket):
     handler raised.
     """
 
-    # These are set after construction: SSLContext.wrap_socket() makes its
-    # sockets without calling __init__ of a subclass.
+    # They are set after construction: SSLContext.wrap_socket() makes sockets
+    # of its class with __new__() alone, so that no __init__() would run.
     deadline = 0.0      # by time.monotonic()
     owner = 0           # the process that opened it
     answered = False    # a byte has come since this was set to False
@@ -2238,7 +2271,10 @@ class DeadlineSocket(socket.socket):
             view = view[size:]
 
     def has_input(self) -> bool:
-        """Whether anything has come, or the end; it does not wait."""
+        """Whether anything has come, or the end; it does not wait.
+
+        A byte that has come is lost: the connection is of no more use.
+        """
         try:
             super().recv_into(bytearray(1), 1)
         except (BlockingIOError, ssl.SSLWantReadError):
@@ -2251,7 +2287,8 @@ class DeadlineSocket(socket.socket):
         Not in a child process, whose parent still uses it.
         """
         if self.owner == os.getpid():
-            # The plain one: that of SSLSocket drops its encryption first.
+            # The plain one.  SSLSocket.shutdown() would first take away the
+            # encryption that another thread is reading with.
             with contextlib.suppress(OSError):  # it has ended already
                 socket.socket.shutdown(self, socket.SHUT_RDWR)
 
@@ -2283,9 +2320,9 @@ def open_socket(host: str, port: int, deadline: float) -> DeadlineSocket:
     """
     found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     for number, (family, kind, protocol, _, address) in enumerate(found):
-        left = len(found) - number
+        to_try = len(found) - number
         now = time.monotonic()
-        share = max(deadline - now, 0.0) / left
+        share = max(deadline - now, 0.0) / to_try
         sock = DeadlineSocket(family, kind, protocol)
         try:
             sock.setblocking(False)
@@ -2296,7 +2333,7 @@ def open_socket(host: str, port: int, deadline: float) -> DeadlineSocket:
             return sock
         except BaseException as exc:
             sock.close()
-            if left == 1 or not is_network_failure(exc):
+            if to_try == 1 or not is_network_failure(exc):
                 raise
     raise OSError(errno.ENOENT, "the host has no address")
 
@@ -2316,7 +2353,7 @@ def start_tls(sock: DeadlineSocket, host: str, context: ssl.SSLContext,
     # This takes over the descriptor; the old socket is of no more use.
     secure = context.wrap_socket(sock, server_hostname=host,
                                  do_handshake_on_connect=False)
-    if not isinstance(secure, TLSSocket):
+    if not isinstance(secure, TLSSocket):   # not by get_tls_context()
         secure.close()
         error = APIConnectionError("ssl.SSLContext was replaced (by truststore"
                                    "?): its sockets know no deadline")
@@ -2409,6 +2446,8 @@ def find_proxy(address: Address) -> Proxy | None:
     # A web server puts a client's "Proxy" header into HTTP_PROXY of its CGI
     # programs: https://httpoxy.org
     is_cgi = "REQUEST_METHOD" in os.environ and not address.tls
+    if is_cgi and os.name == "nt":
+        text = None     # there, both names are one variable
     if text is None and not is_cgi:
         text = os.environ.get(name.upper())
     excluded = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
@@ -2470,8 +2509,9 @@ def is_network_failure(exc: BaseException) -> bool:
     """Whether an exception comes from the network.
 
     A caller's signal handler may raise an OSError or a TimeoutError in the
-    middle of a call.  Such an exception has no errno; those of the system,
-    of getaddrinfo() and of OpenSSL have one.
+    middle of a call.  Such an exception has no errno.  Those of the system,
+    of getaddrinfo() and of OpenSSL have one.  Of http.client's exceptions,
+    one is an OSError without it.
     """
     if isinstance(exc, OSError):
         return exc.errno is not None or isinstance(
@@ -2533,8 +2573,9 @@ class Connection(http.client.HTTPConnection):
         except OSError as exc:
             if not is_network_failure(exc):
                 raise
-            # The server may have said why it stopped reading (413).  For
-            # http.client the request is sent: it lets us read the answer.
+            # The server may have said why it stopped reading (413): we read
+            # its answer, and do not use the connection again.  http.client
+            # lets us, because for it the request is sent.
             self.upload_broke = True
         try:
             self.response = self.getresponse()
@@ -2555,14 +2596,15 @@ class Connection(http.client.HTTPConnection):
             raise http.client.HTTPException("closed inside the header")
         return self.response
 
-    def is_usable(self) -> bool:
-        """Whether the last answer is at its end and nothing else has come.
+    def is_usable(self, limit: float) -> bool:
+        """Whether the last answer is at its end and nothing has come since.
 
-        A stream is left at [DONE]; the end of its body may come later.  What
-        has come besides is the end of the connection, as a rule.
+        A stream is left at [DONE]; the last chunk of its body may come later,
+        until the limit.  What has come since is, as a rule, the end of the
+        connection.
         """
         assert self.wire is not None and self.response is not None
-        self.wire.deadline = time.monotonic() + LAST_CHUNK_SECONDS
+        self.wire.deadline = limit
         try:
             if self.response.read1(1) or self.wire.has_input():
                 return False
@@ -2575,8 +2617,8 @@ class Connection(http.client.HTTPConnection):
 
     def keep(self) -> None:
         """Leave it to the next call, if there can be one."""
-        # For "Connection: close": http.client closes an answer's connection
-        # (but not if an interim answer came before it).
+        # After "Connection: close", http.client has closed `sock`.  If an
+        # interim answer came before it, only will_close says so.
         is_last = (self.sock is None or self.response is None
                    or self.response.will_close)
         # A stream that was opened before a fork is the parent's to keep.
@@ -2638,8 +2680,8 @@ def open_tunnel(sock: DeadlineSocket, proxy: Proxy, address: Address) -> None:
 
 
 # The idle connections, oldest first.  There is no lock, because each single
-# operation of a list is atomic: so neither a thread nor a signal handler that
-# makes a call can find it locked.
+# operation of a list is atomic (connections are compared by identity).  So
+# neither a thread nor a signal handler that makes a call can find it locked.
 _idle: list[Connection] = []
 
 
@@ -2653,11 +2695,15 @@ def take_out(connection: Connection) -> bool:
 
 
 def take_connection(route: Route) -> Connection:
-    """Return a connection for a route: the newest idle one, or a new one."""
+    """Return a connection for a route: the newest idle one, or a new one.
+
+    This takes LAST_CHUNK_SECONDS at most, however many are idle.
+    """
     close_old()
+    limit = time.monotonic() + LAST_CHUNK_SECONDS
     for connection in reversed(_idle[:]):
         if connection.route.key() == route.key() and take_out(connection):
-            if connection.is_usable():
+            if connection.is_usable(limit):
                 return connection
             connection.hang_up()
     return Connection(route)
@@ -2703,6 +2749,8 @@ class Exchange:
         self.at_end = False             # the body was read to its end
         self.released = False           # the connection is another call's
         self.answer: JSONDict = {}      # unless it is a stream
+        self.lost_an_event = False      # it came after the deadline
+        self.ending = threading.Lock()  # held where the connection is let go
         # Of a stream: what puts it together, and its decoded events.
         # iter_stream() replaces the first if the answer is plain JSON.
         self.assembler: Assembler
@@ -2715,9 +2763,9 @@ class Exchange:
     def run(self) -> ServError | None:
         """Send the request and read the answer; of a stream, its head.
 
-        Return the error, if there is one: send_request() decides whether to
-        try again or to raise it.  After an error answer that was read to its
-        end, the connection is kept.
+        Return the error, if there is one, so that send_request() can try
+        again: where it is raised, its traceback holds no frame of this try.
+        After an error answer that was read to its end, the connection is kept.
         """
         try:
             self.response = self.connection.send_request(self.request,
@@ -2830,6 +2878,7 @@ class Exchange:
                 for event in parse_events(name, data):
                     now = time.monotonic()
                     if now >= self.deadline:
+                        self.lost_an_event = True
                         raise APITimeoutError("an event came too late")
                     self.elapsed = now - self.started
                     if event is DONE:
@@ -2838,7 +2887,7 @@ class Exchange:
                     if find_error(event, name) is not None:
                         raise self.build_status_error(event)
                     yield event
-                    if self.assembler.done:
+                    if self.assembler.done:     # the reader has added it
                         return
         except EventTooLarge as exc:
             raise APIResponseError(f"a broken event: {exc}")
@@ -2847,10 +2896,11 @@ class Exchange:
         """Yield the bytes of the body as they come, up to its proven end."""
         response = self.response
         assert response is not None
-        for name in ("content-encoding", "transfer-encoding"):
-            coding = str(response.headers.get(name) or "identity")
-            if coding.lower() not in ("identity", "chunked"):
-                raise APIResponseError(f"{name} {coding} was not asked for")
+        for name, decoded in (("content-encoding", "identity"),
+                              ("transfer-encoding", "chunked")):
+            coding = str(response.headers.get(name) or decoded).lower()
+            if coding not in ("identity", decoded):
+                raise APIResponseError(f"cannot decode {name} {coding}")
         limit = MAX_STREAM if self.request.streaming else MAX_BODY
         if not self.is_good():
             limit = MAX_ERROR
@@ -2943,9 +2993,9 @@ class Exchange:
         http.client quote the server, which may have echoed the key.
         """
         late = time.monotonic() >= self.deadline - CLOCK_ERROR
-        error: ServError
         is_answer_error = isinstance(exc, ServError) and not isinstance(
             exc, APIConnectionError)
+        error: ServError
         if late and not is_answer_error:
             error = APITimeoutError(
                 f"timed out: not within {self.request.timeout:g} s")
@@ -2968,7 +3018,8 @@ class Exchange:
 
     def find_hint(self, exc: BaseException) -> str:
         """Return what would help against a certificate that is refused."""
-        # OpenSSL's numbers for: nobody trusted has signed it.
+        # OpenSSL's numbers for: nobody trusted has signed it (18 and 19: it
+        # has signed itself; 20 and 21: its issuer is not known).
         unknown = getattr(exc, "verify_code", 0) in (18, 19, 20, 21)
         if unknown and not (self.route.ca_file or self.route.ca_dir):
             return ("; for a company's own CA, set SSL_CERT_FILE to the path "
@@ -3000,8 +3051,12 @@ class Exchange:
     def keep_connection(self) -> None:
         """Leave the connection to the next call."""
         self.events = iter(())      # it refers to this object
-        self.released = True
-        self.connection.keep()
+        if self.ending.acquire(blocking=False):
+            self.released = True
+            self.ending.release()
+            self.connection.keep()
+        else:
+            self.connection.hang_up()   # end_wait() is at it
 
     def close(self) -> None:
         """Close the connection, unless it is left to another call."""
@@ -3011,8 +3066,10 @@ class Exchange:
 
     def end_wait(self) -> None:
         """End a wait in another thread, which then finds the end."""
-        if self.connection.wire is not None and not self.released:
-            self.connection.wire.hang_up()
+        if self.ending.acquire(blocking=False):
+            if self.connection.wire is not None and not self.released:
+                self.connection.wire.hang_up()
+            self.ending.release()
 
 
 def send_request(request: Request) -> Exchange:
@@ -3198,7 +3255,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args, unknown = parser.parse_known_intermixed_args(argv[:end])
     if unknown:
         # Of --name=VALUE and -xVALUE, only the name.
-        name = re.findall("^--[A-Za-z_-]+|^-[A-Za-z]|$", unknown[0])[0]
+        match = re.match("--[A-Za-z_-]+|-[A-Za-z]", unknown[0])
+        name = match.group() if match else ""
         raise ValueError(f"unrecognized option {name}; see --help")
     if args.endpoint not in PATHS:
         raise ValueError("-e: expected chat or messages")
