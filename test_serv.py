@@ -7436,75 +7436,63 @@ def test_readme_batch_without_a_key_asks_nothing(tmp_path, monkeypatch):
         assert server.requests == []
 
 
-@needs_readme
-def test_readme_web_handler_ends_the_stream_of_a_client_that_left(
-        monkeypatch):
-    import asyncio
-    hung_up = threading.Event()
-
-    def answer(wire, request):
-        wire.sendall(STREAM_HEAD + chunk(sse(chat_piece("One"))))
-        if wire.recv(1) == b"":  # until the client closes the connection
-            hung_up.set()
-        return False
-
+@pytest.fixture
+def web_handler(monkeypatch):
+    """README's web handler; no thread of it is left waiting."""
     with Server(service) as server:
         names = run_here(find_block("A web handler in asyncio"), server,
                          monkeypatch)
+    yield names["answer"]
+    names["threads"].shutdown(wait=True)
+
+
+@needs_readme
+def test_readme_web_handler_ends_the_stream_of_a_client_that_left(
+        web_handler, answering):
+    import asyncio
+    closed = threading.Event()
 
     async def leave():
-        pieces = names["answer"]("Hi")
-        assert await pieces.__anext__() == "One"
+        pieces = web_handler("Hi")
+        assert await pieces.__anext__() == "Hel"
         waiting = asyncio.ensure_future(pieces.__anext__())
         await asyncio.sleep(0.05)  # so that a thread waits for a piece
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
 
-    with Server(answer) as server:
-        monkeypatch.setenv("SERV_BASE_URL", server.url)
-        asyncio.run(leave())
-        assert hung_up.wait(10)
-    names["threads"].shutdown(wait=True)  # no thread waits any more
+    answering(stream_watched(closed))
+    asyncio.run(leave())
+    assert closed.wait(10)
 
 
 @needs_readme
 def test_readme_web_handler_left_before_it_opens_closes_when_it_opens(
-        monkeypatch):
+        web_handler, answering):
     import asyncio
-    asked, left, hung_up = (threading.Event() for _ in range(3))
+    asked, left, closed = (threading.Event() for _ in range(3))
 
     def answer(wire, request):
         asked.set()
         left.wait(10)
-        wire.sendall(STREAM_HEAD + chunk(sse(chat_piece("One"))))
-        if wire.recv(1) == b"":  # until the client closes the connection
-            hung_up.set()
-        return False
-
-    with Server(service) as server:
-        names = run_here(find_block("A web handler in asyncio"), server,
-                         monkeypatch)
+        return stream_watched(closed)(wire, request)
 
     async def leave():
-        pieces = names["answer"]("Hi")
-        waiting = asyncio.ensure_future(pieces.__anext__())
-        assert await asyncio.get_running_loop().run_in_executor(
-            None, asked.wait, 10)
+        loop = asyncio.get_running_loop()
+        waiting = asyncio.ensure_future(web_handler("Hi").__anext__())
+        assert await loop.run_in_executor(None, asked.wait, 10)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
 
-    with Server(answer) as server:
-        monkeypatch.setenv("SERV_BASE_URL", server.url)
-        asyncio.run(leave())
-        left.set()
-        for _ in range(100):
-            gc.collect()
-            if hung_up.wait(0.1):
-                break
-        assert hung_up.is_set()
-    names["threads"].shutdown(wait=True)
+    answering(answer)
+    asyncio.run(leave())
+    left.set()
+    for _ in range(100):
+        gc.collect()
+        if closed.wait(0.1):
+            break
+    assert closed.is_set()
 
 
 @needs_readme
