@@ -208,8 +208,9 @@ def chat_piece(text, reason=None):
 
 
 Request = collections.namedtuple(
-    "Request", "method target headers body connection")
-# One that came: `headers` by names in lower case, `connection` its number.
+    "Request", "method target headers body connection number", defaults=[1])
+# One that came: `headers` by names in lower case; `connection` and `number`
+# count the server's connections and requests from 1 on.
 
 
 def closing(answer):
@@ -225,13 +226,14 @@ def closing(answer):
 #
 # Server(service) speaks both formats as SERV does.  Its model repeats the
 # prompt, calls the first tool that it is given, and fills in JSON schemas.  A
+# prompt with "parallel" in it makes it call each of the tools at once.  A
 # prompt with "blocked" in it is refused; a limit below 5 tokens cuts the text
 # off.  What SERV would refuse gets a 400, 401 or 404: see FAKE_REFUSES, and
 # the tests below it.
 # ---------------------------------------------------------------------------
 
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
-REQUEST_ID = "req-5e12f0"
+REQUEST_ID = "req-%d"  # of a request by its number
 BAD_REQUEST = ("400 Bad Request", "invalid_request_error")
 
 
@@ -240,26 +242,27 @@ class Refusal(Exception):
 
 
 def service(wire, request):
-    """Answer one request as the service would."""
+    """Answer one request as the service would.
+
+    Its model repeats the prompt, or calls the first tool; if "parallel" is in
+    the prompt, it calls each of the tools.
+    """
     wire.sendall(service_answer(request))
 
 
 def service_answer(request):
     """Return the bytes of the answer to a request, whatever it holds."""
-    ids = {"x_openserv_request_id": REQUEST_ID}
+    request_id = REQUEST_ID % request.number
+    ids = {"x_openserv_request_id": request_id}
     try:
         check_request(request)
         body = parse_body(request.body)
-        if request.target == CHAT:
-            check_chat(body)
-        else:
-            check_messages(body)
         answer, events = make_answer(body, request.target)
     except Refusal as exc:
         status, kind, text = exc.args
         error = {"error": {"type": kind, "message": text}}
         if request.target == MESSAGES:
-            error = {"type": "error", **error, "request_id": REQUEST_ID}
+            error = {"type": "error", **error, "request_id": request_id}
         return http_answer(error, status, **ids)
     if body.get("stream"):
         return stream_answer(*events, **ids)
@@ -268,9 +271,11 @@ def service_answer(request):
 
 def make_answer(body, target):
     """Return the answer to a body, and the events of the same as a stream."""
-    build, split = ((chat_answer, chat_events) if target == CHAT else
-                    (messages_answer, messages_events))
+    check_format, build, split = (
+        (check_chat, chat_answer, chat_events) if target == CHAT else
+        (check_messages, messages_answer, messages_events))
     try:
+        check_format(body)
         return build(body), list(split(build(body), body))
     except (AttributeError, LookupError, RecursionError, TypeError,
             ValueError) as exc:  # something deep inside: a schema that is none
@@ -311,27 +316,79 @@ def parse_body(data):
           "response_format: expected an object")
     check(are_objects(body.get("tools") or []),
           "tools: expected a list of objects")
+    for name in ("temperature", "top_p"):
+        value = body.get(name)
+        check(value is None or type(value) in (int, float),
+              name + ": expected a number")
     return body
 
 
 def check_chat(body):
     """Raise Refusal for a body that the chat endpoint would refuse."""
     roles = {entry["role"] for entry in body["messages"]}
+    check(roles <= {"system", "developer", "user", "assistant", "tool"},
+          "role: expected system, developer, user, assistant or tool")
     check(roles & {"system", "developer"}, "A system prompt is required. "
           "Add a system or developer message.")
     for tool in body.get("tools") or []:
         check(isinstance(tool.get("function"), dict)
               and isinstance(tool["function"].get("name"), str),
               "tools: function.name: Field required")
+    choice = body.get("tool_choice", "auto")
+    check(choice in ("none", "auto", "required") or isinstance(choice, dict),
+          "tool_choice: expected none, auto, required or an object")
+    turns = [([], [])]  # the calls of an entry, and the results behind it
+    for entry in body["messages"]:
+        if entry["role"] == "tool":
+            turns[-1][1].append(entry.get("tool_call_id"))
+        else:
+            calls = entry.get("tool_calls") or []
+            turns.append(([call["id"] for call in calls], []))
+    for calls, results in turns:
+        check_results(calls, results, "tool_call_id")
 
 
 def check_messages(body):
     """Raise Refusal for a body that the Messages endpoint would refuse."""
+    roles = {entry["role"] for entry in body["messages"]}
+    check("system" not in roles,
+          "role: not system; use the top-level system field")
+    check(roles <= {"user", "assistant"}, "role: expected user or assistant")
     check(body.get("system") and is_content(body["system"]),
           "A system prompt is required. Set the system field.")
     check("max_tokens" in body, "max_tokens: Field required")
     for tool in body.get("tools") or []:
         check(isinstance(tool.get("name"), str), "tools: name: Field required")
+    check(isinstance(body.get("tool_choice", {}), dict),
+          "tool_choice: expected an object")
+    thinking = body.get("thinking") or {}
+    if thinking.get("type") == "enabled":
+        check("budget_tokens" in thinking,
+              "thinking: budget_tokens: Field required")
+        budget = thinking["budget_tokens"]
+        check(type(budget) is int and budget >= 1024,
+              "thinking: budget_tokens: expected 1024 or more")
+        check(budget < body["max_tokens"],
+              "thinking: budget_tokens: expected less than max_tokens")
+    calls = []
+    for entry in body["messages"] + [{}]:
+        check_results(calls, find_ids(entry, "tool_result", "tool_use_id"),
+                      "tool_use_id")
+        calls = find_ids(entry, "tool_use", "id")
+
+
+def find_ids(entry, kind, name):
+    """Return the ids in the blocks of this type of a message."""
+    return [block.get(name) for block in entry.get("content") or []
+            if isinstance(block, dict) and block.get("type") == kind]
+
+
+def check_results(calls, results, name):
+    """Raise Refusal unless each call has a result, and each result a call."""
+    for each in results:
+        check(each in calls, name + ": no such call in the message before it")
+    for each in calls:
+        check(each in results, name + ": expected a result of each call")
 
 
 def check(good, wrong):
@@ -357,6 +414,14 @@ def find_words(content):
                     for part in content or [])
 
 
+def find_prompt(messages):
+    """Return the text of the last message; of results, that of all."""
+    results = itertools.takewhile(lambda entry: entry["role"] == "tool",
+                                  reversed(messages))
+    return " ".join(find_words(entry.get("content")) for entry in
+                    reversed(list(results) or messages[-1:]))
+
+
 def has_result(entry):
     """Whether a message brings the result of a tool."""
     return entry["role"] == "tool" or any(
@@ -380,16 +445,16 @@ def fill(schema, name="answer"):
             "integer": 3, "number": 1.5, "boolean": True}.get(kind)
 
 
-Said = collections.namedtuple("Said", "text call stop tokens")
-# In both formats: the text, a (name, arguments) or None, why it stops
+Said = collections.namedtuple("Said", "text calls stop tokens")
+# In both formats: the text, each call as (name, arguments), why it stops
 # (in the chat format's words), and the tokens (in, out).
 
 
 def make_up(body, schema_of):
     """Return what the model says; `schema_of(tool)` is (name, schema)."""
     entry = body["messages"][-1]
-    prompt = find_words(entry.get("content"))
-    text, call, stop = 'You said: "%s"' % prompt, None, "stop"
+    prompt = find_prompt(body["messages"])
+    text, calls, stop = 'You said: "%s"' % prompt, [], "stop"
     choice = body.get("tool_choice", "auto")
     wanted = (body.get("response_format") or {}).get("type", "text")
     limit = body.get("max_completion_tokens", body.get("max_tokens", 99))
@@ -398,16 +463,18 @@ def make_up(body, schema_of):
     elif has_result(entry):
         text = 'The tool says: "%s"' % prompt
     elif body.get("tools") and choice not in ("none", {"type": "none"}):
-        name, schema = schema_of(body["tools"][0])
-        text, call, stop = "", (name, fill(schema)), "tool_calls"
+        called = body["tools"] if "parallel" in prompt else body["tools"][:1]
+        calls = [(name, fill(schema))
+                 for name, schema in map(schema_of, called)]
+        text, stop = "", "tool_calls"
     elif wanted == "json_schema":
         schema = body["response_format"]["json_schema"]["schema"]
         text = json.dumps(fill(schema))
     elif wanted == "json_object":
         text = json.dumps({"answer": text})
-    if limit < 5 and not call:
+    if limit < 5 and not calls:
         text, stop = " ".join(text.split()[:limit]), "length"
-    return Said(text, call, stop, (len(prompt.split()), len(text.split())))
+    return Said(text, calls, stop, (len(prompt.split()), len(text.split())))
 
 
 def chat_answer(body):
@@ -419,10 +486,11 @@ def chat_answer(body):
              "refusal": None}
     if body.get("reasoning_effort", "none") != "none":
         entry["reasoning_content"] = "The user wants an answer."
-    if said.call:
+    if said.calls:
         entry["tool_calls"] = [{
-            "id": "call_1", "type": "function", "function": {
-                "name": said.call[0], "arguments": json.dumps(said.call[1])}}]
+            "id": "call_%d" % number, "type": "function", "function": {
+                "name": name, "arguments": json.dumps(arguments)}}
+            for number, (name, arguments) in enumerate(said.calls, 1)]
     came, went = said.tokens[0], said.tokens[1] * count
     return {"id": "chatcmpl-1", "object": "chat.completion",
             "created": 1767225600, "model": body["model"],
@@ -475,9 +543,9 @@ def messages_answer(body):
                        "thinking": "The user wants an answer."})
     if said.text:
         blocks.append({"type": "text", "text": said.text})
-    if said.call:
-        blocks.append({"type": "tool_use", "id": "toolu_1",
-                       "name": said.call[0], "input": said.call[1]})
+    for number, (name, arguments) in enumerate(said.calls, 1):
+        blocks.append({"type": "tool_use", "id": "toolu_%d" % number,
+                       "name": name, "input": arguments})
     stop = {"stop": "end_turn", "tool_calls": "tool_use",
             "length": "max_tokens", "content_filter": "refusal"}[said.stop]
     return {"id": "msg_1", "type": "message", "role": "assistant",
@@ -525,11 +593,14 @@ def split_block(block):
 
 
 # What the fake service refuses: change a good request, and see.
-FAKE_BODY = {"model": "m", "max_tokens": 9, "system": "s", "messages": [
-    {"role": "system", "content": "s"}, {"role": "user", "content": "Hi"}]}
+FAKE_SYSTEM = {"role": "system", "content": "s"}
 FAKE_SAYS = {"role": "user", "content": "Hi"}
+FAKE_BODIES = {
+    CHAT: {"model": "m", "messages": [FAKE_SYSTEM, FAKE_SAYS]},
+    MESSAGES: {"model": "m", "max_tokens": 2000, "system": "s",
+               "messages": [FAKE_SAYS]}}
 FAKE_REFUSES = {
-    # the path, what is changed of FAKE_BODY (None: left out), the message
+    # the path, what is changed of its good body (None: left out), the message
     "an empty body": (CHAT, b"", "The body is not JSON."),
     "a body that is no text": (CHAT, b"\xff", "The body is not JSON."),
     "a body that is too deep": (CHAT, b"[" * 100000, "The body is not JSON."),
@@ -547,6 +618,15 @@ FAKE_REFUSES = {
         CHAT, {"messages": ["Hi"]}, "messages: expected a list of objects"),
     "a message without a role": (
         CHAT, {"messages": [{"content": "Hi"}]}, "role: Field required"),
+    "chat: a role of no one": (
+        CHAT, {"messages": [FAKE_SYSTEM, {"role": "bot", "content": "Hi"}]},
+        "role: expected system, developer, user, assistant or tool"),
+    "messages: a role of chat": (
+        MESSAGES, {"messages": [{"role": "tool", "content": "Hi"}]},
+        "role: expected user or assistant"),
+    "messages: a system message": (
+        MESSAGES, {"messages": [FAKE_SYSTEM, FAKE_SAYS]},
+        "role: not system; use the top-level system field"),
     "content that is a number": (
         CHAT, {"messages": [{"role": "user", "content": 5}]},
         "content: expected text or a list of objects"),
@@ -566,6 +646,10 @@ FAKE_REFUSES = {
     "max_completion_tokens that is text": (
         CHAT, {"max_completion_tokens": "9"},
         "max_completion_tokens: expected a whole number"),
+    "temperature that is text": (
+        CHAT, {"temperature": "0.5"}, "temperature: expected a number"),
+    "top_p that is a list": (
+        MESSAGES, {"top_p": [1]}, "top_p: expected a number"),
     "no choices": (CHAT, {"n": 0}, "n: expected 1 to 8"),
     "tools that are no list": (
         CHAT, {"tools": 5}, "tools: expected a list of objects"),
@@ -577,9 +661,23 @@ FAKE_REFUSES = {
     "messages: a tool of the chat format": (
         MESSAGES, {"tools": [{"function": {"name": "f"}}]},
         "tools: name: Field required"),
+    "chat: a tool_choice of an unknown word": (
+        CHAT, {"tool_choice": "any"},
+        "tool_choice: expected none, auto, required or an object"),
+    "messages: a tool_choice that is a word": (
+        MESSAGES, {"tool_choice": "auto"}, "tool_choice: expected an object"),
     "a response_format that is text": (
         CHAT, {"response_format": "json"},
         "response_format: expected an object"),
+    "messages: thinking without a budget": (
+        MESSAGES, {"thinking": {"type": "enabled"}},
+        "thinking: budget_tokens: Field required"),
+    "messages: too small a budget of thinking": (
+        MESSAGES, {"thinking": {"type": "enabled", "budget_tokens": 1023}},
+        "thinking: budget_tokens: expected 1024 or more"),
+    "messages: a budget of thinking that takes all tokens": (
+        MESSAGES, {"thinking": {"type": "enabled", "budget_tokens": 2000}},
+        "thinking: budget_tokens: expected less than max_tokens"),
 }
 
 
@@ -596,18 +694,66 @@ def fake_ask(target=CHAT, body=b"", method="POST", key=KEY):
 
 @table("target, change, message", FAKE_REFUSES)
 def test_what_the_fake_service_refuses(target, change, message):
-    body = change if isinstance(change, bytes) else {**FAKE_BODY, **change}
+    body = change if isinstance(change, bytes) else {
+        **FAKE_BODIES[target], **change}
     error = {"error": {"type": "invalid_request_error", "message": message}}
     if target == MESSAGES:
-        error = {"type": "error", **error, "request_id": REQUEST_ID}
+        error = {"type": "error", **error, "request_id": REQUEST_ID % 1}
     assert fake_ask(target, body) == (400, error)
 
 
+FAKE_CALLS = {
+    CHAT: {"role": "assistant", "tool_calls": [
+        {"id": call_id, "type": "function", "function": {
+            "name": "f", "arguments": "{}"}} for call_id in "12"]},
+    MESSAGES: {"role": "assistant", "content": [
+        {"type": "tool_use", "id": call_id, "name": "f", "input": {}}
+        for call_id in "12"]}}
+
+
+def fake_results(target, call_ids):
+    """Return messages with the results of these calls."""
+    if target == CHAT:
+        return [{"role": "tool", "tool_call_id": call_id, "content": "x"}
+                for call_id in call_ids]
+    return [{"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": call_id, "content": "x"}
+        for call_id in call_ids]}]
+
+
+NO_CALL = (400, "no such call in the message before it")
+NO_RESULT = (400, "expected a result of each call")
+
+
+@pytest.mark.parametrize("target", [CHAT, MESSAGES])
+@table("messages, end", {
+    # "calls" with the ids 1 and 2, ids of results, or what the "user" says
+    "a result of each call": (["calls", "12", "user"], (200, None)),
+    "in another order": (["calls", "21"], (200, None)),
+    "a result without calls": (["1"], NO_CALL),
+    "a result of no such call": (["calls", "123"], NO_CALL),
+    "a result that is late": (["calls", "12", "user", "1"], NO_CALL),
+    "a call without a result": (["calls", "1"], NO_RESULT),
+    "calls without results": (["calls", "user"], NO_RESULT),
+    "calls at the end": (["calls"], NO_RESULT)})
+def test_the_fake_service_takes_a_result_of_each_call(target, messages, end):
+    body = copy.deepcopy(FAKE_BODIES[target])
+    for each in messages:
+        body["messages"] += (
+            [FAKE_CALLS[target]] if each == "calls" else
+            [FAKE_SAYS] if each == "user" else fake_results(target, each))
+    status, answer = fake_ask(target, body)
+    message = answer.get("error", {}).get("message")
+    name = "tool_call_id: " if target == CHAT else "tool_use_id: "
+    assert (status, message) == (end[0], end[1] and name + end[1])
+
+
 def test_the_fake_service_refuses_a_wrong_key_with_401_and_path_with_404():
-    assert fake_ask(CHAT, FAKE_BODY, key="sk-other") == (401, {"error": {
+    body = FAKE_BODIES[CHAT]
+    assert fake_ask(CHAT, body, key="sk-other") == (401, {"error": {
         "type": "authentication_error", "message": "Invalid API key."}})
     for method, target in (("POST", "/v1/models"), ("GET", CHAT)):
-        assert fake_ask(target, FAKE_BODY, method) == (404, {"error": {
+        assert fake_ask(target, body, method) == (404, {"error": {
             "type": "not_found_error", "message": "No such path: " + target}})
 
 
@@ -616,11 +762,15 @@ def test_the_fake_service_answers_every_body(target):
     tool = {"name": "f", "function": {"name": "f", "parameters": {
         "type": "object", "properties": {"a": {"type": "array"}}}},
         "input_schema": {"properties": {"a": {"enum": [1]}}}}
-    whole = {**FAKE_BODY, "tools": [tool], "tool_choice": "auto",
+    good = FAKE_BODIES[target]
+    whole = {**good, "tools": [tool], "tool_choice": {"type": "auto"},
              "response_format": {"type": "json_schema", "json_schema": {
                  "schema": {"type": "object"}}}, "stream_options": {},
-             "thinking": {"type": "enabled"}, "reasoning_effort": "low",
-             "n": 2}
+             "thinking": {"type": "enabled", "budget_tokens": 1024},
+             "reasoning_effort": "low", "n": 2, "messages": [
+                 *good["messages"], FAKE_CALLS[target],
+                 *fake_results(target, "12"), FAKE_SAYS]}
+    assert fake_ask(target, whole)[0] == 200
     for path in json_paths(whole):
         for odd in (None, 5, "x", True, [], [None], ["x"], {}, {"a": 1}):
             body = copy.deepcopy(whole)
@@ -731,8 +881,10 @@ class Server:
                     if request is None:
                         return
                     with self.lock:
+                        request = request._replace(
+                            number=len(self.requests) + 1)
                         self.requests.append(request)
-                        turn = min(len(self.requests), len(self.answers)) - 1
+                    turn = min(request.number, len(self.answers)) - 1
                     answer = self.answers[turn]
                     if isinstance(answer, bytes):
                         wire.sendall(answer)
@@ -1192,7 +1344,8 @@ def test_nothing_of_the_callers_is_changed(call):
     given = {"messages": [copy.deepcopy(ASKED)], "system": [
         {"type": "text", "text": SYSTEM}], "headers": {"X-A": "b"},
         "tools": [{"type": "function", "name": "f",
-                   "function": {"name": "f"}}], "tool_choice": "none"}
+                   "function": {"name": "f"}}],
+        "tool_choice": {"type": "none"}}
     before = copy.deepcopy(given)
     call(**given)
     assert given == before
@@ -1298,10 +1451,10 @@ def test_a_reply_is_a_dict_with_views_on_top(call):
                          "total_tokens": 4}),
     (message, "end_turn", {"input_tokens": 1, "output_tokens": 3})],
     ids=["chat", "messages"])
-def test_the_views_of_a_plain_answer(call, stop, usage):
+def test_the_views_of_a_plain_answer(call, stop, usage, fake):
     assert views(call("Hi", system=SYSTEM)) == {
         **NO_VIEWS, "text": 'You said: "Hi"', "stop_reason": stop,
-        "usage": usage, "request_id": REQUEST_ID}
+        "usage": usage, "request_id": REQUEST_ID % 1}
 
 
 @each_call
@@ -1319,7 +1472,7 @@ def test_the_time_of_a_reply_is_that_from_the_call_to_the_last_byte(
 
 
 @each_call
-def test_replies_can_be_pickled_and_copied(call):
+def test_replies_can_be_pickled_and_copied(call, fake):
     def facts(reply):
         return {**views(reply), "type": type(reply), "dict": dict(reply),
                 "elapsed": reply.elapsed, "headers": dict(reply.headers)}
@@ -1329,7 +1482,7 @@ def test_replies_can_be_pickled_and_copied(call):
               for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
     for other in others + [copy.copy(reply), copy.deepcopy(reply)]:
         assert facts(other) == facts(reply)
-        assert other.headers["X-OPENSERV-request-id"] == REQUEST_ID
+        assert other.headers["X-OPENSERV-request-id"] == REQUEST_ID % 1
 
 
 @plain_calls
@@ -1599,8 +1752,10 @@ ROUND_TRIPS = {
             '{"city": "Paris"}', "call_1", "get_weather")],
          "reasoning_content": "The user wants an answer."}),
     "messages": (
-        MESSAGES_CALLS, {"thinking": {"type": "enabled"}, "tools": [
-            {"name": "get_weather", "input_schema": CITY_SCHEMA}]},
+        MESSAGES_CALLS, {
+            "max_tokens": 2048,
+            "thinking": {"type": "enabled", "budget_tokens": 1024}, "tools": [
+                {"name": "get_weather", "input_schema": CITY_SCHEMA}]},
         {"role": "user", "content": [{
             "type": "tool_result", "tool_use_id": "toolu_1",
             "content": "18 C"}]},
@@ -1626,6 +1781,34 @@ def test_a_tool_round_trip(calls, options, result, entry, streamed, fake):
     came = body_of(fake.requests[1])["messages"][-2]
     assert {name: came.get(name) for name in entry} == entry
     assert '"%s"' % tool_call.id in json.dumps(result)
+
+
+PARALLEL_TRIPS = {
+    # the calls, the tools f and g, the messages with their results
+    "chat": (
+        CHAT_CALLS, [{"type": "function", "function": {"name": name}}
+                     for name in "fg"],
+        [{"role": "tool", "tool_call_id": "call_1", "content": "18 C"},
+         {"role": "tool", "tool_call_id": "call_2", "content": "20 C"}]),
+    "messages": (
+        MESSAGES_CALLS, [{"name": name, "input_schema": {}} for name in "fg"],
+        [{"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": "toolu_1",
+             "content": "18 C"},
+            {"type": "tool_result", "tool_use_id": "toolu_2",
+             "content": "20 C"}]}]),
+}
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@table("calls, tools, results", PARALLEL_TRIPS)
+def test_a_round_trip_of_parallel_calls(calls, tools, results, streamed):
+    call, options = calls[streamed], {"system": SYSTEM, "tools": tools}
+    messages = [{"role": "user", "content": "Both, in parallel."}]
+    reply = call(messages, **options)
+    assert [each[1:] for each in reply.tool_calls] == [("f", {}), ("g", {})]
+    messages += [reply.message, *results]
+    assert call(messages, **options).text == 'The tool says: "18 C 20 C"'
 
 
 # -- Odd answers break no view ------------------------------------------------
@@ -6462,10 +6645,10 @@ def test_json_prints_the_whole_reply(endpoint, cli, fake):
 
 @each_way
 @each_endpoint
-def test_verbose_tells_request_id_time_and_tokens(endpoint, way, cli):
+def test_verbose_tells_request_id_time_and_tokens(endpoint, way, cli, fake):
     status, out, err = cli("-v", "-e", endpoint, *way, "Hi")
     assert (status, out, is_one_line(err)) == (0, HI, True)
-    assert REQUEST_ID in err and re.search(r"\b\d\.\d+ ?s\b", err)
+    assert REQUEST_ID % 1 in err and re.search(r"\b\d\.\d+ ?s\b", err)
     assert re.search(r"tokens\D+1\b.*tokens\D+3\b", err)
 
 
@@ -7360,7 +7543,7 @@ def test_readme_log_tells_of_retries(monkeypatch, caplog):
     [line] = [record.getMessage() for record in caplog.records
               if record.name == "my.program"]
     assert re.fullmatch(r"request id %s, \d\.\d s, tokens \d+, retries 1"
-                        % REQUEST_ID, line)
+                        % (REQUEST_ID % 2), line)
     assert [record.levelname for record in caplog.records
             if record.name == "serv"] == ["WARNING"]
 
