@@ -24,6 +24,7 @@ Where to look for what is often asked:
     timeouts        "One budget bounds the whole call"
     tools           "Tool calls", "The next turn",
                     "Chat: which call a piece belongs to", "Messages: blocks"
+    the fake        what it says, and what it refuses: "Fake service"
 
 The map.  Each line is a banner of this file, and below it are its parts.
 From "Errors" to "Command line" they are the sections of serv.py in its order;
@@ -229,7 +230,7 @@ def closing(answer):
 # prompt with "parallel" in it makes it call each of the tools at once.  A
 # prompt with "blocked" in it is refused; a limit below 5 tokens cuts the text
 # off.  What SERV would refuse gets a 400, 401 or 404: see FAKE_REFUSES, and
-# the tests below it.
+# the tests below it.  The request ids of its answers are "req-1", "req-2" ...
 # ---------------------------------------------------------------------------
 
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
@@ -972,12 +973,16 @@ def real(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """Return what puts the clock of the budgets forward by some seconds."""
+@pytest.fixture(scope="session")
+def clock():
+    """What puts the clock of the budgets forward by some seconds.
+
+    It never goes back: connections are kept by this clock.
+    """
     real, steps = time.monotonic, []
-    monkeypatch.setattr(time, "monotonic", lambda: real() + sum(steps))
-    return steps.append
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: real() + sum(steps))
+        yield steps.append
 
 
 @pytest.fixture
@@ -1460,15 +1465,19 @@ def test_the_views_of_a_plain_answer(call, stop, usage, fake):
 @each_call
 def test_the_time_of_a_reply_is_that_from_the_call_to_the_last_byte(
         call, clock):
-    def answer(wire, request):
+    def busy(wire, request):
+        clock(5)
+        wire.sendall(error_answer(503))
+
+    def good(wire, request):
         clock(5)
         service(wire, request)
 
-    with Server(answer) as server:
+    with Server([busy, good]) as server:
         started = time.monotonic()
         reply = call("Hi", system=SYSTEM, base_url=server.url)
         took = time.monotonic() - started
-    assert 5 <= reply.elapsed <= took
+    assert 10 <= reply.elapsed <= took
 
 
 @each_call
