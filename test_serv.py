@@ -4741,7 +4741,8 @@ def net_run(script, *args, flags=(), prelude=NET_PRELUDE):
     """Run a Python script, which finds serv, and return what it printed."""
     done = subprocess.run(
         [sys.executable, *flags, "-c", prelude + script, *map(str, args)],
-        env=dict(os.environ, PYTHONPATH=ROOT, PYTHONDONTWRITEBYTECODE="1"),
+        env=dict(os.environ, PYTHONPATH=ROOT,
+                 PYTHONDONTWRITEBYTECODE=""),  # it is compiled once
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
         universal_newlines=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -6878,7 +6879,7 @@ def cli_start(*argv, program=("-m", "serv"), shell=(), variables=None,
     return subprocess.Popen(
         [*shell, *python, *program, *argv],
         env={**os.environ, "PYTHONUNBUFFERED": "", "PYTHONPATH": ROOT,
-             **(variables or {})}, **{
+             "PYTHONDONTWRITEBYTECODE": "", **(variables or {})}, **{
             "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE,
             "stderr": subprocess.PIPE, **options})
 
