@@ -1023,7 +1023,8 @@ def is_too_deep(text: str) -> bool:
         return False
     depth = 0
     in_string = False
-    # The tokens: an escape, such as \\" (it ends no string); a quote; brackets.
+    # The tokens: an escape, such as \\" (it ends no string), a quote, and the
+    # brackets.
     for match in re.finditer(r'\\.|["\[\]{}]', text, re.DOTALL):
         token = match.group()
         if token == '"':

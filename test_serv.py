@@ -3585,6 +3585,8 @@ STREAM_PROOFS = {  # how many choices were asked for, events; is it whole?
     "a finish_reason, then more text": (
         1, [stream_chunk({}, "stop"), *stream_text("a")], False),
     "an empty finish_reason": (1, [stream_chunk({}, "")], False),
+    "the text null for a finish_reason (DashScope)": (
+        1, [stream_chunk({"content": "a"}, "null")], False),
     "one choice of two": (2, [stream_chunk({}, "stop")], False),
     "one choice of two, [DONE]": (
         2, [stream_chunk({}, "stop"), serv.DONE], False),
@@ -5107,6 +5109,25 @@ def test_a_last_chunk_that_comes_after_done_neither_delays_nor_breaks():
         net_within(0.4, call)
 
 
+def test_last_chunks_that_never_come_delay_a_call_once_together(monkeypatch):
+    monkeypatch.setattr(serv, "LAST_CHUNK_SECONDS", 0.2)
+
+    def answer(wire, request):
+        if b"stream" in request.body:
+            wire.sendall(NET_STREAM[:-len(NET_END)])
+        else:
+            wire.sendall(NET_OK)
+
+    with Server(answer) as server:
+        streams = [open_stream(server) for _ in range(20)]
+        for stream in streams:
+            assert "".join(stream) == "Hello!"
+        begun = time.monotonic()
+        net_chat(server)
+        assert time.monotonic() - begun < 2  # 4, if each had a limit of its own
+        assert server.connections == 21
+
+
 def test_a_stream_closed_early_leaves_its_rest_to_nobody():
     with Server([NET_STREAM, net_echo]) as server:
         with open_stream(server) as stream:
@@ -5513,7 +5534,7 @@ def test_a_failed_try_is_not_left_to_the_collector():
     "the status 999999": (
         b"HTTP/1.1 999999 What\r\n\r\n", NET_FAIL, "999999"),
     "gzip": (http_answer(gzip.compress(b"{}"), content_encoding="gzip"),
-             NET_ODD, "gzip"),
+             NET_ODD, "cannot decode content-encoding gzip"),
     "an unknown encoding": (
         http_head(transfer_encoding="br, chunked"), NET_ODD, "br, chunked"),
     "no content": (http_answer(b"", "204 No Content"), NET_ODD, "nothing"),
