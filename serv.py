@@ -1124,15 +1124,21 @@ def find_request_id(headers: Headers) -> str | None:
 def find_error(answer: JSON, event_name: str = "") -> JSON:
     """Return the error in a decoded answer or event; None if it is none.
 
-    The shapes, each with a server that sends it, are those of the comments.
+    It is one of these, or anything in an event with the name "error":
+
+        {"error": ...}                  OpenAI, Anthropic, most others
+        [{"error": ...}]                Gemini
+        {"object": "error", ...}        vLLM (others: "type" for "object")
+        {"choices": [{"error": ...}]}                   OpenRouter
+        {"choices": [{"finish_reason": "error"}]}       see FAILED
+        {"errors": ...}, {"message": ...}               see find_bare_error()
     """
-    if isinstance(answer, list) and answer:     # Gemini: [{"error": ...}]
+    if isinstance(answer, list) and answer:
         return find_error(answer[0], event_name)
     if not isinstance(answer, dict):
         return answer if event_name == "error" else None
     if answer.get("error"):
         return answer["error"]
-    # vLLM's is flat: {"object": "error", "message": ...}
     if "error" in (event_name, answer.get("type"), answer.get("object")):
         return answer
     choices = answer.get("choices")
@@ -1141,7 +1147,7 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
     for choice in choices if isinstance(choices, list) else []:
         if not isinstance(choice, dict):
             continue
-        if choice.get("error"):                 # OpenRouter
+        if choice.get("error"):
             return choice["error"]
         reason = choice.get("finish_reason")
         if reason and FAILED.search(str(reason)):
@@ -1173,23 +1179,21 @@ def parse_error(body: JSON) -> JSONDict:
     {"error": {"message": "No."}}, {"error": "No.", "code": 404},
     {"errors": [{"message": "No."}]}, [{"error": ...}], {"detail": ...}.
     """
-    found = find_error(body)
-    if found is None:
-        found = body
-    if isinstance(found, list) and found:
-        found = found[0]
-        inner = find_error(found)
-        if inner is not None:
-            found = inner
-    if not isinstance(found, dict):
-        # Its code may stand beside the text.
+    error = find_error(body)
+    if error is None:
+        error = body
+    if isinstance(error, list) and error:
+        error = error[0]
+    if isinstance(error, dict):
+        code = error.get("code")
+        text = error.get("message") or error.get("detail") or ""
+    else:
+        # A text.  Its code may stand beside it.
         code = body.get("code") if isinstance(body, dict) else None
-        found = {"message": found, "code": code}
-    text = found.get("message") or found.get("detail") or ""
-    code = found.get("code")
-    return {"type": get_str(found, "type"),
+        text = error or ""
+    return {"type": get_str(error, "type"),
             "code": code if isinstance(code, (str, int)) else None,
-            "param": get_str(found, "param"),
+            "param": get_str(error, "param"),
             "message": text if isinstance(text, str) else json.dumps(text)}
 
 
@@ -1538,43 +1542,49 @@ class GrowingList:
 
     def __init__(self) -> None:
         self.entries: list[JSON] = []
-        self.by_key: dict[tuple[str, JSON], JSONDict] = {}
+        self.by_key: dict[tuple[str, int], JSONDict] = {}
 
     def add(self, pieces: list[JSON], shown: ShownText | None) -> None:
         """Add the pieces of one event; their text is shown, if any is."""
         for number, piece in enumerate(pieces):
-            if not isinstance(piece, dict):
+            if isinstance(piece, dict):
+                entry = self.find_entry(piece, is_first=number == 0)
+                add_fields(entry, piece, shown)
+            else:
                 self.entries.append(piece)
-                continue
-            index = piece.get("index")
-            key = (str(piece.get("type")), index)
-            entry = None
-            if isinstance(index, int):
-                entry = self.by_key.get(key)
-            elif number == 0:
-                entry = self.find_last(piece)
-            if entry is None:
-                check_number(len(self.entries))
-                entry = {}
-                self.entries.append(entry)
-                if isinstance(index, int):
-                    self.by_key[key] = entry
-            add_entry(entry, piece, shown)
 
-    def find_last(self, piece: JSONDict) -> JSONDict | None:
-        """Return the last entry if a piece without an index continues it."""
+    def find_entry(self, piece: JSONDict, is_first: bool) -> JSONDict:
+        """Return the entry that a piece continues, or a new one."""
+        index = piece.get("index")
+        if not isinstance(index, int):
+            if is_first and self.can_continue_last(piece):
+                last: JSONDict = self.entries[-1]
+                return last
+            return self.begin()
+        key = (str(piece.get("type")), index)
+        if key not in self.by_key:
+            self.by_key[key] = self.begin()
+        return self.by_key[key]
+
+    def can_continue_last(self, piece: JSONDict) -> bool:
+        """Whether a piece without an index may belong to the last entry."""
         last = self.entries[-1] if self.entries else None
         if not isinstance(last, dict) or last.get("type") != piece.get("type"):
-            return None
+            return False
         if piece.get("id") not in (None, last.get("id")):
-            return None
-        if any(last.get(name) is not None for name in ENTRY_TEXTS):
-            return last
-        return None
+            return False
+        return any(last.get(name) is not None for name in ENTRY_TEXTS)
+
+    def begin(self) -> JSONDict:
+        """Add an empty entry and return it."""
+        check_number(len(self.entries))
+        entry: JSONDict = {}
+        self.entries.append(entry)
+        return entry
 
 
-def add_entry(entry: JSONDict, piece: JSONDict,
-              shown: ShownText | None) -> None:
+def add_fields(entry: JSONDict, piece: JSONDict,
+               shown: ShownText | None) -> None:
     """Add the fields of a piece to an entry of a list."""
     kind = piece.get("type") or entry.get("type") or "text"
     for name, value in piece.items():

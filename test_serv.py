@@ -5124,7 +5124,7 @@ def test_last_chunks_that_never_come_delay_a_call_once_together(monkeypatch):
             assert "".join(stream) == "Hello!"
         begun = time.monotonic()
         net_chat(server)
-        assert time.monotonic() - begun < 2  # 4, if each had a limit of its own
+        assert time.monotonic() - begun < 2  # with a limit for each: 4
         assert server.connections == 21
 
 
