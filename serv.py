@@ -559,12 +559,6 @@ class Stream:
     def __del__(self) -> None:
         self.close()
 
-    if not TYPE_CHECKING:
-        def __getattr__(self, name):
-            raise AttributeError(
-                f"a Stream has no attribute {name!r}: it is an iterator of "
-                "text, and stream.reply is the answer")
-
     def __next__(self) -> str:
         """Return the next piece of text; raise as ``events()`` does."""
         while True:
@@ -1824,7 +1818,8 @@ class ChatChoice:
                 put(self.fields, name, value)
         # It stands for the content beside it, too.  DashScope's own format
         # has the text "null" until the end.
-        if fields.get("finish_reason") not in (None, "", "null"):
+        reason = fields.get("finish_reason")
+        if reason and reason != "null":
             self.finished = True
 
     def add_delta(self, delta: JSONDict) -> None:

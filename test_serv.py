@@ -3997,14 +3997,6 @@ def test_stream_a_call_of_a_cut_stream_never_looks_finished(
     assert caught.value.reply.tool_calls == calls
 
 
-@pytest.mark.parametrize("name", ["text_stream", "get_final_message", "usage"])
-def test_a_stream_that_is_used_as_an_sdks_says_what_it_is(name, fake):
-    stream = open_stream(fake)
-    with pytest.raises(AttributeError, match="%r: it is an iterator" % name):
-        getattr(stream, name)
-    stream.close()
-
-
 # -- close(), and interrupts --------------------------------------------------
 
 def stream_drop(stream):
