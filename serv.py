@@ -18,11 +18,12 @@ What this file does with your key: each call reads it from ``api_key`` or
 from SERV_API_KEY and sends it in the Authorization header of the request to
 ``base_url``, and nowhere else.  This file writes it to no disk and no log,
 and removes it (a key of 8 characters or more, as it is) from the messages
-and attributes of errors.  Tools that record local variables, http.client's
-debuglevel and audit hooks of Python can still see it; so can whoever has
-recorded the traffic and the file that SSLKEYLOGFILE names.  Redirects are not
-followed.  Certificates are always checked.  A plain ``http://`` URL sends the
-key unencrypted.  No host is contacted except the one in ``base_url``, through
+and attributes of errors.  It does not remove other secrets that you put into
+headers.  Tools that record local variables, http.client's debuglevel and
+audit hooks of Python can still see the key; so can whoever has recorded the
+traffic and the file that SSLKEYLOGFILE names.  Redirects are not followed.
+Certificates are always checked.  A plain ``http://`` URL sends the key
+unencrypted.  No host is contacted except the one in ``base_url``, through
 your proxy if the environment names one.
 
 Sections, top to bottom: errors; the calls; Reply, ToolCall and Stream;
@@ -103,8 +104,8 @@ KEEPALIVE = 60          # of silence before TCP probes the other side: some
                         # NATs forget a connection after 350 s
 DEAD_SECONDS = 30       # without acknowledgement of what was sent
 IDLE_SECONDS = 50.0     # of keeping a connection: load balancers drop it at 60
-STALE_SECONDS = 1.0     # a reused connection that ends sooner, before a byte
-                        # of the answer, was closed before the request came
+STALE_SECONDS = 1.0     # if a reused connection ends sooner, before a byte of
+                        # the answer, we take it that the request never came
 LAST_CHUNK_SECONDS = 0.01   # for the end of a stream's body to come, before
                             # the next call uses its connection
 
@@ -119,13 +120,15 @@ READ_SIZE = 1 << 16     # of one read or write
 MAX_BODY = 1 << 25      # of one JSON answer or one event: 32 MiB
 MAX_STREAM = 1 << 26    # of a whole stream: 64 MiB, ten times the longest
 MAX_ERROR = 1 << 18     # of an error's body; the rest is not read
-MAX_HEAD = 1 << 10      # of a body before it must show what it is
+MAX_HEAD = 1 << 10      # of a body: then it must be clear whether it is JSON
 MIN_SECRET = 8          # of a key; a shorter one is a common word
 
 # Levels of nested JSON.  The json module, and copying, recurse once a level.
 # A thread on musl has a stack of 128 KiB: there, Python 3.8 crashes at 100.
 MAX_DEPTH = 64
-MAX_PARTS = 2000        # choices, calls, blocks or list entries of an answer
+MAX_BRACKETS = 1 << 21  # that open, in one answer or event, even within texts
+MAX_PARTS = 2000        # choices, calls, blocks or list entries of a stream
+MAX_NAME = 1000         # characters of a tool's name; OpenAI allows 64
 
 
 # ---------------------------------------------------------------------------
@@ -146,9 +149,8 @@ class ServError(Exception):
     request_id: str | None = None
     retries: int = 0
     # Set where the error is made, and read by retry_wait() only.  It is true
-    # for an APIConnectionError, except a refused certificate, CA file or
-    # proxy login.  For an APIStatusError see is_worth_a_retry().  For the
-    # others it is false.  After a timeout no try follows: no time is left.
+    # for an APIConnectionError, except a timeout, a refused certificate, CA
+    # file or proxy login.  For an APIStatusError see is_worth_a_retry().
     _worth_a_retry: bool = False
 
 
@@ -160,6 +162,8 @@ class APIConnectionError(ServError):
 
 class APITimeoutError(APIConnectionError):
     """The time budget of the call, ``timeout`` seconds, ran out."""
+
+    _worth_a_retry = False      # no time is left
 
 
 class APIResponseError(ServError):
@@ -373,18 +377,18 @@ BLOCKED = re.compile(r"""
   | spii                # Gemini: sensitive personal information
   | sensitive           # GLM
   | guardrail           # Bedrock: guardrail_intervened
-    # matches no: stop, end_turn, tool_calls, max_tokens, pause_turn
+    # does not match: stop, end_turn, tool_calls, max_tokens, pause_turn
     """, re.VERBOSE | re.IGNORECASE)
 TRUNCATED = re.compile(r"""
     length              # length (OpenAI), model_length (Mistral)
   | max_tokens | max_output_tokens      # Claude; Gemini: MAX_TOKENS
   | context_window      # model_context_window_exceeded (Claude)
-    # matches no: stop, end_turn, content_filter
+    # does not match: stop, end_turn, content_filter
     """, re.VERBOSE | re.IGNORECASE)
 FAILED = re.compile(r"""
     error               # error (OpenRouter), network_error (GLM)
   | insufficient_system_resource    # DeepSeek
-    # matches no: stop, length, content_filter
+    # does not match: stop, length, content_filter
     """, re.VERBOSE | re.IGNORECASE)
 
 # The names under which vendors send reasoning.
@@ -462,6 +466,7 @@ class Reply(dict):  # type: ignore[type-arg]
     def thinking(self) -> str:
         """The reasoning text; ``""`` if there is none."""
         texts = []
+        # Chat has it beside the content, Messages in blocks of the content.
         for part in [self.message, *get_dicts(self.message, "content")]:
             for name in REASONING_TEXTS:
                 if part.get(name):
@@ -564,7 +569,7 @@ class Stream:
         while True:
             event, text = self._advance()
             if text:
-                return text
+                return text     # the last one may come without an event
             if event is None:
                 raise StopIteration
 
@@ -618,28 +623,29 @@ class Stream:
             raise ValueError("another thread is reading this stream")
         try:
             if self._error is not None:
-                # A second loop must not look like an end.  A copy is raised:
-                # the traceback of an exception that was raised keeps this
-                # stream alive.
+                # Each further step raises again: an end would look as if the
+                # answer were whole.  A copy, because the traceback of an
+                # exception that was raised keeps this stream alive.
                 raise copy.copy(self._error)
             if self._state == "open":
                 return self._read()
             return None, ""
         finally:
+            self._reading.release()
             if self._state == "closed":     # by another thread, meanwhile
                 self._exchange.close()
-            self._reading.release()
 
     def _read(self) -> tuple[JSONDict | None, str]:
         """Do what _advance() says; the one place where a stream ends."""
         exchange = self._exchange
         failure: BaseException | None = None
         try:
-            event = next(exchange.events, None)
-            if event is not None:
-                return event, exchange.assembler.add(event)
+            step = next(exchange.events, None)
+            if step is not None:
+                return step
             if not exchange.assembler.whole:
                 raise APIConnectionError("the answer was cut")
+            exchange.keep_connection()
         except BaseException as exc:
             failure = self._fail(exc)
         if failure is not None:
@@ -654,34 +660,31 @@ class Stream:
         if self._state == "closed":
             return None, ""
         self._state = "ended"
-        # If the connection is broken, which does not count here, the next
-        # call finds that out before it uses it.
-        exchange.keep_connection()
         return None, exchange.assembler.end()
 
     def _fail(self, exc: BaseException) -> BaseException | None:
-        """Return what to raise for an exception; None if it does not count.
+        """Close, and return what to raise; None if the failure is harmless.
 
-        It does not after close().  Nor does a failure of the network, or
+        It is harmless after close().  So is a failure of the network, or
         silence until the deadline, once the answer is proven whole; except if
         an event was lost, which had come after the deadline.
         """
+        exchange = self._exchange
+        exchange.close()
         if self._state == "closed":
             return None
-        exchange = self._exchange
         is_network = is_network_failure(exc)
         if (is_network and exchange.assembler.whole
-                and not exchange.lost_an_event):
+                and not exchange.lost_an_event):    # see iter_decoded()
             return None
+        self._state = "failed"
         is_ours = is_network or isinstance(exc, ServError)
         if is_ours:
             error = exchange.explain(exc)
         else:
-            # An interrupt, or what a signal handler raised: it is raised as
-            # it is, and this error is for the next loop.
+            # An interrupt, or what a signal handler raised.  It is raised as
+            # it is; this error is what a later loop over this stream gets.
             error = APIConnectionError("reading was interrupted")
-        self._state = "failed"
-        exchange.close()
         exchange.complete_error(error)
         error.reply = exchange.build_partial_reply()
         self._error = copy.copy(error)  # all of it but its traceback
@@ -744,12 +747,12 @@ def build_request(endpoint: str, messages: Messages, *,
     address = build_url(base_url or os.environ.get("SERV_BASE_URL")
                         or BASE_URL)
     seconds = build_timeout(timeout)
-    choices = params.get("n")
-    if type(choices) is not int or choices < 1:
-        choices = 1
+    asked = params.get("n")
+    if type(asked) is not int or asked < 1:
+        asked = 1
     own_headers = build_headers(headers)
-    # The environment's key is read last: the local variables of a refusal
-    # above do not hold it.
+    # The environment's key is read last: if a check above raises, a traceback
+    # that records local variables does not hold it yet.
     authorization = own_headers.get("Authorization")
     if authorization is None:
         secret = build_key(api_key)
@@ -765,7 +768,7 @@ def build_request(endpoint: str, messages: Messages, *,
         "Content-Type": "application/json", "Accept-Encoding": "identity",
         **own_headers}
     return Request(endpoint, address, body, all_headers, secret, seconds,
-                   max_retries, streaming, choices)
+                   max_retries, streaming, asked)
 
 
 def build_body(endpoint: str, streaming: bool, messages: Messages,
@@ -876,8 +879,8 @@ def build_url(text: str) -> Address:
         host = parts.hostname or ""
         # RFC 3490: labels of 1 to 63 characters, in ASCII on the wire.
         ascii_host = host if ":" in host else host.encode("idna").decode()
-    except ValueError as exc:  # also a UnicodeError
-        raise ValueError(f"{wrong}: {exc}")
+    except ValueError:      # also a UnicodeError
+        raise ValueError(wrong) from None
     if parts.scheme not in ("http", "https") or not host or port == 0:
         raise ValueError(wrong)
     # Before 3.11, urlsplit() accepts a name in brackets, http://[host], and
@@ -933,7 +936,7 @@ def build_timeout(timeout: JSON) -> float:
             raise ValueError
         seconds = float(value)
     except (TypeError, ValueError, OverflowError):
-        seconds = 0.0
+        seconds = 0.0       # which is refused below
     if not 0 < seconds <= MAX_TIMEOUT:  # which "nan" is not, either
         raise ValueError("timeout (or SERV_TIMEOUT): expected seconds, above "
                          f"0 and at most {MAX_TIMEOUT:.0f}")
@@ -991,7 +994,10 @@ def parse_json(text: str) -> JSON:
 
     :raise ValueError: it is not JSON, or is nested deeper than MAX_DEPTH.
     """
-    if is_too_deep(text):
+    brackets = text.count("[") + text.count("{")
+    if brackets > MAX_BRACKETS:
+        raise ValueError(f"more than {MAX_BRACKETS} lists and objects")
+    if brackets > MAX_DEPTH and is_too_deep(text):
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     text = text.strip(" \t\r\n")
     reason = "Extra data"
@@ -1013,25 +1019,45 @@ def is_too_deep(text: str) -> bool:
 
     This is looked at before decoding, which recurses.
     """
-    if text.count("[") + text.count("{") <= MAX_DEPTH:
-        return False
-    depth = 0
-    in_string = False
-    # The tokens: an escape, such as \\" (it ends no string), a quote, and the
-    # brackets.
-    for match in re.finditer(r'\\.|["\[\]{}]', text, re.DOTALL):
-        token = match.group()
-        if token == '"':
-            in_string = not in_string
-        elif in_string:
-            pass
-        elif token in "[{":
-            depth += 1
-            if depth > MAX_DEPTH:
-                return True
-        elif token in "]}":
-            depth -= 1
-    return False
+    nesting = Nesting()
+    nesting.add(text)
+    return nesting.deepest > MAX_DEPTH
+
+
+class Nesting:
+    """How deep a JSON text is nested, which may come in pieces."""
+
+    # A backslash with the character behind it; or a quote; or a bracket.
+    TOKEN = re.compile(r'\\.?|["\[\]{}]', re.DOTALL)
+
+    def __init__(self) -> None:
+        self.depth = 0              # at the end of what has come
+        self.deepest = 0
+        self.in_string = False
+        self.after_backslash = False
+
+    def add(self, piece: str) -> None:
+        """Add a piece."""
+        if self.after_backslash:
+            piece = piece[1:]
+        self.after_backslash = False
+        for match in self.TOKEN.finditer(piece):
+            token = match.group()
+            if token == '"':
+                self.in_string = not self.in_string
+            elif token == "\\":
+                self.after_backslash = True     # at the end of the piece
+            elif self.in_string:
+                pass
+            elif token in "[{":
+                self.depth += 1
+                self.deepest = max(self.deepest, self.depth)
+            elif token in "]}":
+                self.depth -= 1
+
+    def is_closed(self) -> bool:
+        """Whether all brackets are closed, and there was one."""
+        return self.deepest > 0 and self.depth == 0 and not self.in_string
 
 
 def parse_arguments(value: JSON, partial: bool) -> JSON:
@@ -1137,7 +1163,7 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
         return answer
     choices = answer.get("choices")
     if choices is None and answer.get("content") is None:
-        return find_bare_error(answer)
+        return find_bare_error(answer)      # it is no answer of either format
     for choice in choices if isinstance(choices, list) else []:
         if not isinstance(choice, dict):
             continue
@@ -1227,7 +1253,8 @@ def find_status(fields: JSONDict) -> int | None:
 def is_worth_a_retry(error: APIStatusError, known: bool) -> bool:
     """Whether an answer with an error may go better another time.
 
-    ``known`` is false where the status is only our guess: a retry is billed.
+    ``known`` is false where the status is only our guess.  Then it is not
+    tried again: a retry may be billed.
     """
     # https://github.com/openai/openai-python sends and reads this header.
     advice = str(error.headers.get("x-should-retry")).lower()
@@ -1380,15 +1407,15 @@ def parse_events(name: str, data: str) -> list[JSONDict]:
             events = [value]
         elif name == "error":
             events = [{"error": value}]
-        elif find_error(value) is not None:
-            events = [{"error": find_error(value)}]     # [{"error": ...}]
+        elif find_error(value) is not None:             # [{"error": ...}]
+            events = [{"error": find_error(value)}]
         else:
             events = []     # JSON that is not an object is noise
     if name != "message":
         for event in events:
-            is_named = "type" in event or "choices" in event
-            if event is not DONE and not is_named:
-                event["type"] = name
+            # A chunk of chat has no type, and gets none.
+            if event is not DONE and "choices" not in event:
+                event.setdefault("type", name)
     return events
 
 
@@ -1396,9 +1423,10 @@ def parse_odd_data(name: str, data: str, reason: str) -> list[JSONDict]:
     """Return the events in data that is not one JSON value."""
     if name == "error":
         return [{"message": data}]
-    # Nothing: an event that keeps the connection alive.
-    # [DONE], or several lines, each an event whose blank line was lost.
     lines = [line for line in data.split("\n") if line.strip()]
+    if not lines:
+        return []       # an event that keeps the connection alive
+    # [DONE]; or several events, whose blank lines were lost.
     with contextlib.suppress(ValueError):
         return [parse_line(line) for line in lines]
     # Text under a name that is not of the format: a vendor's own event.  An
@@ -1434,9 +1462,9 @@ def find_body_type(head: bytes) -> str | None:
     if start.startswith(beginnings):
         return "events"
     # Nothing yet, or a part of a beginning, such as b"da".
-    could_be_events = any(beginning.startswith(start)
-                          for beginning in (*beginnings, BOM))
-    if could_be_events and len(head) < MAX_HEAD:
+    is_a_part = any(beginning.startswith(start)
+                    for beginning in (*beginnings, BOM))
+    if is_a_part and len(head) < MAX_HEAD:
         return None
     return "other"
 
@@ -1462,10 +1490,19 @@ class GrowingText:
 
     def __init__(self, text: str = "") -> None:
         self.pieces = [text]
+        self.nesting = Nesting()    # of the first pieces, if it is JSON
+        self.looked_at = 0          # how many these are
 
     def get(self) -> str:
         """Return the text so far."""
         return "".join(self.pieces)
+
+    def is_closed(self) -> bool:
+        """Whether it is JSON with brackets, which are all closed."""
+        for piece in self.pieces[self.looked_at:]:
+            self.nesting.add(piece)
+        self.looked_at = len(self.pieces)
+        return self.nesting.is_closed()
 
 
 class ShownText:
@@ -1487,7 +1524,8 @@ class ShownText:
             self.end_half()
             self.text = text
         if self.half or not piece.isascii():
-            piece = self.half + piece       # which is not empty
+            # Now it is not empty: there is a half, or another character.
+            piece = self.half + piece
             self.half = ""
             if "\ud800" <= piece[-1] <= "\udbff":
                 self.half = piece[-1]
@@ -1527,11 +1565,12 @@ def map_text(value: JSON, change: Callable[[str], str]) -> JSON:
 class GrowingList:
     """A list whose entries come in pieces, as content parts do.
 
-    Entries are known by type and index.  Of pieces without an index, only the
-    first of an event can continue an entry: the last one, if that has the
-    same type, no other id, and one of ENTRY_TEXTS.  So {"type": "text",
-    "text": "He"} and, in the next event, {"type": "text", "text": "llo"} are
-    one entry; but two citations stay two.
+    1. A piece with an index belongs to the entry of its type and index.
+    2. Without an index, the first piece of an event may continue the last
+       entry: if that has the same type, no other id, and one of ENTRY_TEXTS.
+       So {"type": "text", "text": "He"} and, in the next event, {"type":
+       "text", "text": "llo"} are one entry; but two citations stay two.
+    3. Any other piece is an entry of its own.
     """
 
     def __init__(self) -> None:
@@ -1545,20 +1584,21 @@ class GrowingList:
                 entry = self.find_entry(piece, is_first=number == 0)
                 add_fields(entry, piece, shown)
             else:
+                check_number(len(self.entries))
                 self.entries.append(piece)
 
     def find_entry(self, piece: JSONDict, is_first: bool) -> JSONDict:
         """Return the entry that a piece continues, or a new one."""
         index = piece.get("index")
-        if not isinstance(index, int):
-            if is_first and self.can_continue_last(piece):
-                last: JSONDict = self.entries[-1]
-                return last
-            return self.begin()
-        key = (str(piece.get("type")), index)
-        if key not in self.by_key:
-            self.by_key[key] = self.begin()
-        return self.by_key[key]
+        if isinstance(index, int):                              # 1
+            key = (str(piece.get("type")), index)
+            if key not in self.by_key:
+                self.by_key[key] = self.begin()
+            return self.by_key[key]
+        if is_first and self.can_continue_last(piece):          # 2
+            last: JSONDict = self.entries[-1]
+            return last
+        return self.begin()                                     # 3
 
     def can_continue_last(self, piece: JSONDict) -> bool:
         """Whether a piece without an index may belong to the last entry."""
@@ -1597,6 +1637,7 @@ def add_text(target: JSONDict, name: str, value: JSON,
     :raise APIResponseError: the field was text, and the piece is not.
     """
     old = target.get(name)
+    # "" begins a text, but it replaces nothing.
     if isinstance(value, str) and (value or old is None):
         if not isinstance(old, GrowingText):
             old = GrowingText(old if isinstance(old, str) else "")
@@ -1643,9 +1684,13 @@ def add_object(target: JSONDict, name: str, piece: JSONDict) -> None:
         if key in ("arguments", "input", "data", "transcript"):
             add_text(fields, key, value)
         elif key == "name" and isinstance(value, str):
-            # Names come in pieces, or whole in every piece.
+            # Names come in pieces, or whole in every piece: then a piece
+            # equals what is there.
             if fields.get(key) != value:
                 fields[key] = (get_str(fields, key) or "") + value
+                if len(fields[key]) > MAX_NAME:
+                    raise APIResponseError("a broken event: a name is longer "
+                                           f"than {MAX_NAME} characters")
         else:
             put(fields, key, value)
 
@@ -1663,7 +1708,7 @@ def put(target: JSONDict, name: str, value: JSON) -> None:
 
 
 def is_empty(value: JSON) -> bool:
-    """Whether a value says nothing: None, "", {}, []; 0 and False do."""
+    """Whether a value is None, "", {} or []; 0 and False are values."""
     return not value and not isinstance(value, (int, float))
 
 
@@ -1678,7 +1723,8 @@ class IndexedParts:
     """The calls or the blocks of an answer, in order.
 
     The index of a part is its place, whatever number it is.  If the place is
-    taken, or there is no index, the part comes behind all others.
+    taken, or there is no index, the part comes behind all others: parts with
+    the indexes 0, 0, 5 and none are at the places 0, 1, 5 and 6.
     """
 
     def __init__(self) -> None:
@@ -1704,7 +1750,7 @@ class IndexedParts:
             return self.by_index.get(index)
         return self.last
 
-    def sorted(self) -> list[JSONDict]:
+    def in_order(self) -> list[JSONDict]:
         """Return the parts in order."""
         return [self.by_place[place] for place in sorted(self.by_place)]
 
@@ -1745,7 +1791,7 @@ class ChatAssembler:
         fields.pop("choices", None)
         # OpenAI pads chunks with this; it is no part of the answer.
         fields.pop("obfuscation", None)
-        if fields != self.fields:   # for speed: to put() them again is no use
+        if fields != self.fields:   # for speed: most chunks repeat them
             for name, value in fields.items():
                 put(self.fields, name, value)
         for number, choice in enumerate(expect_list(chunk, "choices")):
@@ -1816,8 +1862,8 @@ class ChatChoice:
         if fields != self.fields:   # for speed, as above
             for name, value in fields.items():
                 put(self.fields, name, value)
-        # It stands for the content beside it, too.  DashScope's own format
-        # has the text "null" until the end.
+        # A finish_reason covers the content beside it: so this comes last.
+        # DashScope's own format has the text "null" until the end.
         reason = fields.get("finish_reason")
         if reason and reason != "null":
             self.finished = True
@@ -1876,38 +1922,40 @@ class ChatChoice:
 
         The first row that fits decides:
 
-        ========  =========  ====  =========================================
-        its id    its index  name  the call
-        ========  =========  ====  =========================================
-        known     new        yes   a new one: some give all calls one id
-        known     any other        the one of this id
-        new       none             a new one
-        any       new              a new one
-        new/none  known      no    the newest of this index
-        none      none       no    the last one
-        new/none  known      yes   see begins_next()
-        none      none       yes   see begins_next()
-        ========  =========  ====  =========================================
+        ===  ======  ========  ====  ====================================
+        row  its id  index     name  the call
+        ===  ======  ========  ====  ====================================
+        1    known   new       yes   a new one: some give all calls one id
+        2    known   any       any   the one of this id
+        3    new     none      any   a new one
+        4    any     new       any   a new one
+        5    any     known     yes   a new one, if begins_next() says so
+        6    none    none      yes   a new one, if begins_next() says so
+        7    any     known     any   the newest of this index
+        8    none    none      any   the last one
+        ===  ======  ========  ====  ====================================
         """
         id, index = piece.get("id"), piece.get("index")
         name = get_dict(piece, "function").get("name")
         call = self.calls.get(index)    # without an index, the last one
         if isinstance(id, str) and id in self.call_of_id:
-            if name and call is None:
+            if name and call is None:                               # row 1
                 return None
-            return self.call_of_id[id]
-        if id and not isinstance(index, int):
+            return self.call_of_id[id]                              # row 2
+        if id and not isinstance(index, int):                       # row 3
             return None
-        if call is not None and name and begins_next(piece, call):
+        if call is None:                                            # row 4
             return None
-        return call
+        if name and begins_next(piece, call):                       # 5, 6
+            return None
+        return call                                                 # 7, 8
 
     def build(self) -> JSONDict:
         """Return the choice; a call without a name is none."""
         message = dict(self.message)
         calls: list[JSONDict] = []
         last_name = None
-        for call in self.calls.sorted():
+        for call in self.calls.in_order():
             function = get_dict(call, "function") or get_dict(call, "custom")
             name = function.get("name")
             is_only_a_name = (not call.get("id")
@@ -1936,20 +1984,11 @@ def begins_next(piece: JSONDict, call: JSONDict) -> bool:
         return True
     given = function.get("arguments")
     if isinstance(given, str) and given.strip()[:1] not in ("", "{"):
-        return False    # it goes on with arguments
-    return is_whole_object(begun.get("arguments"))
-
-
-def is_whole_object(arguments: JSON) -> bool:
-    """Whether the arguments so far are a whole JSON object."""
-    if not isinstance(arguments, GrowingText):
-        return isinstance(arguments, dict)
-    for piece in reversed(arguments.pieces):
-        if piece.strip():
-            if not piece.rstrip().endswith("}"):
-                return False    # for speed: no need to decode all pieces
-            break
-    return isinstance(parse_arguments(arguments.get(), False), dict)
+        return False    # they continue arguments: they do not begin an object
+    arguments = begun.get("arguments")
+    if isinstance(arguments, GrowingText):
+        return arguments.is_closed()
+    return isinstance(arguments, dict)
 
 
 def is_blank(arguments: JSON) -> bool:
@@ -1968,7 +2007,8 @@ class MessagesAssembler:
     def __init__(self) -> None:
         self.fields: JSONDict = {}      # of the message, except its blocks
         self.blocks = IndexedParts()
-        self.tools: dict[int, JSONDict] = {}    # the newest of each index
+        # The newest tool of each index, for rule 2 of find_block().
+        self.tools: dict[int, JSONDict] = {}
         self.shown = ShownText()
         self.started = False            # message_start has come
         self.done = False               # message_stop has come
@@ -1999,7 +2039,8 @@ class MessagesAssembler:
                              if name not in ("type", "delta")})
         elif kind == "message_stop":
             self.done = True
-            self.whole = self.whole or self.started
+            if self.started:
+                self.whole = True
         # Nothing to do for content_block_stop, ping and events yet unknown.
         return self.shown.take()
 
@@ -2042,23 +2083,25 @@ class MessagesAssembler:
            says -1 means one of the blocks, and who knows which.
         """
         block = self.blocks.get(index)
-        if block is not None and fits(block, kind):
+        if block is not None and fits(block, kind):                 # 1
             return block
-        if kind == "tool_use" and isinstance(index, int):
+        if kind == "tool_use" and isinstance(index, int):           # 2
             tool = self.tools.get(index)
             if tool is not None:
                 return tool
         last = self.blocks.last
-        if block is not None and last is not None and fits(last, kind):
-            return last
-        if block is None and isinstance(index, int) and index < 0:
+        if block is not None and last is not None:                  # 3
+            if fits(last, kind):
+                return last
+        if block is None and isinstance(index, int) and index < 0:  # 4
             raise APIResponseError("a broken event: a delta for no block")
         return self.begin_block(index, {"type": kind})
 
     def add_delta(self, index: JSON, delta: JSONDict) -> None:
         """Add a delta to its block."""
         kind = delta.get("type") or "text_delta"
-        # Some gateways send "" for a block of another kind: it begins none.
+        # Some gateways send "" for a block of another kind: we ignore it, so
+        # that it begins no block.
         if kind == "text_delta":
             if delta.get("text"):
                 block = self.find_block(index, "text")
@@ -2100,11 +2143,11 @@ class MessagesAssembler:
               clean: Callable[[str], str] = clean_text) -> JSONDict:
         """Return what has arrived as message() would; clean() gets each text.
 
-        A tool's input is decoded, except if it may be partial.  Claude
+        A tool's input is decoded; if it may be partial, it is a text.  Claude
         refuses a next turn with empty text blocks: they are left out.
         """
         content = []
-        for block in self.blocks.sorted():
+        for block in self.blocks.in_order():
             block = map_text(block, clean)
             if "input" in block:
                 block["input"] = parse_arguments(block["input"] or {}, partial)
@@ -2260,7 +2303,7 @@ class DeadlineSocket(socket.socket):
             raise OSError(code, os.strerror(code))
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        """Receive into a buffer, as http.client does to read."""
+        """Receive into a buffer: so http.client reads; it gives no nbytes."""
         size = self.when_ready(super().recv_into, buffer, len(buffer))
         if size:
             self.answered = True
@@ -2287,14 +2330,14 @@ class DeadlineSocket(socket.socket):
             return False
         return True
 
-    def hang_up(self) -> None:
+    def shut_down(self) -> None:
         """End the connection, and with it a wait in another thread.
 
         Not in a child process, whose parent still uses it.
         """
         if self.owner == os.getpid():
-            # The plain one.  SSLSocket.shutdown() would first take away the
-            # encryption that another thread is reading with.
+            # The plain one.  SSLSocket.shutdown() forgets its encryption, and
+            # another thread that reads would take what comes for plain text.
             with contextlib.suppress(OSError):  # it has ended already
                 socket.socket.shutdown(self, socket.SHUT_RDWR)
 
@@ -2436,7 +2479,7 @@ class Route:
             self.ca_file = os.environ.get("SSL_CERT_FILE") or None
             self.ca_dir = os.environ.get("SSL_CERT_DIR") or None
 
-    def key(self) -> tuple[JSON, ...]:
+    def pool_key(self) -> tuple[JSON, ...]:
         """Return what is the same for connections that can be shared."""
         return (self.address.tls, self.address.host, self.address.port,
                 self.proxy, self.ca_file, self.ca_dir)
@@ -2557,8 +2600,8 @@ class Connection(http.client.HTTPConnection):
                                   self.deadline)
         self.sock = self.wire
 
-    def send_request(self, request: Request,
-                     deadline: float) -> http.client.HTTPResponse:
+    def post(self, request: Request,
+             deadline: float) -> http.client.HTTPResponse:
         """Send a request; return the answer, of which the head is read."""
         self.reused = self.state == "idle"
         self.state = "in use"
@@ -2589,13 +2632,7 @@ class Connection(http.client.HTTPConnection):
             if self.upload_broke:
                 raise APIConnectionError("the request could not be sent whole")
             raise
-        while self.response.status < 200:
-            # An interim answer (102, 103): the real one comes behind it.  Of
-            # these, http.client skips 100 alone.  begin() is what it calls to
-            # read a head: public, though undocumented, in Python 3.0 to 3.15.
-            # It does nothing if there are headers.
-            self.response.headers = None    # type: ignore[assignment]
-            self.response.begin()
+        skip_interim_answers(self.response)
         if self.wire.ended:
             # http.client takes the end of the connection inside the head for
             # the end of the head.  After a whole head it has not read on.
@@ -2633,23 +2670,37 @@ class Connection(http.client.HTTPConnection):
         # tinyproxy garbles the next request where there was no CONNECT.
         plain_proxy = bool(self.route.proxy) and not self.route.address.tls
         if is_last or plain_proxy or self.upload_broke:
-            self.hang_up()
+            self.discard()
         else:
             self.state = "idle"
             self.idle_since = time.monotonic()
             _idle.append(self)
 
-    def hang_up(self) -> None:
+    def discard(self) -> None:
         """Close it for good; the other side is told at once."""
         self.state = "closed"
         # Closing fails if others have closed its descriptor already.
-        with contextlib.suppress(OSError):
-            if self.response is not None:
-                self.response.close()
-            if self.wire is not None:
-                self.wire.hang_up()
+        if self.wire is not None:
+            self.wire.shut_down()
+            with contextlib.suppress(OSError):
                 self.wire.close()
+        if self.response is not None:
+            with contextlib.suppress(OSError):
+                self.response.close()
+        with contextlib.suppress(OSError):
             self.close()
+
+
+def skip_interim_answers(response: http.client.HTTPResponse) -> None:
+    """Read on to the head of the real answer, if another one came before it.
+
+    http.client itself skips 100, but not 102 and 103.  It reads a head with
+    begin(), which does nothing if there are headers.  This method is public,
+    though undocumented, in Python 3.0 to 3.15.
+    """
+    while response.status < 200:
+        response.headers = None     # type: ignore[assignment]
+        response.begin()
 
 
 def open_tunnel(sock: DeadlineSocket, proxy: Proxy, address: Address) -> None:
@@ -2706,30 +2757,32 @@ def take_connection(route: Route) -> Connection:
     This takes LAST_CHUNK_SECONDS at most, however many are idle.
     """
     close_old()
+    key = route.pool_key()
     limit = time.monotonic() + LAST_CHUNK_SECONDS
     for connection in reversed(_idle[:]):
-        if connection.route.key() == route.key() and take_out(connection):
+        if connection.route.pool_key() == key and take_out(connection):
             if connection.is_usable(limit):
                 return connection
-            connection.hang_up()
+            connection.discard()
     return Connection(route)
 
 
 def close_old() -> None:
     """Close what has been idle too long, and what is too many."""
-    limit = time.monotonic() - IDLE_SECONDS
+    oldest = time.monotonic() - IDLE_SECONDS
     for connection in _idle[:]:     # the oldest first
-        if connection.idle_since >= limit and len(_idle) <= MAX_IDLE:
+        is_old = connection.idle_since < oldest
+        if not is_old and len(_idle) <= MAX_IDLE:
             break
         if take_out(connection):
-            connection.hang_up()
+            connection.discard()
 
 
 def close_idle() -> None:
     """Close all: at exit, and in a child, whose parent goes on with them."""
     for connection in _idle[:]:
         if take_out(connection):
-            connection.hang_up()
+            connection.discard()
 
 
 atexit.register(close_idle)
@@ -2756,26 +2809,25 @@ class Exchange:
         self.released = False           # the connection is another call's
         self.answer: JSONDict = {}      # unless it is a stream
         self.lost_an_event = False      # it came after the deadline
-        self.ending = threading.Lock()  # held where the connection is let go
-        # Of a stream: what puts it together, and its decoded events.
-        # iter_stream() replaces the first if the answer is plain JSON.
+        self.ending = threading.Lock()  # see end_wait()
+        # Of a stream: what puts it together, and its events, each with the
+        # text that it adds.  See iter_stream().
         self.assembler: Assembler
         if request.endpoint == "chat":
             self.assembler = ChatAssembler(request.choices)
         else:
             self.assembler = MessagesAssembler()
-        self.events: Iterator[JSONDict] = iter(())
+        self.events: Iterator[tuple[JSONDict, str]] = iter(())
 
     def run(self) -> ServError | None:
         """Send the request and read the answer; of a stream, its head.
 
-        Return the error, if there is one, so that send_request() can try
-        again: where it is raised, its traceback holds no frame of this try.
-        After an error answer that was read to its end, the connection is kept.
+        Return the error, if there is one: raised, its traceback would keep
+        the request and the connection of this try in memory.  After an error
+        answer that was read to its end, the connection is kept.
         """
         try:
-            self.response = self.connection.send_request(self.request,
-                                                         self.deadline)
+            self.response = self.connection.post(self.request, self.deadline)
             if self.request.streaming and self.is_good():
                 self.begin_stream()
             else:
@@ -2850,13 +2902,14 @@ class Exchange:
                     == "text/event-stream")
         self.events = self.iter_stream(labelled)
         if not labelled:
-            # It may be an error: look before the caller gets a stream.
+            # It may be an error: look before the caller gets a stream.  (The
+            # first event of a stream can take minutes; so only here.)
             first = next(self.events, None)
             if first is not None:
                 self.events = itertools.chain([first], self.events)
 
-    def iter_stream(self, labelled: bool) -> Iterator[JSONDict]:
-        """Yield the decoded events of a stream.
+    def iter_stream(self, labelled: bool) -> Iterator[tuple[JSONDict, str]]:
+        """Yield each decoded event of a stream, and the text that it adds.
 
         Some servers answer with plain JSON instead.  Then the whole answer is
         one event, and a WholeAnswer takes the place of the assembler.
@@ -2869,16 +2922,20 @@ class Exchange:
             kind = find_body_type(head)
             if kind is not None:
                 break
-        if kind == "events" or (kind is None and labelled):
+        if kind is None and labelled:
+            kind = "events"     # none at all
+        if kind == "events":
             yield from self.iter_decoded(itertools.chain([head], chunks))
         else:
             answer = self.parse_answer(self.read_body(head, chunks))
             self.assembler = WholeAnswer(answer)
             self.elapsed = time.monotonic() - self.started
-            yield answer
+            yield answer, self.assembler.add(answer)
 
-    def iter_decoded(self, chunks: Iterator[bytes]) -> Iterator[JSONDict]:
-        """Yield the decoded events up to the last one of the format."""
+    def iter_decoded(self, chunks: Iterator[bytes]
+                     ) -> Iterator[tuple[JSONDict, str]]:
+        """Do what iter_stream() says, up to the last event of the format."""
+        assembler = self.assembler
         try:
             for name, data in iter_events(chunks):
                 for event in parse_events(name, data):
@@ -2888,12 +2945,12 @@ class Exchange:
                         raise APITimeoutError("an event came too late")
                     self.elapsed = now - self.started
                     if event is DONE:
-                        self.assembler.add(DONE)
+                        assembler.add(DONE)
                         return      # what stands behind it does not count
                     if find_error(event, name) is not None:
                         raise self.build_status_error(event)
-                    yield event
-                    if self.assembler.done:     # the reader has added it
+                    yield event, assembler.add(event)
+                    if assembler.done:
                         return
         except EventTooLarge as exc:
             raise APIResponseError(f"a broken event: {exc}")
@@ -2902,10 +2959,9 @@ class Exchange:
         """Yield the bytes of the body as they come, up to its proven end."""
         response = self.response
         assert response is not None
-        for name, decoded in (("content-encoding", "identity"),
-                              ("transfer-encoding", "chunked")):
-            coding = str(response.headers.get(name) or decoded).lower()
-            if coding not in ("identity", decoded):
+        for name in ("content-encoding", "transfer-encoding"):
+            coding = str(response.headers.get(name) or "identity")
+            if coding.lower() not in ("identity", "chunked"):
                 raise APIResponseError(f"cannot decode {name} {coding}")
         limit = MAX_STREAM if self.request.streaming else MAX_BODY
         if not self.is_good():
@@ -2963,8 +3019,10 @@ class Exchange:
         body = map_text(body, self.redact_text)
         fields = parse_error(body)
         status = self.response.status
-        known = True        # the status is the server's own word
+        known = True
         if self.is_good():
+            # An error in a 200.  If nothing in it stands for a status, 500 is
+            # a guess.
             stands_for = find_status(fields)
             known = stands_for is not None
             status = stands_for or 500
@@ -3017,7 +3075,8 @@ class Exchange:
                 error._worth_a_retry = False
         if isinstance(exc, OSError) and not isinstance(
                 exc, http.client.HTTPException):
-            # Without its frames, which hold the request.
+            # (RemoteDisconnected is both.)  Without its frames: they hold the
+            # request.
             error.__cause__ = exc.with_traceback(None)
         error.__context__ = None
         return error
@@ -3043,7 +3102,7 @@ class Exchange:
         if request_id:
             error.request_id = self.redact_text(request_id)
             where += ", request id " + shorten(error.request_id)
-        # First removed, then cut short, which would leave half a key.
+        # The key goes before it is cut short: half a key would not be found.
         text = shorten(self.redact_text(str(error.args[0])))
         error.args = (f"{text} ({self.redact_text(where)})",)
 
@@ -3056,25 +3115,29 @@ class Exchange:
 
     def keep_connection(self) -> None:
         """Leave the connection to the next call."""
-        self.events = iter(())      # it refers to this object
+        self.events = iter(())      # its frame refers to this object: a cycle
         if self.ending.acquire(blocking=False):
             self.released = True
             self.ending.release()
             self.connection.keep()
         else:
-            self.connection.hang_up()   # end_wait() is at it
+            self.connection.discard()   # end_wait() is at it
 
     def close(self) -> None:
         """Close the connection, unless it is left to another call."""
-        self.events = iter(())      # it refers to this object
+        self.events = iter(())      # its frame refers to this object: a cycle
         if not self.released:
-            self.connection.hang_up()
+            self.connection.discard()
 
     def end_wait(self) -> None:
-        """End a wait in another thread, which then finds the end."""
+        """End a wait in another thread, which then finds the end.
+
+        That thread may be in keep_connection().  Who gets the lock first
+        decides, without waiting, whether the connection is kept or ended.
+        """
         if self.ending.acquire(blocking=False):
             if self.connection.wire is not None and not self.released:
-                self.connection.wire.hang_up()
+                self.connection.wire.shut_down()
             self.ending.release()
 
 
@@ -3237,7 +3300,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         """A parser that raises, and shows no value: it may be a key."""
 
         def error(self, message: str) -> NoReturn:
-            # Such as: argument --json: ignored explicit argument 'sk-...'
+            # What argparse quotes is a value, and comes last, as in:
+            # argument --json: ignored explicit argument 'sk-...'
             shown = re.split("['\"]", message)[0].strip()
             raise ValueError(f"{shown}; see --help")
 
@@ -3256,7 +3320,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("-v", "--verbose", action="store_true")
     add("--version", action="store_true")
     add("-h", "--help", action="store_true")
-    # argparse drops "--" in another way in each Python.
+    # What is behind "--" is cut off first: argparse treats it in another way
+    # in each Python.
     end = argv.index("--") if "--" in argv else len(argv)
     args, unknown = parser.parse_known_intermixed_args(argv[:end])
     if unknown:
@@ -3450,8 +3515,7 @@ def print_pieces(pieces: Iterable[str], note: Note) -> None:
 
 def disarm(text: str) -> str:
     """Replace control characters, so that no model drives the terminal."""
-    return "".join("\ufffd" if char < " " and char not in "\n\t"
-                   or "\x7f" <= char <= "\x9f" else char for char in text)
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 if __name__ == "__main__":
