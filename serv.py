@@ -114,8 +114,9 @@ LAST_CHUNK_SECONDS = 0.01   # for the end of a stream's body to come, before
 # once, some calls open a new connection.
 MAX_IDLE = 256
 
-# Sizes, in bytes.  Decoded, a usual answer takes 3 to 10 times its size in
-# memory, and the worst (nothing but empty dicts) 80 times.
+# Sizes, in bytes.  In memory, a usual answer takes 3 to 10 times its size, the
+# worst 500 MiB.  The worst stream, nothing but nested empty dicts, takes 60
+# times its size while its reply is built.
 READ_SIZE = 1 << 16     # of one read or write
 MAX_BODY = 1 << 25      # of one JSON answer or one event: 32 MiB
 MAX_STREAM = 1 << 26    # of a whole stream: 64 MiB, ten times the longest
@@ -256,10 +257,6 @@ STATUS_OF_TYPE = {
     "request_too_large": 413, "rate_limit_error": 429,
     "insufficient_quota": 429, "api_error": 500, "server_error": 500,
     "timeout_error": 504, "overloaded_error": 529}
-
-# What the text of an error adds to the server's message.
-ADVICE = {401: "check the key", 402: "add credits",
-          404: "check the model and the URL"}
 
 
 # ---------------------------------------------------------------------------
@@ -870,6 +867,9 @@ def build_url(text: str) -> Address:
     wrong = ("base_url (or SERV_BASE_URL): expected http[s]://host[:port]"
              "[/path], without a login, a query or a fragment")
     text = text.strip()
+    if not text.lower().startswith(("http://", "https://")):
+        raise ValueError("base_url (or SERV_BASE_URL) lacks http:// or "
+                         "https:// at its beginning")
     # urlsplit() drops tabs and line breaks, and accepts the rest.
     if not text.isprintable() or any(char in text for char in " \\?#@"):
         raise ValueError(wrong)
@@ -881,7 +881,7 @@ def build_url(text: str) -> Address:
         ascii_host = host if ":" in host else host.encode("idna").decode()
     except ValueError:      # also a UnicodeError
         raise ValueError(wrong) from None
-    if parts.scheme not in ("http", "https") or not host or port == 0:
+    if not host or port == 0:
         raise ValueError(wrong)
     # Before 3.11, urlsplit() accepts a name in brackets, http://[host], and
     # a port of Arabic digits, http://host:\u0668\u0660.
@@ -1248,6 +1248,25 @@ def find_status(fields: JSONDict) -> int | None:
     if re.fullmatch("[45][0-9][0-9]", str(fields["code"])):
         return int(fields["code"])
     return None
+
+
+ADVICE = {401: "Check the key.", 402: "Add credits.",
+          404: "Check the model and the URL."}
+
+
+def add_advice(status: int, fields: JSONDict,
+               retry_after: float | None) -> str:
+    """Return an error's message, and what the caller can do about it."""
+    message: str = fields["message"] or "no message"
+    advice = ADVICE.get(status)
+    if "insufficient_quota" in (fields["type"], fields["code"]):
+        advice = "To wait does not help."
+    elif retry_after:
+        advice = f"Wait {retry_after:g} s."
+    if not advice:
+        return message
+    end = "" if message.endswith((".", "!", "?")) else "."
+    return f"{message}{end} {advice}"
 
 
 def is_worth_a_retry(error: APIStatusError, known: bool) -> bool:
@@ -3030,9 +3049,8 @@ class Exchange:
         what = fields["type"] or http.client.responses.get(status, "")
         if not known:
             what = "error in a 200 answer"
-        why = fields["message"] or "no message"
-        if status in ADVICE:
-            why = f"{why.rstrip('.')}; {ADVICE[status]}"
+        retry_after = parse_retry_after(headers, time.time())
+        why = add_advice(status, fields, retry_after)
         if 300 <= status < 400:
             why = f"not following to {headers.get('location')}; set base_url"
         kind: type[APIStatusError] = (
@@ -3046,7 +3064,7 @@ class Exchange:
         error.message = fields["message"]
         error.body = body
         error.headers = headers
-        error.retry_after = parse_retry_after(headers, time.time())
+        error.retry_after = retry_after
         error._worth_a_retry = is_worth_a_retry(error, known)
         return error
 
@@ -3062,7 +3080,8 @@ class Exchange:
         error: ServError
         if late and not is_answer_error:
             error = APITimeoutError(
-                f"timed out: not within {self.request.timeout:g} s")
+                f"timed out: not within {self.request.timeout:g} s; raise "
+                "timeout, or ask for less")
         elif isinstance(exc, ServError):
             error = exc.with_traceback(None)
         else:
@@ -3082,7 +3101,9 @@ class Exchange:
         return error
 
     def find_hint(self, exc: BaseException) -> str:
-        """Return what would help against a certificate that is refused."""
+        """Return what would help against a failure of the network."""
+        if isinstance(exc, (ConnectionRefusedError, socket.gaierror)):
+            return "; check base_url, the proxy and the network"
         # OpenSSL's numbers for: nobody trusted has signed it (18 and 19: it
         # has signed itself; 20 and 21: its issuer is not known).
         unknown = getattr(exc, "verify_code", 0) in (18, 19, 20, 21)
@@ -3303,6 +3324,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             # What argparse quotes is a value, and comes last, as in:
             # argument --json: ignored explicit argument 'sk-...'
             shown = re.split("['\"]", message)[0].strip()
+            shown = shown.replace("ignored explicit argument",
+                                  "it takes no value")
             raise ValueError(f"{shown}; see --help")
 
     parser = Parser(usage="", add_help=False, allow_abbrev=False)
