@@ -2817,18 +2817,19 @@ class Exchange:
         self.request = request
         self.started = started          # the call, by time.monotonic()
         self.deadline = started + request.timeout
+        self.elapsed = 0.0              # seconds from `started` to the end
         self.retries = retries          # tries that had failed before
-        self.elapsed = 0.0              # seconds from the call to the end
+
         self.route = Route(request.address)
         self.connection = (take_connection(self.route) if reuse
                            else Connection(self.route))
+        self.released = False           # the connection is another call's
+        self.ending = threading.Lock()  # see end_wait()
         self.sent = time.monotonic()
         self.response: http.client.HTTPResponse | None = None
         self.at_end = False             # the body was read to its end
-        self.released = False           # the connection is another call's
+
         self.answer: JSONDict = {}      # unless it is a stream
-        self.lost_an_event = False      # it came after the deadline
-        self.ending = threading.Lock()  # see end_wait()
         # Of a stream: what puts it together, and its events, each with the
         # text that it adds.  See iter_stream().
         self.assembler: Assembler
@@ -2837,6 +2838,7 @@ class Exchange:
         else:
             self.assembler = MessagesAssembler()
         self.events: Iterator[tuple[JSONDict, str]] = iter(())
+        self.lost_an_event = False      # it came after the deadline
 
     def run(self) -> ServError | None:
         """Send the request and read the answer; of a stream, its head.
