@@ -780,7 +780,11 @@ def test_the_fake_service_answers_every_body(target):
                 place = place[step]
             place[path[-1]] = odd
             status, answer = fake_ask(target, json.dumps(body).encode())
-            assert status == 200 or answer["error"]["message"], body
+            if status == 200:
+                assert "choices" in answer or "content" in answer, body
+            else:
+                assert status == 400 and answer["error"]["message"], body
+                assert answer["error"]["type"] == "invalid_request_error"
 
 
 def json_paths(value, path=()):
@@ -2042,7 +2046,9 @@ def test_what_is_missed_where_no_setting_is_set(variable, monkeypatch):
     with pytest.raises(serv.ServError, match="SERV_API_KEY") as caught:
         build(model="m")
     assert type(caught.value) is serv.ServError
-    assert build(model="m", api_key=KEY).url == serv.BASE_URL + CHAT
+    request = build(model="m", api_key=KEY)
+    assert request.url == "https://inference-api.openserv.ai" + CHAT
+    assert request.timeout == 600
 
 
 @pytest.mark.parametrize("value", [
@@ -2062,12 +2068,13 @@ def test_a_timeout_in_the_variable_that_is_refused(value, monkeypatch):
     build(timeout=5)  # then nobody looks at the variable
 
 
-@pytest.mark.parametrize("value", [0.001, 5, 86400, "7", "7.5", ".5", "1e3"])
-def test_a_timeout_that_is_taken(value, monkeypatch):
-    if not isinstance(value, str):
-        build(timeout=value)
+@pytest.mark.parametrize("value, seconds", [
+    (0.001, 0.001), (5, 5), (86400, 86400), ("7", 7), ("7.5", 7.5),
+    (".5", 0.5), ("1e3", 1000)])
+def test_a_timeout_that_is_taken(value, seconds, monkeypatch):
+    assert build(timeout=value).timeout == seconds
     monkeypatch.setenv("SERV_TIMEOUT", str(value))
-    build()
+    assert build().timeout == seconds
 
 
 def test_the_timeout_of_the_variable_counts(monkeypatch):
@@ -3549,17 +3556,14 @@ def test_stream_a_long_tool_call_in_small_pieces(endpoint, length, size):
 
 def test_stream_a_name_in_each_piece_of_a_long_call_costs_no_more():
     """Whether the arguments so far are whole, is not looked at each time."""
-    def build():
-        begun = time.monotonic()
-        answer = stream_build(serv.ChatAssembler(), [
-            stream_chunk({"tool_calls": [stream_call("0 - f " + text)]})
-            for text in texts])
-        [call] = serv.Reply(answer).tool_calls
-        assert call.arguments == {"a": {}}
-        return time.monotonic() - begun
-
     texts = ['{"a": {}', *[', "a": {}'] * 10000, "}"]
-    assert build() < 4 or build() < 4
+    begun = time.process_time()  # what other programs do does not count
+    answer = stream_build(serv.ChatAssembler(), [
+        stream_chunk({"tool_calls": [stream_call("0 - f " + text)]})
+        for text in texts])
+    [call] = serv.Reply(answer).tool_calls
+    assert call.arguments == {"a": {}}
+    assert time.process_time() - begun < 4
 
 
 @each_endpoint
@@ -4052,33 +4056,26 @@ def test_stream_that_is_closed_is_at_its_end_and_keeps_its_reply():
 
 
 def test_stream_closed_from_another_thread_ends_the_wait_at_once():
-    def cancel():
-        """Return the seconds from close() to the end of the loop."""
-        closed, begun, ended = (threading.Event() for _ in range(3))
-        pieces = []
+    closed, begun, ended = (threading.Event() for _ in range(3))
+    pieces = []
 
-        def read():
-            for piece in stream:
-                pieces.append(piece)
-                begun.set()
-            ended.set()
+    def read():
+        for piece in stream:
+            pieces.append(piece)
+            begun.set()
+        ended.set()
 
-        with Server(stream_watched(closed)) as server:
-            stream = open_stream(server, timeout=60)
-            reader = threading.Thread(target=read, daemon=True)
-            reader.start()
-            assert begun.wait(20)
-            assert not ended.wait(0.05)  # it waits for a second piece
-            started = time.monotonic()
-            stream.close()
-            assert ended.wait(20) and closed.wait(20)
-            took = time.monotonic() - started
-            reader.join(20)
-        assert (pieces, stream.reply.text) == (["Hel"], "Hel")
-        assert stream.reply.partial and list(stream) == []
-        return took
-
-    assert cancel() < 0.5 or cancel() < 0.5
+    with Server(stream_watched(closed)) as server:
+        stream = open_stream(server, timeout=60)
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        assert begun.wait(20)
+        assert not ended.wait(0.05)  # it waits for a second piece
+        stream.close()
+        assert ended.wait(5) and closed.wait(5)  # not for all of 60 s
+        reader.join(20)
+    assert (pieces, stream.reply.text) == (["Hel"], "Hel")
+    assert stream.reply.partial and list(stream) == []
 
 
 def test_stream_an_exception_in_its_block_is_the_callers_own():
@@ -4809,12 +4806,12 @@ needs_alarm = pytest.mark.skipif(
 NET_BUDGET = 0.06
 
 
-def net_timeout(call, *args, kind=serv.APITimeoutError, **options):
+def net_timeout(call, *args, kind=serv.APITimeoutError, budget=NET_BUDGET,
+                **options):
     """Return the error of a call that ends with its budget, in time."""
     # 20 ms early is in time: clocks and waits of some systems are coarse.
-    return net_within(NET_BUDGET + 0.5, lambda: net_error(
-        kind, call, *args, timeout=NET_BUDGET, **options),
-        least=NET_BUDGET - 0.03)
+    return net_within(budget + 0.5, lambda: net_error(
+        kind, call, *args, timeout=budget, **options), least=budget - 0.03)
 
 
 @table("call, answer", {
@@ -4838,7 +4835,8 @@ def test_no_drip_stretches_the_budget(call, answer):
 
 def test_an_error_whose_body_drips_is_that_error():
     with Server(net_drip(http_head("500 Oops"), b"x")) as server:
-        net_timeout(net_chat, server, kind=serv.InternalServerError)
+        net_timeout(net_chat, server, kind=serv.InternalServerError,
+                    budget=0.5)  # time for its head to come
 
 
 @pytest.mark.parametrize("place", [
@@ -4885,14 +4883,19 @@ def test_an_address_that_does_not_answer(
         ports = {"dead": dead, "live": server.port}
         net_names["a.test"] = [
             ("127.0.0.1", ports[each]) for each in addresses]
-        assert net_within(1.5, call) == end
+        # A busy machine gets a second chance to connect in time.
+        assert net_within(1.5, call) == end or net_within(1.5, call) == end
 
 
-def test_a_timeout_is_not_tried_again():
+def test_a_timeout_is_not_tried_again(clock):
     """The budget is the whole call's, and it is spent."""
-    with Server(net_hold()) as server:
+    def answer(wire, request):
+        clock(20)
+        net_drip(b"", b"H")(wire, request)
+
+    with Server(answer) as server:
         error = net_error(serv.APITimeoutError, net_chat, server,
-                          max_retries=2, timeout=NET_BUDGET)
+                          max_retries=2, timeout=20)
         assert len(server.requests) == 1 and error.retries == 0
 
 
@@ -4930,9 +4933,11 @@ def test_a_stream_out_of_time_keeps_what_had_arrived(clock):
     assert (error.reply.text, error.reply.partial) == ("Hel", True)
 
 
-@pytest.mark.parametrize("reason", [None, "stop"], ids=[
-    "before the proof", "behind it: the next event would be lost"])
-def test_the_budget_runs_on_while_the_caller_holds_a_piece(reason, clock):
+@table("reason, text", {
+    "before the proof": (None, "Hel"),
+    "behind it: the next event would be lost": ("stop", "Hel")})
+def test_the_budget_runs_on_while_the_caller_holds_a_piece(
+        reason, text, clock):
     answer = stream_answer(chat_piece("Hel", reason), chat_piece("lo", "stop"))
     with Server(answer) as server:
         stream = open_stream(server, timeout=20)
@@ -4940,7 +4945,7 @@ def test_the_budget_runs_on_while_the_caller_holds_a_piece(reason, clock):
         clock(20)
         for _ in range(2):
             error = net_error(serv.APITimeoutError, next, stream)
-    assert error.reply.text.startswith("Hel")
+    assert (error.reply.text, error.reply.partial) == (text, True)
 
 
 # -- Retries ------------------------------------------------------------------
@@ -5081,7 +5086,9 @@ def test_what_leaves_a_connection_to_the_next_call(first, kept):
         assert server.connections == (1 if kept else 2)
 
 
-def test_a_last_chunk_that_comes_after_done_neither_delays_nor_breaks():
+def test_a_last_chunk_that_comes_after_done_neither_delays_nor_breaks(
+        monkeypatch):
+    monkeypatch.setattr(serv, "LAST_CHUNK_SECONDS", 2)
     over = {}
 
     def answer(wire, request):
@@ -5098,7 +5105,9 @@ def test_a_last_chunk_that_comes_after_done_neither_delays_nor_breaks():
             over[text].set()
 
     with Server(answer) as server:
-        net_within(0.4, call)
+        # Who waited for a last chunk at [DONE] would wait each time.
+        net_within(serv.LAST_CHUNK_SECONDS, call)
+        assert server.connections == 1
 
 
 def test_last_chunks_that_never_come_delay_a_call_once_together(monkeypatch):
@@ -5329,10 +5338,6 @@ NET_CLOSED_UNDERNEATH = """
 for turn in range(2):
     serv.chat("Hi", **ask)
     os.closerange(3, 64)  # as a daemon does
-    try:
-        serv.chat("Hi", **ask)
-    except serv.APIConnectionError:
-        pass
     assert serv.chat("Hi", **ask).text == "Hi"
     stream = serv.stream("Hi", **ask)
     assert next(stream) == "H"
@@ -5474,30 +5479,47 @@ def test_nothing_is_left_open(net_tls):
 
 
 NET_CYCLES = """
-import gc
+import gc, time
 gc.disable()
-ask.update(timeout=0.2, max_retries=1)
-for ask["base_url"] in sys.argv[1:]:
-    for call in serv.chat, serv.stream:
-        gc.collect()
-        try:
-            "".join(call("Hi", **ask))
-        except serv.ServError as error:
-            pass
-        print(gc.collect())
+time.sleep = lambda seconds: None  # the waits take no time
+ask["max_retries"] = 1
+
+def call(name):
+    try:
+        if name == "chat":
+            return serv.chat("Hi", **ask).text
+        return "".join(serv.stream("Hi", **ask))
+    except serv.ServError as error:
+        return type(error).__name__
+
+for number, ask["base_url"] in enumerate(sys.argv[1:]):
+    gc.collect()
+    print(call("stream" if number % 2 else "chat"), gc.collect())
 """
+NET_FAILED_TRIES = [
+    # what the server does; how chat() and stream() end, and after how many
+    # requests
+    ([error_answer(429), NET_OK], ("Hello!", 2), ("Hello!", 2)),
+    ([closing(b""), NET_OK], ("Hello!", 2), ("Hello!", 2)),
+    ([error_answer(429)], ("RateLimitError", 2), ("RateLimitError", 2)),
+    ([closing(NET_OK[:-1])],
+     ("APIConnectionError", 2), ("APIConnectionError", 2)),
+    ([closing(NET_BEGUN)],
+     ("APIConnectionError", 2), ("APIConnectionError", 1))]
 
 
 @pytest.mark.skipif(sys.implementation.name != "cpython",
                     reason="other collectors count otherwise")
 def test_a_failed_try_is_not_left_to_the_collector():
     """It holds the whole request, and a socket."""
-    answers = [error_answer(429), NET_OK], [error_answer(429)], [
-        closing(b""), NET_OK], [closing(NET_OK[:-1])], [closing(NET_BEGUN)]
     with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(Server(answer)) for answer in answers]
-        counts = net_run(NET_CYCLES, *(server.url for server in servers))
-    assert counts.split() == ["0"] * 2 * len(answers)
+        servers = [stack.enter_context(Server(answers))
+                   for answers, *ends in NET_FAILED_TRIES for _ in ends]
+        printed = net_run(NET_CYCLES, *(server.url for server in servers))
+        tries = [len(server.requests) for server in servers]
+    wanted = [end for _, *ends in NET_FAILED_TRIES for end in ends]
+    assert printed == "".join("%s 0\n" % end for end, _ in wanted)
+    assert tries == [number for _, number in wanted]
 
 
 # -- Broken and cut answers ---------------------------------------------------
@@ -5617,8 +5639,8 @@ def test_an_interim_answer_does_not_end_an_upload():
 def net_alarm(handler, seconds=0.04):
     """Have a handler called by a signal, once."""
     before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -5641,7 +5663,7 @@ def test_what_a_signals_handler_raises_comes_out(place, raised, net_tls):
     if place == "upload":
         prompt, seconds = "x" * (1 << 23), 0.15
     with net_silent(place, net_tls) as (url, server):
-        with net_alarm(handler, seconds), pytest.raises(raised) as caught:
+        with pytest.raises(raised) as caught, net_alarm(handler, seconds):
             net_read(url, prompt, max_retries=5, timeout=2)
         assert caught.value is mine and mine.__cause__ is None
         if server:
@@ -6784,7 +6806,8 @@ def test_without_a_usable_key_it_ends_with_1(key, cli, fake, monkeypatch):
 
 @table("answer, says", {
     "a message": (error_answer(400, "No such thing."), "No such thing."),
-    "long": (error_answer(400, "\u00e9" * 5000), "\u00e9"),
+    "a long message: cut short": (
+        error_answer(400, "\u00e9" * 5000), "\u00e9" * 300),
     "an echo of the key": (error_answer(401, KEY), "401"),
     "HTML": (http_answer(b"<html>\nSign in\n</html>", kind="text/html"),
              "Sign in"),
@@ -6794,7 +6817,7 @@ def test_a_failed_call_is_told_in_one_line(answer, says, cli, answering):
     answering(answer)
     status, out, err = cli("Hi")
     assert (status, out, is_one_line(err)) == (1, "", True)
-    assert says in err and KEY not in err
+    assert says in err and KEY not in err and len(err) < 500
 
 
 @table("end", {
@@ -7020,23 +7043,26 @@ def test_a_pipe_that_was_closed_ends_it_quietly(argv):
 
 
 @on_posix
-@table("argv, piece", {
-    "before the answer": ([], b""),
-    "before the answer, --no-stream": (["--no-stream"], b""),
-    "while it is streamed": ([], b"One ")})
-def test_an_interrupt_ends_with_130(argv, piece, answering):
+@table("argv, piece, rest", {
+    "before the answer": ([], b"", ""),
+    "before the answer, --no-stream": (["--no-stream"], b"", ""),
+    "while it is streamed: the line is ended": ([], b"One ", "\n")})
+def test_an_interrupt_ends_with_130(argv, piece, rest, answering):
     model = Pausing(piece and chat_piece(piece.decode()))
     answering(model)
     # A shell's & starts what ignores interrupts, and so would its children.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with cli_start(*argv, "Hi") as process:
-        assert model.came.wait(30)
-        assert process.stdout.read(len(piece)) == piece
-        process.send_signal(signal.SIGINT)
-        status, out, err = cli_end(process)
-    signal.signal(signal.SIGINT, before)
-    model.go_on.set()
-    assert (status, out.strip(), err) == (130, "", "serv: interrupted\n")
+    try:
+        with cli_start(*argv, "Hi") as process:
+            assert model.came.wait(30)
+            assert process.stdout.read(len(piece)) == piece
+            time.sleep(0.1 if piece else 0)  # until it waits for the next
+            process.send_signal(signal.SIGINT)
+            ended = cli_end(process)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        model.go_on.set()
+    assert ended == (130, rest, "serv: interrupted\n")
 
 
 # -- A terminal, 40 columns wide ----------------------------------------------
@@ -7614,7 +7640,7 @@ def test_readme_batch_stops_where_every_call_fails(status, kind, tmp_path,
     with Server(no) as server:
         with pytest.raises(SystemExit, match="stopped: no call would succeed"):
             run_here(code, server, monkeypatch)
-        assert len(server.requests) < 200
+        assert 1 <= len(server.requests) < 64  # two for each thread
     assert (tmp_path / "answers.jsonl").read_bytes() == b""
 
 
@@ -7628,7 +7654,8 @@ def test_readme_batch_stops_where_there_is_no_server(tmp_path, monkeypatch,
         pass
     with pytest.raises(SystemExit, match="stopped: no call would succeed"):
         run_here(code, server, monkeypatch)
-    assert capsys.readouterr().out.count("failed: no answer: ") < 200
+    failed = capsys.readouterr().out.count("failed: no answer: ")
+    assert 1 <= failed < 64  # two for each thread
 
 
 @needs_readme
