@@ -202,15 +202,18 @@ def stream_answer(*events, **headers):
 STREAM_HEAD = http_head(kind="text/event-stream", transfer_encoding="chunked")
 
 
-def chat_said(text, **fields):
-    """Return the JSON of a chat answer; `fields` are more of its message."""
+def bare_answer(text, **fields):
+    """Return the JSON of a chat answer, with no more fields than it needs.
+
+    `fields` are more of its message.
+    """
     return {"object": "chat.completion", "choices": [{
         "index": 0, "message": {"role": "assistant", "content": text,
                                 **fields}, "finish_reason": "stop"}]}
 
 
-def chat_piece(text, reason=None):
-    """Return the JSON of a chunk of a chat stream."""
+def bare_chunk(text, reason=None):
+    """Return the JSON of a chunk of a chat stream, as bare."""
     return {"object": "chat.completion.chunk", "choices": [{
         "index": 0, "delta": {"content": text}, "finish_reason": reason}]}
 
@@ -1011,22 +1014,22 @@ def message(messages, **options):
     return serv.message(messages, **{"max_tokens": 50, **options})
 
 
-def stream_messages(messages, **options):
-    """Stream in the Messages format to the end; return the reply."""
-    return read_stream(messages, endpoint="messages",
-                       **{"max_tokens": 50, **options})
-
-
-def read_stream(messages, **options):
-    """Stream to the end; return the reply."""
+def chat_streamed(messages, **options):
+    """Call stream(), read it to its end, and return the reply."""
     with serv.stream(messages, **options) as pieces:
         text = "".join(pieces)
     assert text == pieces.reply.text
     return pieces.reply
 
 
-CHAT_CALLS = [serv.chat, read_stream]
-MESSAGES_CALLS = [message, stream_messages]
+def message_streamed(messages, **options):
+    """Call stream() for the other format in the same way."""
+    return chat_streamed(messages, endpoint="messages",
+                         **{"max_tokens": 50, **options})
+
+
+CHAT_CALLS = [serv.chat, chat_streamed]
+MESSAGES_CALLS = [message, message_streamed]
 CALLS = CHAT_CALLS + MESSAGES_CALLS
 each_call = pytest.mark.parametrize("call", CALLS)
 plain_calls = pytest.mark.parametrize("call", [serv.chat, message])
@@ -1235,11 +1238,11 @@ def test_the_request_id_of_an_error_and_of_a_reply(headers, request_id):
 
 
 def test_a_cut_stream_says_how_many_tries_had_failed():
-    cut = stream_answer(chat_piece("A"))
+    cut = stream_answer(bare_chunk("A"))
     with Server([error_answer(503), cut]) as server:
         with pytest.raises(serv.APIConnectionError) as caught:
-            read_stream("Hi", system=SYSTEM, base_url=server.url,
-                        max_retries=2)
+            chat_streamed("Hi", system=SYSTEM, base_url=server.url,
+                          max_retries=2)
     assert (caught.value.retries, caught.value.reply.retries) == (1, 1)
 
 
@@ -1251,7 +1254,7 @@ def error_samples():
     yield error_of(http_answer(b"?", x_request_id="r1"))
     yield error_of(closing(http_head(content_length=5)))
     for end in ([{"error": {"code": 429}}], ["{"], []):
-        yield error_of(stream_answer(chat_piece("Hello"), *end), read_stream)
+        yield error_of(stream_answer(bare_chunk("Hello"), *end), chat_streamed)
     with Server(lambda wire, request: None) as server:
         for options in ({"timeout": 0.05}, {"api_key": "\u2026"}):
             with pytest.raises(serv.ServError) as caught:
@@ -1284,7 +1287,7 @@ def test_errors_can_be_pickled_and_copied():
 def test_a_cause_is_of_the_system_and_never_what_might_quote_the_server(
         answer):
     """One with a cause: test_a_refused_connection_is_tried_again."""
-    assert error_of(answer, read_stream).__cause__ is None
+    assert error_of(answer, chat_streamed).__cause__ is None
 
 
 # ---------------------------------------------------------------------------
@@ -1318,7 +1321,7 @@ def test_a_call_from_its_request_to_its_answer(call, fake):
     assert (reply.text, reply["model"]) == ('You said: "Hi"', "m")
     [request] = fake.requests
     chat = call in CHAT_CALLS
-    streaming = call in (read_stream, stream_messages)
+    streaming = call in (chat_streamed, message_streamed)
     assert request[:2] == ("POST", CHAT if chat else MESSAGES)
     assert request.headers == {  # a header that came twice has both values
         "accept": "text/event-stream" if streaming else "application/json",
@@ -2492,7 +2495,7 @@ def test_a_finish_reason_that_says_the_server_failed_is_an_error(reason):
     error = error_of(http_answer(answer))
     assert (error.body, error.reply) == (answer, None)
     late = error_of(stream_answer(
-        chat_piece("Part"), chat_piece("", reason), "[DONE]"), read_stream)
+        bare_chunk("Part"), bare_chunk("", reason), "[DONE]"), chat_streamed)
     assert (late.reply.text, late.reply.partial) == ("Part", True)
     for each in (error, late):
         assert (type(each), each.status) == (serv.InternalServerError, 500)
@@ -2570,7 +2573,7 @@ def test_what_an_odd_error_says(body, says):
     b'"code": "c"}}\n\ndata: [DONE]\n\n'], ids=["chat", "Messages"])
 @pytest.mark.parametrize("kind", ["text/event-stream", "application/json"])
 def test_the_body_of_an_error_may_be_an_event_stream(body, kind):
-    error = error_of(http_answer(body, "429 Slow", kind), read_stream)
+    error = error_of(http_answer(body, "429 Slow", kind), chat_streamed)
     assert (type(error), error.message, error.code) == (
         serv.RateLimitError, "No.", "c")
 
@@ -2882,7 +2885,7 @@ def test_sse_what_an_event_holds(name, data, events):
 # Events in; out comes what the call without streaming would have returned.
 # ---------------------------------------------------------------------------
 
-def stream_chunk(delta=None, finish=None, top=(), **choice):
+def chat_chunk(delta=None, finish=None, top=(), **choice):
     """Return a chunk of a chat stream.
 
     `choice` are more fields of its one choice, `top` more of the chunk.
@@ -2893,7 +2896,7 @@ def stream_chunk(delta=None, finish=None, top=(), **choice):
             **dict(top)}
 
 
-def stream_whole(message, finish="stop", top=(), **choice):
+def chat_whole(message, finish="stop", top=(), **choice):
     """Return a whole chat answer, in the same way."""
     return {"id": "c1", "object": "chat.completion", "created": 1,
             "model": "m", "choices": [{
@@ -2904,7 +2907,7 @@ def stream_whole(message, finish="stop", top=(), **choice):
 
 def stream_text(*texts):
     """Return the chunks of a chat stream that says these texts."""
-    return [stream_chunk({"content": text}) for text in texts]
+    return [chat_chunk({"content": text}) for text in texts]
 
 
 def stream_parts(*texts, kind="text"):
@@ -3050,9 +3053,9 @@ STREAM_DELTAS = {  # the deltas of a choice; its message, at the end
 
 @table("deltas, message", STREAM_DELTAS)
 def test_stream_of_chat_what_grows_and_what_replaces(deltas, message):
-    events = [stream_chunk(delta) for delta in deltas]
+    events = [chat_chunk(delta) for delta in deltas]
     assert stream_build(serv.ChatAssembler(), [
-        *events, stream_chunk({}, "stop")]) == stream_whole(message)
+        *events, chat_chunk({}, "stop")]) == chat_whole(message)
 
 
 # -- Chat: which call a piece belongs to --------------------------------------
@@ -3145,11 +3148,11 @@ STREAM_CALLS = {  # the pieces, the calls
 
 @table("pieces, calls", STREAM_CALLS)
 def test_stream_of_chat_which_call_a_piece_belongs_to(pieces, calls):
-    events = [stream_chunk({"tool_calls": [
+    events = [chat_chunk({"tool_calls": [
         stream_call(text) for text in part.split(" & ")]})
         for part in pieces.split(" | ")]
     assert stream_build(serv.ChatAssembler(), [
-        *events, stream_chunk({}, "tool_calls")]) == stream_whole(
+        *events, chat_chunk({}, "tool_calls")]) == chat_whole(
             {"tool_calls": [{"type": "function", **stream_call(text)}
                             for text in calls.split(" & ")]}, "tool_calls")
 
@@ -3195,9 +3198,9 @@ STREAM_SIGNED = {"extra_content": {"google": {"thought_signature": "S"}}}
         [stream_call("- x f {}"), STREAM_SIGNED],
         stream_call("- x f {}", **STREAM_SIGNED))})
 def test_stream_of_chat_fields_of_a_call(pieces, call):
-    events = [stream_chunk({"tool_calls": [piece]}) for piece in pieces]
+    events = [chat_chunk({"tool_calls": [piece]}) for piece in pieces]
     assert stream_build(serv.ChatAssembler(), [
-        *events, stream_chunk({}, "stop")]) == stream_whole(
+        *events, chat_chunk({}, "stop")]) == chat_whole(
             {"tool_calls": [call]})
 
 
@@ -3209,85 +3212,85 @@ STREAM_HI = {"index": 0, "finish_reason": "stop", "message": {
     "role": "assistant", "content": "Hi"}}
 STREAM_CHUNKS = {  # chunks; their answer
     "usage in the last chunk": (
-        [stream_chunk({"content": "Hi"}, "stop", {"usage": None}),
-         stream_chunk(top={"choices": [], "usage": STREAM_USAGE})],
-        stream_whole({"content": "Hi"}, top={"usage": STREAM_USAGE})),
+        [chat_chunk({"content": "Hi"}, "stop", {"usage": None}),
+         chat_chunk(top={"choices": [], "usage": STREAM_USAGE})],
+        chat_whole({"content": "Hi"}, top={"usage": STREAM_USAGE})),
     "usage in each chunk: the last": (
-        [stream_chunk({"content": "Hi"}, top={"usage": {
+        [chat_chunk({"content": "Hi"}, top={"usage": {
             "prompt_tokens": 3, "completion_tokens": 1}}),
-         stream_chunk({}, "stop", {"usage": STREAM_USAGE}),
-         stream_chunk(top={"choices": [], "usage": None})],
-        stream_whole({"content": "Hi"}, top={"usage": STREAM_USAGE})),
+         chat_chunk({}, "stop", {"usage": STREAM_USAGE}),
+         chat_chunk(top={"choices": [], "usage": None})],
+        chat_whole({"content": "Hi"}, top={"usage": STREAM_USAGE})),
     "usage without choices": (
-        [stream_chunk({"content": "Hi"}, "stop"), {"usage": STREAM_USAGE}],
-        stream_whole({"content": "Hi"}, top={"usage": STREAM_USAGE})),
+        [chat_chunk({"content": "Hi"}, "stop"), {"usage": STREAM_USAGE}],
+        chat_whole({"content": "Hi"}, top={"usage": STREAM_USAGE})),
     "several choices, mixed": (
-        [stream_chunk({"content": "H"}, index=1),
-         stream_chunk({"content": "H"}), stream_chunk({"content": "i"}),
-         stream_chunk({"content": "i"}, "stop", index=1),
-         stream_chunk({}, "stop")],
-        stream_whole({}, top={"choices": [
+        [chat_chunk({"content": "H"}, index=1),
+         chat_chunk({"content": "H"}), chat_chunk({"content": "i"}),
+         chat_chunk({"content": "i"}, "stop", index=1),
+         chat_chunk({}, "stop")],
+        chat_whole({}, top={"choices": [
             STREAM_HI, {**STREAM_HI, "index": 1}]})),
     "several choices in a chunk": (
-        [stream_chunk(top={"choices": [
+        [chat_chunk(top={"choices": [
             {"index": index, "delta": {"content": "Hi"},
              "finish_reason": "stop"} for index in (0, 1)]})],
-        stream_whole({}, top={"choices": [
+        chat_whole({}, top={"choices": [
             STREAM_HI, {**STREAM_HI, "index": 1}]})),
     "no index, no `object` (Moonshot)": (
         [{"choices": [{"delta": {"content": "Hi"}}]},
          {"choices": [{"finish_reason": "stop"}]}],
         {"object": "chat.completion", "choices": [STREAM_HI]}),
     "logprobs go on": (
-        [stream_chunk({"content": "Hel"}, logprobs={
+        [chat_chunk({"content": "Hel"}, logprobs={
             "content": [{"token": "Hel"}], "refusal": None}),
-         stream_chunk({"content": "lo"}, logprobs={
+         chat_chunk({"content": "lo"}, logprobs={
              "content": [{"token": "l"}, {"token": "o"}], "refusal": None}),
-         stream_chunk({}, "stop", logprobs=None)],
-        stream_whole({"content": "Hello"}, logprobs={
+         chat_chunk({}, "stop", logprobs=None)],
+        chat_whole({"content": "Hello"}, logprobs={
             "content": [{"token": text} for text in ("Hel", "l", "o")],
             "refusal": None})),
     "fields nobody knows: the last": (
-        [stream_chunk({"content": "Hi"}, score=[1, 2], filters={"low": True},
-                      top={"citations": ["u"], "speed": 1}),
-         stream_chunk({}, "stop", filters={"low": False},
-                      top={"citations": ["u", "v"], "speed": 2})],
-        stream_whole({"content": "Hi"}, score=[1, 2], filters={"low": False},
-                     top={"citations": ["u", "v"], "speed": 2})),
+        [chat_chunk({"content": "Hi"}, score=[1, 2], filters={"low": True},
+                    top={"citations": ["u"], "speed": 1}),
+         chat_chunk({}, "stop", filters={"low": False},
+                    top={"citations": ["u", "v"], "speed": 2})],
+        chat_whole({"content": "Hi"}, score=[1, 2], filters={"low": False},
+                   top={"citations": ["u", "v"], "speed": 2})),
     "padding (OpenAI)": (
-        [stream_chunk({"content": "Hi"}, "stop", {"obfuscation": "aB3"})],
-        stream_whole({"content": "Hi"})),
+        [chat_chunk({"content": "Hi"}, "stop", {"obfuscation": "aB3"})],
+        chat_whole({"content": "Hi"})),
     "empty fields first, and a bare choice last (Azure)": (
         [{"choices": [], "id": "", "model": "", "object": "",
           "prompt_filter_results": [{"prompt_index": 0}]},
-         stream_chunk({"content": "Hi"}, "stop"),
+         chat_chunk({"content": "Hi"}, "stop"),
          {"choices": [{"index": 0, "finish_reason": None, "filters": {
              "low": True}}], "id": "", "model": "", "object": ""}],
-        stream_whole({"content": "Hi"}, filters={"low": True}, top={
+        chat_whole({"content": "Hi"}, filters={"low": True}, top={
             "prompt_filter_results": [{"prompt_index": 0}]})),
     "a bare choice (Gemini, blocked)": (
-        [stream_chunk(top={"choices": [
+        [chat_chunk(top={"choices": [
             {"index": 0, "finish_reason": "content_filter: RECITATION"}]})],
-        stream_whole({}, "content_filter: RECITATION")),
+        chat_whole({}, "content_filter: RECITATION")),
     "a whole message": (
-        [stream_chunk(top={"choices": []}),
-         stream_chunk(top={"choices": [STREAM_HI]}),
-         stream_chunk(top={"choices": [
+        [chat_chunk(top={"choices": []}),
+         chat_chunk(top={"choices": [STREAM_HI]}),
+         chat_chunk(top={"choices": [
              {**STREAM_HI, "index": 1, "delta": {}}]})],
-        stream_whole({}, top={"choices": [
+        chat_whole({}, top={"choices": [
             STREAM_HI, {**STREAM_HI, "index": 1}]})),
     "a whole message behind its pieces": (
-        [*stream_text("H", "i"), stream_chunk(top={"choices": [STREAM_HI]})],
-        stream_whole({"content": "Hi"})),
+        [*stream_text("H", "i"), chat_chunk(top={"choices": [STREAM_HI]})],
+        chat_whole({"content": "Hi"})),
     "the message so far beside the delta (Perplexity, Writer)": (
-        [stream_chunk({"content": "H"}, message={"content": "H"}),
-         stream_chunk({"content": "i"}, message={"content": None}),
-         stream_chunk({"content": None}, "stop", message={"content": "Hi"})],
-        stream_whole({"content": "Hi"})),
+        [chat_chunk({"content": "H"}, message={"content": "H"}),
+         chat_chunk({"content": "i"}, message={"content": None}),
+         chat_chunk({"content": None}, "stop", message={"content": "Hi"})],
+        chat_whole({"content": "Hi"})),
     "events of a vendor's own": (
         [{"type": "hermes.tool.progress", "tool": "f"}, {"type": "ping"},
-         {"id": "other"}, stream_chunk({"content": "Hi"}, "stop")],
-        stream_whole({"content": "Hi"})),
+         {"id": "other"}, chat_chunk({"content": "Hi"}, "stop")],
+        chat_whole({"content": "Hi"})),
 }
 
 
@@ -3318,7 +3321,7 @@ def stream_end(reason="end_turn", **fields):
                        **fields}}, {"type": "message_stop"}]
 
 
-def stream_message(content, reason="end_turn", **fields):
+def messages_whole(content, reason="end_turn", **fields):
     """Return a whole Messages answer."""
     return {"id": "msg_1", "type": "message", "role": "assistant",
             "model": "m", "content": content, "stop_reason": reason,
@@ -3486,7 +3489,7 @@ STREAM_BLOCKS = {  # a script between the first and the last event; content
 def test_stream_of_messages_blocks_and_their_deltas(script, content):
     assert stream_build(serv.MessagesAssembler(), [
         stream_start(), *stream_blocks(script), *stream_end()
-    ]) == stream_message(content)
+    ]) == messages_whole(content)
 
 
 @pytest.mark.parametrize("indexes, order", [
@@ -3509,27 +3512,27 @@ STREAM_FIELDS = {  # events; their answer
     "a stop sequence, and no usage at the end": (
         stream_said("a") + [{"type": "message_delta", "delta": {
             "stop_reason": "stop_sequence", "stop_sequence": "!"}}],
-        stream_message(stream_parts("a"), "stop_sequence", stop_sequence="!",
+        messages_whole(stream_parts("a"), "stop_sequence", stop_sequence="!",
                        usage={"input_tokens": 3, "output_tokens": 1})),
     "usage is replaced field by field": (
         stream_said("a") + [
             {"type": "message_delta", "delta": {"stop_reason": None},
              "usage": {"output_tokens": 4, "cache": {"read": 1}}},
             *stream_end()],
-        stream_message(stream_parts("a"), usage={
+        messages_whole(stream_parts("a"), usage={
             "input_tokens": 3, "output_tokens": 5, "cache": {"read": 1}})),
     "fields nobody knows": (
         [stream_start(container={"id": "b"}, tier="one"), *stream_blocks(
             'begin {"type": "text", "text": "a", "mood": "good"}'),
          *stream_end(why="done")],
-        stream_message([{"type": "text", "text": "a", "mood": "good"}],
+        messages_whole([{"type": "text", "text": "a", "mood": "good"}],
                        container={"id": "b"}, tier="one", why="done")),
     "a whole message in message_start": (
         [stream_start(*stream_parts("a", "")), *stream_end()],
-        stream_message(stream_parts("a"))),
+        messages_whole(stream_parts("a"))),
     "a second message_start with more to say": (
         [*stream_said("a"), stream_start(model="n"), *stream_end()],
-        stream_message(stream_parts("a"), model="n")),
+        messages_whole(stream_parts("a"), model="n")),
 }
 
 
@@ -3544,7 +3547,7 @@ def stream_events(endpoint, *texts):
     """Return an assembler, and the events of a stream of these texts."""
     if endpoint == "chat":
         return serv.ChatAssembler(), [
-            *stream_text(*texts), stream_chunk({}, "stop"), serv.DONE]
+            *stream_text(*texts), chat_chunk({}, "stop"), serv.DONE]
     return serv.MessagesAssembler(), stream_said(*texts) + stream_end()
 
 
@@ -3569,7 +3572,7 @@ def test_stream_a_long_tool_call_in_small_pieces(endpoint, length, size):
     texts = [given[i:i + size] for i in range(0, len(given), size)]
     if endpoint == "chat":
         answer = stream_build(serv.ChatAssembler(), [
-            stream_chunk({"tool_calls": [stream_call("0 x f " + text)]})
+            chat_chunk({"tool_calls": [stream_call("0 x f " + text)]})
             for text in texts])
     else:
         answer = stream_build(serv.MessagesAssembler(), [
@@ -3584,7 +3587,7 @@ def test_stream_a_name_in_each_piece_of_a_long_call_costs_no_more():
     texts = ['{"a": {}', *[', "a": {}'] * 10000, "}"]
     begun = time.process_time()  # what other programs do does not count
     answer = stream_build(serv.ChatAssembler(), [
-        stream_chunk({"tool_calls": [stream_call("0 - f " + text)]})
+        chat_chunk({"tool_calls": [stream_call("0 - f " + text)]})
         for text in texts])
     [call] = serv.Reply(answer).tool_calls
     assert call.arguments == {"a": {}}
@@ -3610,28 +3613,28 @@ STREAM_PROOFS = {
     "chat: text and [DONE] (Snowflake)": (
         1, [*stream_text("a"), serv.DONE], True),
     "chat: a finish_reason": (
-        1, [stream_chunk({"content": "a"}, "stop")], True),
-    "chat: any finish_reason": (1, [stream_chunk({}, "eos_token")], True),
+        1, [chat_chunk({"content": "a"}, "stop")], True),
+    "chat: any finish_reason": (1, [chat_chunk({}, "eos_token")], True),
     "chat: a finish_reason, then null": (
-        1, [stream_chunk({}, "stop"), stream_chunk({"content": ""})], True),
+        1, [chat_chunk({}, "stop"), chat_chunk({"content": ""})], True),
     "chat: a finish_reason, then more text": (
-        1, [stream_chunk({}, "stop"), *stream_text("a")], False),
-    "chat: an empty finish_reason": (1, [stream_chunk({}, "")], False),
+        1, [chat_chunk({}, "stop"), *stream_text("a")], False),
+    "chat: an empty finish_reason": (1, [chat_chunk({}, "")], False),
     "chat: the text null for a finish_reason (DashScope)": (
-        1, [stream_chunk({"content": "a"}, "null")], False),
-    "chat: one choice of two": (2, [stream_chunk({}, "stop")], False),
+        1, [chat_chunk({"content": "a"}, "null")], False),
+    "chat: one choice of two": (2, [chat_chunk({}, "stop")], False),
     "chat: one choice of two, [DONE]": (
-        2, [stream_chunk({}, "stop"), serv.DONE], False),
+        2, [chat_chunk({}, "stop"), serv.DONE], False),
     "chat: two choices, one finish_reason": (
-        2, [stream_chunk({}, "stop"), stream_chunk({}, index=1)], False),
+        2, [chat_chunk({}, "stop"), chat_chunk({}, index=1)], False),
     "chat: two choices, one finish_reason, [DONE] (LiteLLM)": (
-        2, [stream_chunk({}, "stop"), stream_chunk({}, index=1), serv.DONE],
+        2, [chat_chunk({}, "stop"), chat_chunk({}, index=1), serv.DONE],
         True),
     "chat: two choices, two finish_reasons": (
-        2, [stream_chunk({}, "stop", index=1), stream_chunk({}, "stop")],
+        2, [chat_chunk({}, "stop", index=1), chat_chunk({}, "stop")],
         True),
     "chat: more choices than asked for": (
-        1, [stream_chunk({}, "stop"), stream_chunk({}, index=1)], False),
+        1, [chat_chunk({}, "stop"), chat_chunk({}, index=1)], False),
     "messages: a ping": (None, [{"type": "ping"}], False),
     "messages: message_start": (None, [stream_start()], False),
     "messages: a block": (None, stream_said("a"), False),
@@ -3670,12 +3673,12 @@ def test_stream_what_proves_it_whole(choices, events, whole):
 
 STREAM_OPEN = {"chat": stream_text("Hel", "lo"),  # no end of it yet
                "messages": stream_said("Hel", "lo")}
-STREAM_DONE = {"chat": [stream_chunk({}, "stop"), "[DONE]"],
+STREAM_DONE = {"chat": [chat_chunk({}, "stop"), "[DONE]"],
                "messages": stream_end()}
 STREAM_HELLO = {name: STREAM_OPEN[name] + STREAM_DONE[name]
                 for name in STREAM_OPEN}
-STREAM_ANSWER = {"chat": stream_whole({"content": "Hello"}),
-                 "messages": stream_message(stream_parts("Hello"))}
+STREAM_ANSWER = {"chat": chat_whole({"content": "Hello"}),
+                 "messages": messages_whole(stream_parts("Hello"))}
 
 
 def stream_bytes(data, kind="text/event-stream", size=1 << 20):
@@ -3687,7 +3690,7 @@ def stream_bytes(data, kind="text/event-stream", size=1 << 20):
         0, len(data), size)) + chunk(b"")
 
 
-def stream_read(answer, endpoint="chat", **options):
+def stream_result(answer, endpoint="chat", **options):
     """Return the pieces of a stream, and the reply at its end."""
     with Server(answer) as server:
         stream = open_stream(server, endpoint, **options)
@@ -3714,7 +3717,7 @@ def stream_error(answer, endpoint="chat", **options):
     return caught.value
 
 
-STREAM_READS = {"chat": read_stream, "messages": stream_messages}
+STREAM_READS = {"chat": chat_streamed, "messages": message_streamed}
 
 
 @each_endpoint
@@ -3759,7 +3762,7 @@ def stream_wipe(value):
 @each_endpoint
 def test_stream_events_are_as_sent_and_the_callers_own(endpoint):
     expected = [{"type": "ping"}, *STREAM_OPEN[endpoint], *(
-        [stream_chunk({"notes": [{"n": n}]}, top={"usage": STREAM_USAGE})
+        [chat_chunk({"notes": [{"n": n}]}, top={"usage": STREAM_USAGE})
          for n in (1, 2)] if endpoint == "chat" else
         stream_blocks('1 begin {"type": "a", "notes": [{"n": 1}]}')),
         STREAM_DONE[endpoint][0]]
@@ -3796,16 +3799,16 @@ def test_stream_reply_can_be_read_at_any_time():
 
 
 def test_stream_all_choices_that_were_asked_for_are_waited_for():
-    first = stream_chunk({"content": "Hello"}, "stop")
-    both = stream_answer(first, stream_chunk({}, "stop", index=1))
-    assert len(stream_read(both, n=2)[1]["choices"]) == 2
+    first = chat_chunk({"content": "Hello"}, "stop")
+    both = stream_answer(first, chat_chunk({}, "stop", index=1))
+    assert len(stream_result(both, n=2)[1]["choices"]) == 2
     error = stream_error(stream_answer(first, "[DONE]"), n=2)
     assert type(error) is serv.APIConnectionError
 
 
 def test_stream_without_a_choice_0_says_the_text_of_its_first():
-    events = [stream_chunk({"content": text}, index=1) for text in ("a", "b")]
-    pieces, reply = stream_read(stream_answer(*events, "[DONE]"))
+    events = [chat_chunk({"content": text}, index=1) for text in ("a", "b")]
+    pieces, reply = stream_result(stream_answer(*events, "[DONE]"))
     assert "".join(pieces) == reply.text == "ab"
 
 
@@ -3828,7 +3831,7 @@ def test_stream_noise_changes_nothing(endpoint, noise):
     noise = (noise + "\n\n").encode()
     data = noise + b"".join(
         sse(event) + noise for event in STREAM_HELLO[endpoint])
-    assert stream_read(stream_bytes(data), endpoint) == (
+    assert stream_result(stream_bytes(data), endpoint) == (
         ["Hel", "lo"], STREAM_ANSWER[endpoint])
 
 
@@ -3836,14 +3839,14 @@ def test_stream_the_name_of_an_event_stands_in_for_its_type():
     data = b"".join(b"event: %s\n" % event["type"].encode() + sse(json.dumps(
         {name: event[name] for name in event if name != "type"}))
         for event in STREAM_HELLO["messages"])
-    assert stream_read(stream_bytes(data), "messages") == (
+    assert stream_result(stream_bytes(data), "messages") == (
         ["Hel", "lo"], STREAM_ANSWER["messages"])
 
 
 @each_endpoint
 def test_stream_blank_lines_that_got_lost(endpoint):
     data = sse(*STREAM_HELLO[endpoint]).replace(b"\n\n", b"\n") + b"\n"
-    assert stream_read(stream_bytes(data), endpoint) == (
+    assert stream_result(stream_bytes(data), endpoint) == (
         ["Hel", "lo"], STREAM_ANSWER[endpoint])
 
 
@@ -3860,7 +3863,7 @@ def test_stream_blank_lines_that_got_lost(endpoint):
 def test_stream_halves_of_a_character_are_joined(endpoint, texts, whole):
     events = (stream_text(*texts) if endpoint == "chat"
               else stream_said(*texts))
-    pieces, reply = stream_read(
+    pieces, reply = stream_result(
         stream_answer(*events, *STREAM_DONE[endpoint]), endpoint)
     assert "".join(pieces) == reply.text == whole
     assert "" not in pieces
@@ -3879,7 +3882,7 @@ def test_stream_a_half_waits_for_its_other_half():
 def test_stream_halves_in_two_blocks_are_not_joined():
     events = stream_said("a\ud83d") + stream_blocks(
         "1 begin text | 1 text \ude00b") + stream_end()
-    pieces, reply = stream_read(stream_answer(*events), "messages")
+    pieces, reply = stream_result(stream_answer(*events), "messages")
     assert "".join(pieces) == reply.text == "a\ufffd\ufffdb"
 
 
@@ -3896,7 +3899,7 @@ STREAM_LABELS = ["text/event-stream", "TEXT/Event-Stream; charset=utf-8",
     *((kind, 1 << 20) for kind in STREAM_LABELS), (None, 1)])
 def test_stream_is_known_by_its_first_bytes(kind, first, size):
     data = stream_bytes(first + sse(*STREAM_HELLO["chat"]), kind, size)
-    assert stream_read(data) == (["Hel", "lo"], STREAM_ANSWER["chat"])
+    assert stream_result(data) == (["Hel", "lo"], STREAM_ANSWER["chat"])
 
 
 @pytest.mark.parametrize("first", [b"", b"\n \r\n\t", b"\xef\xbb\xbf"],
@@ -3905,22 +3908,22 @@ def test_stream_is_known_by_its_first_bytes(kind, first, size):
     *((kind, 1 << 20) for kind in STREAM_LABELS), ("text/event-stream", 1)])
 def test_stream_plain_json_comes_as_one_piece(kind, first, size):
     data = first + json.dumps(STREAM_ANSWER["chat"]).encode()
-    assert stream_read(stream_bytes(data, kind, size)) == (
+    assert stream_result(stream_bytes(data, kind, size)) == (
         ["Hello"], STREAM_ANSWER["chat"])
 
 
 @pytest.mark.parametrize("endpoint, answer, pieces", [
-    ("chat", stream_whole({"content": "Hello"}, None), ["Hello"]),
-    ("chat", stream_whole({"tool_calls": [stream_call("- x f {}")]}), []),
-    ("chat", stream_whole({}, top={"choices": [
+    ("chat", chat_whole({"content": "Hello"}, None), ["Hello"]),
+    ("chat", chat_whole({"tool_calls": [stream_call("- x f {}")]}), []),
+    ("chat", chat_whole({}, top={"choices": [
         STREAM_HI, {**STREAM_HI, "index": 1}]}), ["Hi"]),
-    ("messages", stream_message([*stream_parts("Hel"), STREAM_TOOL,
+    ("messages", messages_whole([*stream_parts("Hel"), STREAM_TOOL,
                                  *stream_parts("", "lo")]), ["Hello"]),
     ("messages", {"content": stream_parts("Hello")}, ["Hello"])],
     ids=["chat: no reason to stop", "chat: a call", "chat: two choices",
          "messages: blocks", "messages: content alone"])
 def test_stream_plain_json_is_whole_and_untouched(endpoint, answer, pieces):
-    assert stream_read(http_answer(answer), endpoint) == (pieces, answer)
+    assert stream_result(http_answer(answer), endpoint) == (pieces, answer)
 
 
 @pytest.mark.parametrize("kind", STREAM_LABELS)
@@ -3931,7 +3934,7 @@ def test_stream_plain_json_is_whole_and_untouched(endpoint, answer, pieces):
     ids=["an object", "a list"])
 def test_stream_a_json_error_is_that_error(kind, body, name):
     error = error_of(stream_bytes(json.dumps(body).encode(), kind),
-                     read_stream)
+                     chat_streamed)
     assert (type(error).__name__, error.message) == (name, "No.")
 
 
@@ -3949,7 +3952,7 @@ def test_stream_a_refused_request_raises_at_once():
     '{"success": true, "data": {}}'])  # cline/cline#13348
 def test_stream_what_is_no_answer_is_an_error_that_shows_it(kind, body):
     error = error_of(stream_bytes((body + " " * 9999).encode(), kind),
-                     read_stream)
+                     chat_streamed)
     assert type(error) is serv.APIResponseError
     assert body in str(error) and len(str(error)) < SHORT
 
@@ -3964,7 +3967,7 @@ def test_stream_ends_with_its_last_event(endpoint, more):
         while wire.recv(65536):  # the end never comes
             pass
         return False
-    assert stream_read(answer, endpoint) == (
+    assert stream_result(answer, endpoint) == (
         ["Hel", "lo"], STREAM_ANSWER[endpoint])
 
 
@@ -3973,7 +3976,7 @@ def test_stream_ends_with_its_last_event(endpoint, more):
 @each_endpoint
 def test_stream_with_its_proof_is_whole_however_it_ends(endpoint, tail):
     data = STREAM_HEAD + chunk(sse(*STREAM_HELLO[endpoint][:-1])) + tail
-    assert stream_read(closing(data), endpoint) == (
+    assert stream_result(closing(data), endpoint) == (
         ["Hel", "lo"], STREAM_ANSWER[endpoint])
 
 
@@ -4012,7 +4015,7 @@ def test_stream_that_is_cut_and_not_chunked_is_an_error(head):
 @each_endpoint
 def test_stream_a_call_of_a_cut_stream_never_looks_finished(
         endpoint, given, piece, shown):
-    events = [stream_chunk({"tool_calls": [{
+    events = [chat_chunk({"tool_calls": [{
         "index": 0, "id": "x", "function": {"name": "f", "arguments": text}}]})
         for text in (given, piece)]
     if endpoint == "messages":
@@ -4187,7 +4190,7 @@ def test_stream_that_is_interrupted_does_not_end_in_silence(said):
                        "InternalServerError", 500, "[DONE]"),
     "a named nothing": ("event: error\ndata:",
                         "InternalServerError", 500, ""),
-    "a named event": ("event: error\ndata: " + json.dumps(stream_chunk()),
+    "a named event": ("event: error\ndata: " + json.dumps(chat_chunk()),
                       "InternalServerError", 500, "")})
 @pytest.mark.parametrize("done", [False, True], ids=["open", "proven"])
 @each_endpoint
@@ -4533,7 +4536,7 @@ def fuzz_messages(rng, manner):
                 event["index"] = 0
     reason = rng.choice(["end_turn", "tool_use", "max_tokens"])
     details = {"stop_details": fuzz_object(rng)}
-    return stream_message(blocks, reason, **unknown, **details), [
+    return messages_whole(blocks, reason, **unknown, **details), [
         *events, *stream_end(reason, **details)], len(events)
 
 
@@ -4604,11 +4607,11 @@ def fuzz_change(rng, value):
 NET_FAIL, NET_ODD = serv.APIConnectionError, serv.APIResponseError
 
 
-NET_OK = http_answer(chat_said("Hello!"))
-NET_STREAM = stream_answer(chat_piece("Hel"), chat_piece("lo!", "stop"),
+NET_OK = http_answer(bare_answer("Hello!"))
+NET_STREAM = stream_answer(bare_chunk("Hel"), bare_chunk("lo!", "stop"),
                            "[DONE]")
 NET_CHUNKED = http_head(transfer_encoding="chunked")
-NET_BEGUN = STREAM_HEAD + chunk(sse(chat_piece("Hel")))
+NET_BEGUN = STREAM_HEAD + chunk(sse(bare_chunk("Hel")))
 NET_END = chunk(b"")
 
 
@@ -4621,10 +4624,10 @@ def net_echo(wire, request):
     """Answer with the prompt, as a stream if the request wants one."""
     text = net_prompt(request)
     if body_of(request).get("stream"):
-        wire.sendall(stream_answer(chat_piece(text[:1]),
-                                   chat_piece(text[1:], "stop"), "[DONE]"))
+        wire.sendall(stream_answer(bare_chunk(text[:1]),
+                                   bare_chunk(text[1:], "stop"), "[DONE]"))
     else:
-        wire.sendall(http_answer(chat_said(text)))
+        wire.sendall(http_answer(bare_answer(text)))
 
 
 def net_reset(data=b""):
@@ -4709,12 +4712,12 @@ def net_chat(server, prompt="Hi", **options):
     return serv.chat(prompt, **options).text
 
 
-def net_read(server, prompt="Hi", **options):
+def net_stream(server, prompt="Hi", **options):
     """Return the text of a stream, in the same way."""
     return "".join(open_stream(server, prompt=prompt, **options))
 
 
-net_calls = pytest.mark.parametrize("call", [net_chat, net_read])
+net_calls = pytest.mark.parametrize("call", [net_chat, net_stream])
 
 
 def net_error(kind, call, *args, **options):
@@ -4837,14 +4840,15 @@ def net_timeout(call, *args, kind=serv.APITimeoutError, budget=NET_BUDGET,
     "interim answers": (net_chat, net_drip(
         b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0)),
     "a header": (net_chat, net_drip(b"HTTP/1.1 200 OK\r\nX: ", b"x")),
-    "headers": (net_read, net_drip(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", .03)),
+    "headers": (net_stream, net_drip(
+        b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", 0.03)),
     "a body": (net_chat, net_drip(http_head(content_length=10 ** 6), b" ")),
     "chunks": (net_chat, net_drip(NET_CHUNKED, chunk(b" "))),
     "the size of a chunk": (net_chat, net_drip(NET_CHUNKED, b"0")),
-    "comments": (net_read, net_drip(STREAM_HEAD, chunk(b": ping\n\n"))),
+    "comments": (net_stream, net_drip(STREAM_HEAD, chunk(b": ping\n\n"))),
     "trailers": (net_chat, net_drip(
         NET_CHUNKED + NET_END[:-2], b"X: y\r\n", 0)),
-    "pings": (net_read, net_drip(
+    "pings": (net_stream, net_drip(
         STREAM_HEAD, chunk(b"event: ping\ndata: {}\n\n")))})
 def test_no_drip_stretches_the_budget(call, answer):
     with Server(answer) as server:
@@ -4863,7 +4867,7 @@ def test_an_error_whose_body_drips_is_that_error():
 def test_a_silent_server_ends_with_the_budget(place, net_tls):
     prompt = "x" * (1 << 23 if place == "upload" else 1)
     with net_silent(place, net_tls) as (url, _):
-        net_timeout(net_read, url, prompt)
+        net_timeout(net_stream, url, prompt)
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
@@ -4957,7 +4961,7 @@ def test_a_stream_out_of_time_keeps_what_had_arrived(clock):
     "behind it: the next event would be lost": ("stop", "Hel")})
 def test_the_budget_runs_on_while_the_caller_holds_a_piece(
         reason, text, clock):
-    answer = stream_answer(chat_piece("Hel", reason), chat_piece("lo", "stop"))
+    answer = stream_answer(bare_chunk("Hel", reason), bare_chunk("lo", "stop"))
     with Server(answer) as server:
         stream = open_stream(server, timeout=20)
         assert next(stream) == "Hel"
@@ -4980,15 +4984,15 @@ def net_advice(status, advice):
 
 @table("call, answer, tries", {
     "503": (net_chat, error_answer(503), 2),
-    "503 to a stream": (net_read, error_answer(503), 2),
+    "503 to a stream": (net_stream, error_answer(503), 2),
     "400": (net_chat, error_answer(400), 1),
-    "400 to a stream": (net_read, error_answer(400), 1),
+    "400 to a stream": (net_stream, error_answer(400), 1),
     "400 with x-should-retry: true": (net_chat, net_advice(400, "true"), 2),
     "503 with x-should-retry: false": (net_chat, net_advice(503, "false"), 1),
     "a cut answer": (net_chat, closing(NET_OK[:-5]), 2),
-    "the head of a stream": (net_read, closing(STREAM_HEAD), 1),
-    "a piece of a stream": (net_read, closing(NET_BEGUN), 1),
-    "an error event": (net_read, closing(STREAM_HEAD + chunk(sse({"error": {
+    "the head of a stream": (net_stream, closing(STREAM_HEAD), 1),
+    "a piece of a stream": (net_stream, closing(NET_BEGUN), 1),
+    "an error event": (net_stream, closing(STREAM_HEAD + chunk(sse({"error": {
         "type": "overloaded_error"}}))), 1)})
 def test_what_is_tried_again_with_the_same_body(call, answer, tries, naps):
     with Server([answer, net_echo]) as server:
@@ -5097,7 +5101,7 @@ def test_a_failure_loads_nothing_and_without_logging_says_nothing():
 def test_twenty_calls_share_one_connection():
     with Server(net_echo) as server:
         for number in range(20):
-            call = (net_chat, net_read)[number % 2]
+            call = (net_chat, net_stream)[number % 2]
             assert call(server, "no. %d" % number) == "no. %d" % number
         assert server.connections == 1
 
@@ -5106,9 +5110,9 @@ def test_twenty_calls_share_one_connection():
     "an error answer": (http_answer({}, "400 Bad"), True),
     "an error of a 200": (http_answer({"error": {"message": "no"}}), True),
     "Connection: close": (http_answer(
-        chat_said(""), connection="close"), False),
+        bare_answer(""), connection="close"), False),
     "close in a list": (http_answer(
-        chat_said(""), connection="Keep-Alive, Close"), False),
+        bare_answer(""), connection="Keep-Alive, Close"), False),
     "HTTP/1.0": (NET_OK.replace(b"HTTP/1.1", b"HTTP/1.0"), False),
     "a stream that is to be closed": (NET_STREAM.replace(
         b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1), False),
@@ -5120,7 +5124,7 @@ def test_twenty_calls_share_one_connection():
 def test_after_which_answers_a_connection_is_kept(first, kept):
     with Server([first, net_echo]) as server:
         with contextlib.suppress(serv.ServError):
-            (net_read if b"event-" in first else net_chat)(server)
+            (net_stream if b"event-" in first else net_chat)(server)
         assert net_chat(server, "mine") == "mine"
         assert server.connections == (1 if kept else 2)
 
@@ -5132,7 +5136,7 @@ def test_a_last_chunk_that_comes_after_done_neither_delays_nor_breaks(
 
     def answer(wire, request):
         text = net_prompt(request)
-        data = stream_answer(chat_piece(text, "stop"), "[DONE]")
+        data = stream_answer(bare_chunk(text, "stop"), "[DONE]")
         wire.sendall(data[:-len(NET_END)])
         over[text].wait(5)
         wire.sendall(NET_END)
@@ -5140,7 +5144,7 @@ def test_a_last_chunk_that_comes_after_done_neither_delays_nor_breaks(
     def call():
         for text in "abcdef":
             over[text] = threading.Event()
-            assert net_read(server, text) == text
+            assert net_stream(server, text) == text
             over[text].set()
 
     with Server(answer) as server:
@@ -5176,7 +5180,7 @@ def test_a_stream_closed_early_leaves_its_rest_to_nobody():
         assert server.connections == 2
 
 
-@pytest.mark.parametrize("call", [serv.chat, read_stream])
+@pytest.mark.parametrize("call", [serv.chat, chat_streamed])
 @table("answers, connections, good", {
     # what the server does, and which connection each request comes on
     "closed while idle": ([closing(NET_OK), net_echo], [1, 2], True),
@@ -5283,7 +5287,7 @@ def test_64_threads_get_their_own_answers_and_keep_their_connections():
         for turn in range(3):
             together.wait()
             mine = "%d of %d" % (turn, number)
-            call = net_read if (turn + number) % 3 == 0 else net_chat
+            call = net_stream if (turn + number) % 3 == 0 else net_chat
             assert call(server, mine) == mine
         return number
 
@@ -5395,7 +5399,7 @@ def test_a_descriptor_closed_underneath_heals(net_tls):
     def answer(wire, request):
         if not body_of(request).get("stream"):
             return net_echo(wire, request)
-        wire.sendall(STREAM_HEAD + chunk(sse(chat_piece("H"))))
+        wire.sendall(STREAM_HEAD + chunk(sse(bare_chunk("H"))))
 
     with Server(answer, net_tls) as server:
         assert net_run(NET_CLOSED_UNDERNEATH, server.url) == (
@@ -5474,7 +5478,7 @@ def test_a_stream_closed_after_a_fork_ends_for_the_server():
     def answer(wire, request):
         if net_prompt(request) != "stream":
             said = "yes" if ended.wait(5) else "no"
-            return wire.sendall(http_answer(chat_said(said)))
+            return wire.sendall(http_answer(bare_answer(said)))
         wire.sendall(NET_BEGUN)
         if not wire.recv(1):
             ended.set()
@@ -5572,7 +5576,7 @@ def test_a_failed_try_is_not_left_to_the_collector():
     "no body": (http_head(content_length=9), NET_FAIL, "cut"),
     "a cut chunk": (NET_CHUNKED + b"ff\r\n{", NET_FAIL, "cut"),
     "no last chunk": (NET_CHUNKED + chunk(json.dumps(
-        chat_said("Hi")).encode()), NET_FAIL, "cut"),
+        bare_answer("Hi")).encode()), NET_FAIL, "cut"),
     "no chunk": (NET_CHUNKED, NET_FAIL, "cut"),
     "the size zz": (NET_CHUNKED + b"zz\r\n{}\r\n", NET_FAIL, "cut"),
     "the size -5": (NET_CHUNKED + b"-5\r\n{}\r\n", NET_FAIL, "cut"),
@@ -5705,7 +5709,7 @@ def test_what_a_signals_handler_raises_comes_out(place, raised, net_tls):
         prompt, seconds = "x" * (1 << 23), 0.15
     with net_silent(place, net_tls) as (url, server):
         with pytest.raises(raised) as caught, net_alarm(handler, seconds):
-            net_read(url, prompt, max_retries=5, timeout=2)
+            net_stream(url, prompt, max_retries=5, timeout=2)
         assert caught.value is mine and mine.__cause__ is None
         if server:
             assert server.connections <= 1 and len(server.requests) <= 1
@@ -5747,10 +5751,10 @@ def test_the_limits_are_these():
     "chat: choices": (serv.ChatAssembler, lambda number: [
         {"choices": [{"index": index} for index in range(number)]}]),
     "chat: calls": (serv.ChatAssembler, lambda number: [
-        stream_chunk({"tool_calls": [{"index": index}
-                                     for index in range(number)]})]),
+        chat_chunk({"tool_calls": [{"index": index}
+                                   for index in range(number)]})]),
     "chat: parts of content": (serv.ChatAssembler, lambda number: [
-        stream_chunk({"content": stream_parts(*["a"] * number)})]),
+        chat_chunk({"content": stream_parts(*["a"] * number)})]),
     "messages: blocks": (serv.MessagesAssembler, lambda number: [
         {"type": "content_block_start", "index": index}
         for index in range(number)]),
@@ -5804,24 +5808,24 @@ NET_FLOODS = {
         net_chat, http_head("500 Oops"), b"x", serv.InternalServerError,
         "MAX_ERROR"),
     "stream: a page instead": (
-        net_read, http_head(kind="text/html"), b"<br>", NET_ODD,
+        net_stream, http_head(kind="text/html"), b"<br>", NET_ODD,
         "MAX_STREAM"),
     "stream: a line without an end": (
-        net_read, NET_LONG, b"x", NET_ODD, "MAX_STREAM"),
+        net_stream, NET_LONG, b"x", NET_ODD, "MAX_STREAM"),
     "event: a data line without an end": (
-        net_read, NET_LONG + b"data: ", b"x", NET_ODD, "MAX_BODY"),
+        net_stream, NET_LONG + b"data: ", b"x", NET_ODD, "MAX_BODY"),
     "event: data lines without number": (
-        net_read, NET_LONG, b"data: x\n", NET_ODD, "MAX_BODY"),
+        net_stream, NET_LONG, b"data: x\n", NET_ODD, "MAX_BODY"),
     "event: names without number": (
-        net_read, NET_LONG, b"event: x\n", NET_ODD, "MAX_BODY"),
+        net_stream, NET_LONG, b"event: x\n", NET_ODD, "MAX_BODY"),
     "stream: comments without end": (
-        net_read, STREAM_HEAD, chunk(b": ping\n\n" * 99), NET_ODD,
+        net_stream, STREAM_HEAD, chunk(b": ping\n\n" * 99), NET_ODD,
         "MAX_STREAM"),
     "stream: text without end": (
-        net_read, STREAM_HEAD, chunk(sse(chat_piece("x" * 999))), NET_ODD,
+        net_stream, STREAM_HEAD, chunk(sse(bare_chunk("x" * 999))), NET_ODD,
         "MAX_STREAM"),
     "stream: pieces of tool calls without number": (
-        net_read, STREAM_HEAD, chunk(sse({"choices": [{"delta": {
+        net_stream, STREAM_HEAD, chunk(sse({"choices": [{"delta": {
             "tool_calls": [{"id": str(turn)} for turn in range(999)]}}]})),
         NET_ODD, "MAX_STREAM")}
 
@@ -5852,8 +5856,8 @@ def test_a_flood_is_bounded_by_a_limit_not_by_the_budget(
 @net_calls
 def test_what_is_within_the_limits_is_taken_whole(call):
     text = "0123456789" * 10 ** 6
-    answer = http_answer(chat_said(text)) if call is net_chat else (
-        stream_answer(chat_piece(text, "stop")))
+    answer = http_answer(bare_answer(text)) if call is net_chat else (
+        stream_answer(bare_chunk(text, "stop")))
     with Server(answer) as server:
         assert net_within(5, lambda: call(server)) == text
 
@@ -5872,14 +5876,14 @@ def work(name, call):
         ends[name] = reply.text or type(reply.tool_calls[0].arguments).__name__
     except serv.ServError as error:
         ends[name] = type(error).__name__
-        assert len(str(error)) < 600
+        assert len(str(error)) < %d
 for name in sys.argv[2:]:
     call = serv.stream if name.startswith("stream") else serv.chat
     thread = threading.Thread(target=work, args=(name, call))
     thread.start()
     thread.join()
 print(json.dumps(ends))
-"""
+""" % SHORT
 
 
 def net_call_of(name, arguments):
@@ -5891,11 +5895,12 @@ def net_call_of(name, arguments):
 
 def net_deep(text):
     """Yield cases of JSON in an answer: a name, its end, the answer."""
-    field = (json.dumps(chat_said("x"))[:-1] + ', "y": ' + text + "}").encode()
+    field = ('%s, "y": %s}' % (json.dumps(bare_answer("x"))[:-1],
+                               text)).encode()
     yield "answer", "APIResponseError", http_answer(text.encode())
     yield "field", "APIResponseError", http_answer(field)
     yield "error", "InternalServerError", http_answer(field, "500 Oops")
-    yield "stream", "APIResponseError", stream_answer(chat_piece("x"), text)
+    yield "stream", "APIResponseError", stream_answer(bare_chunk("x"), text)
     yield "arguments", "str", http_answer(net_call_of("message", text))
     yield "stream of arguments", "str", stream_answer(
         net_call_of("delta", text))
@@ -5911,16 +5916,16 @@ def test_deep_json_ends_no_process_with_a_small_stack():
                 ends[name], answers[name] = end, answer
     # What is not too deep, but nearly; brackets in a text are not counted.
     depth = serv.MAX_DEPTH - 2
-    near = dict(chat_said("x"), y=json.loads("[" * depth + "]" * depth))
-    event = dict(chat_piece("x", "stop"), y=near["y"])
+    near = dict(bare_answer("x"), y=json.loads("[" * depth + "]" * depth))
+    event = dict(bare_chunk("x", "stop"), y=near["y"])
     text = '[{"' * 9999 + "\\" * 3
     for name, end, answer in (
             ("near", "x", http_answer(near)),
             ("stream near", "x", stream_answer(event)),
             ("error near", "InternalServerError", http_answer(near, "500 O")),
-            ("flat", "x", http_answer(dict(chat_said("x"), y=[[]] * 9999))),
-            ("text", text, http_answer(chat_said(text))),
-            ("stream of text", text, stream_answer(chat_piece(text, "stop")))):
+            ("flat", "x", http_answer(dict(bare_answer("x"), y=[[]] * 9999))),
+            ("text", text, http_answer(bare_answer(text))),
+            ("stream of text", text, stream_answer(bare_chunk(text, "stop")))):
         ends[name], answers[name] = end, answer
     with Server(lambda wire, request: wire.sendall(
             answers[net_prompt(request)])) as server:
@@ -5952,7 +5957,7 @@ def test_random_bytes_are_an_answer_or_an_error_of_one_line(head):
     with Server(answer) as server:
         for turn in range(120):
             try:
-                (net_read if turn % 3 else net_chat)(server, str(turn))
+                (net_stream if turn % 3 else net_chat)(server, str(turn))
             except serv.ServError as error:
                 assert "\n" not in str(error)
                 ends.add(type(error))
@@ -6012,7 +6017,7 @@ def net_assert_secret(error, key=KEY):
 
 
 NET_PAGE = b"<html><p>" + b"." * 360 + KEY.encode() + b"</p>"
-NET_TWO_PIECES = chat_piece(KEY[:9]), chat_piece(KEY[9:])
+NET_TWO_PIECES = bare_chunk(KEY[:9]), bare_chunk(KEY[9:])
 NET_ECHOES = {
     "error: every field of it": http_answer({"error": {
         "message": "Bad " + KEY, "type": KEY, "code": KEY, "param": KEY,
@@ -6049,7 +6054,7 @@ NET_ECHOES = {
         "message": KEY, "type": KEY, "code": KEY, "param": KEY}}),
     "stream: a broken event": stream_answer('{"a": "%s' % KEY),
     "stream: choices that are no list": stream_answer({"choices": KEY}),
-    "stream: text, then a cut": stream_answer(chat_piece("a" + KEY)),
+    "stream: text, then a cut": stream_answer(bare_chunk("a" + KEY)),
     "stream: text in two pieces, then a cut": stream_answer(*NET_TWO_PIECES),
     "stream: text in two pieces, then an error": stream_answer(
         *NET_TWO_PIECES, {"error": {"message": KEY}}),
@@ -6178,7 +6183,7 @@ def test_an_https_call_goes_through_a_tunnel_that_is_kept(
         monkeypatch.setenv("https_proxy", "http://%s127.0.0.1:%d" % (
             login, proxy.port))
         assert net_chat("https://localhost") == "Hi"
-        assert net_read("https://localhost") == "Hi"
+        assert net_stream("https://localhost") == "Hi"
         [connect] = proxy.requests
         serv.close_idle()  # so that the proxy is done with it
     headers = {"host": "localhost:443", "user-agent": serv.USER_AGENT,
@@ -6195,7 +6200,7 @@ def test_a_connection_to_a_proxy_without_a_tunnel_is_not_kept(monkeypatch):
     with Server(net_echo) as proxy:
         monkeypatch.setenv("http_proxy", proxy.url)
         for _ in range(2):
-            net_read("http://host.test")
+            net_stream("http://host.test")
         assert proxy.connections == 2
 
 
@@ -6370,7 +6375,7 @@ def test_a_ca_of_ones_own_is_trusted(setting, certificate, net_ca, tmp_path,
     monkeypatch.setenv(setting, str(
         net_ca if "FILE" in setting else tmp_path))
     with Server(answer, net_context(tmp_path, certificate)) as server:
-        assert [net_chat(server), net_read(server)] == ["Hi", "Hi"]
+        assert [net_chat(server), net_stream(server)] == ["Hi", "Hi"]
         assert server.connections == 1
         assert server.requests[0].headers["host"] == server.url[8:]
     assert protocols == ["http/1.1"] * 2
@@ -6421,7 +6426,7 @@ def test_a_ca_file_that_cannot_be_used_is_named_and_not_kept(
 
 def test_a_ca_is_loaded_once(net_tls, net_ca):
     """It costs tens of milliseconds."""
-    with Server(http_answer(chat_said("Hi"), connection="close"),
+    with Server(http_answer(bare_answer("Hi"), connection="close"),
                 net_tls) as server:
         net_chat(server)
         net_ca.write_text(NET_CERTIFICATES["expired"])
@@ -6537,7 +6542,7 @@ def test_in_an_event_loop_replies_and_errors_come_from(make_pool):
 
     with Server(answer) as server:
         *replies, error = asyncio.run(work())
-    assert replies == [chat_said(text) for text in "abc"]
+    assert replies == [bare_answer(text) for text in "abc"]
     assert {type(reply) for reply in replies} == {serv.Reply}
     assert (type(error), error.message) == (serv.BillingError, "pay")
 
@@ -6588,7 +6593,7 @@ def test_a_lambda_function_keeps_its_connection(tmp_path):
         assert (server.connections, len(server.requests)) == (1, 2)
     assert posted == [
         ("/2018-06-01/runtime/invocation/id-%s/response" % prompt,
-         chat_said(prompt)) for prompt in "AB"]
+         bare_answer(prompt)) for prompt in "AB"]
 
 
 # -- The certificates of the tests of TLS -------------------------------------
@@ -6807,7 +6812,7 @@ def test_only_the_answer_is_printed(endpoint, way, cli, fake):
 @pytest.mark.parametrize("text, out", [
     ("a", "a\n"), ("a\n", "a\n"), ("", ""), (None, "")])
 def test_one_line_end_closes_an_answer(text, out, cli, answering):
-    answering(http_answer(chat_said(text)))
+    answering(http_answer(bare_answer(text)))
     assert cli("--no-stream", "Hi") == (0, out, "")
 
 
@@ -6837,9 +6842,10 @@ def test_an_answer_that_calls_tools_says_how_to_see_them(way, cli):
 
 @table("way, answer, out, err", {
     "an answer": ([], service, 'You said: "d?j?"\n', ""),
-    "an answer as JSON": (["--json"], http_answer(chat_said("d\u00e9j\u00e0")),
+    "an answer as JSON": (["--json"],
+                          http_answer(bare_answer("d\u00e9j\u00e0")),
                           '"d?j?"', ""),
-    "half a character": (["--no-stream"], http_answer(chat_said("a\ud83db")),
+    "half a character": (["--no-stream"], http_answer(bare_answer("a\ud83db")),
                          "a?b\n", ""),
     "an error": ([], error_answer(400, "No \u00e9."), "", "No ?.")})
 def test_what_an_encoding_lacks_is_replaced(way, answer, out, err, cli,
@@ -6955,7 +6961,7 @@ def test_a_failed_call_is_told_in_one_line(answer, says, cli, answering):
     "an error event": sse({"error": {"type": "overloaded_error"}})})
 def test_what_had_come_of_a_failed_stream_is_printed(end, cli, answering):
     head = http_head(kind="text/event-stream")
-    answering(closing(head + sse(chat_piece("Half an")) + end))
+    answering(closing(head + sse(bare_chunk("Half an")) + end))
     status, out, err = cli("Hi")
     assert (status, out, is_one_line(err)) == (1, "Half an\n", True)
 
@@ -6980,7 +6986,7 @@ def test_an_answer_that_is_not_whole_ends_with_3(endpoint, way, argv, text,
     "a request id": (["-v"], http_answer(REPLY, request_id="a\x1b[2J\x9b5mb"),
                      0, "request id a.+b"),
     "why it is blocked": (
-        [], http_answer(chat_said(None, refusal="a%sb" % CONTROLS)), 3,
+        [], http_answer(bare_answer(None, refusal="a%sb" % CONTROLS)), 3,
         "blocked: a.+b"),
     "an error": ([], error_answer(400, "a%s\u2028b" % CONTROLS), 1, "a.+b")})
 def test_a_server_cannot_drive_a_terminal(argv, answer, status, says, cli,
@@ -7145,7 +7151,7 @@ class Pausing:
 
 
 def test_a_piece_is_printed_as_it_comes(answering):
-    model = Pausing(chat_piece("One "), chat_piece("two", "stop"), "[DONE]")
+    model = Pausing(bare_chunk("One "), bare_chunk("two", "stop"), "[DONE]")
     answering(model)
     with cli_start("Hi") as process:
         assert process.stdout.read(4) == b"One "
@@ -7154,7 +7160,7 @@ def test_a_piece_is_printed_as_it_comes(answering):
 
 
 def test_a_pipe_that_closes_midway_ends_it_quietly(answering):
-    model = Pausing(chat_piece("One "), chat_piece("two " * 99999), "[DONE]")
+    model = Pausing(bare_chunk("One "), bare_chunk("two " * 99999), "[DONE]")
     answering(model)
     with cli_start("Hi") as process:
         assert process.stdout.read(4) == b"One "
@@ -7179,7 +7185,7 @@ def test_a_pipe_that_was_closed_ends_it_quietly(argv):
     "before the answer, --no-stream": (["--no-stream"], b"", ""),
     "while it is streamed: the line is ended": ([], b"One ", "\n")})
 def test_an_interrupt_ends_with_130(argv, piece, rest, answering):
-    model = Pausing(piece and chat_piece(piece.decode()))
+    model = Pausing(piece and bare_chunk(piece.decode()))
     answering(model)
     # A shell's & starts what ignores interrupts, and so would its children.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -7271,7 +7277,7 @@ def test_a_note_says_what_is_waited_for_until_it_comes(model, way, cli,
 @table("argv, answers, status, shown", {
     "refused": ([], [error_answer(400, "No.")], 1, "serv: .*No.*\n"),
     "cut": ([], [closing(http_head(kind="text/event-stream") + sse(
-        chat_piece("Half an")))], 1, "Half an\nserv: .*\n"),
+        bare_chunk("Half an")))], 1, "Half an\nserv: .*\n"),
     "retried": (["-v"], [error_answer(503), service],
                 0, "serv: .*503.*\n%sserv: request id .*\n" % HI)})
 def test_nothing_of_the_note_is_left(argv, answers, status, shown, cli,
@@ -7285,9 +7291,9 @@ def test_nothing_of_the_note_is_left(argv, answers, status, shown, cli,
 
 @table("way, answer", {
     "streamed": ([], stream_answer(
-        *map(chat_piece, CONTROLS), chat_piece(".", "stop"))),
-    "whole": (["--no-stream"], http_answer(chat_said(CONTROLS + "."))),
-    "as JSON": (["--json"], http_answer(chat_said(CONTROLS + ".")))})
+        *map(bare_chunk, CONTROLS), bare_chunk(".", "stop"))),
+    "whole": (["--no-stream"], http_answer(bare_answer(CONTROLS + "."))),
+    "as JSON": (["--json"], http_answer(bare_answer(CONTROLS + ".")))})
 def test_an_answer_cannot_drive_a_terminal(way, answer, cli, answering,
                                            terminal):
     answering(answer)
@@ -7299,7 +7305,7 @@ def test_an_answer_cannot_drive_a_terminal(way, answer, cli, answering,
 
 
 def test_in_a_pipe_an_answer_is_as_it_was_sent(cli, answering):
-    answering(http_answer(chat_said(CONTROLS)))
+    answering(http_answer(bare_answer(CONTROLS)))
     assert cli("--no-stream", "Hi") == (0, CONTROLS + "\n", "")
 
 
@@ -7629,7 +7635,7 @@ def test_readme_lines_at_the_top_lead_to_the_fake_also_with_a_proxy(reader):
 
 def chat_calls_tools(*calls):
     """Return a chat answer with calls of (name, arguments)."""
-    return http_answer(chat_said("", tool_calls=[
+    return http_answer(bare_answer("", tool_calls=[
         {"id": "call_%d" % number, "type": "function", "function": {
             "name": name, "arguments": arguments}}
         for number, (name, arguments) in enumerate(calls)]))
@@ -7687,7 +7693,7 @@ def test_readme_tool_loop_ends_after_ten_turns(number, answer, monkeypatch):
 @needs_readme
 def test_readme_json_recipe_shows_the_model_its_mistake(monkeypatch):
     wrong = '{"name": "Ada", "age": "36"}'
-    with Server([http_answer(chat_said(wrong)), service]) as server:
+    with Server([http_answer(bare_answer(wrong)), service]) as server:
         names = run_here(find_block("JSON by a schema"), server, monkeypatch)
         assert bodies(server)[1]["messages"][-2:] == [
             {"role": "assistant", "content": wrong},
@@ -7698,7 +7704,7 @@ def test_readme_json_recipe_shows_the_model_its_mistake(monkeypatch):
 
 @needs_readme
 def test_readme_json_recipe_gives_up_after_two_answers(monkeypatch):
-    with Server(http_answer(chat_said("no"))) as server:
+    with Server(http_answer(bare_answer("no"))) as server:
         with pytest.raises(SystemExit, match="no person: no"):
             run_here(find_block("JSON by a schema"), server, monkeypatch)
     assert len(server.requests) == 2
