@@ -5833,8 +5833,8 @@ NET_FLOODS = {
 @table("call, head, piece, kind, limit", NET_FLOODS)
 def test_a_flood_is_bounded_by_a_limit_not_by_the_budget(
         call, head, piece, kind, limit, monkeypatch):
-    limits = {"a line": 1 << 16, "MAX_BODY": 1 << 18, "MAX_STREAM": 1 << 20,
-              "MAX_ERROR": 1 << 17}
+    limits = {"a line": 1 << 16, "MAX_BODY": 1 << 18, "MAX_STREAM": 1 << 19,
+              "MAX_ERROR": 1 << 16}
     for name in ("MAX_BODY", "MAX_STREAM", "MAX_ERROR"):
         monkeypatch.setattr(serv, name, limits[name])
     sizes, receive = [], socket.socket.recv_into
