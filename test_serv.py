@@ -3069,8 +3069,12 @@ def test_stream_of_chat_what_grows_and_what_replaces(deltas, message):
 #    ids and the names differ; or where the arguments so far are a whole
 #    object, and the piece does not go on with them: it has none yet, or they
 #    begin with "{".
-# 5. In the end, a call without a name is none; nor is one that has nothing
-#    but the name of the call before it.
+# 5. A call keeps its first id.  A name that differs from the call's goes on
+#    with it.
+# 6. In the end, the calls are in the order of their indexes; one without an
+#    index, or whose index was taken, is behind those before it.  A call
+#    without a name is none; nor is one that has nothing but the name of the
+#    call before it.
 #
 # A piece is written "index id name arguments", with "-" for what it lacks;
 # " | " stands between chunks, and " & " between the pieces of one chunk.  So
@@ -3117,6 +3121,10 @@ STREAM_CALLS = {  # the pieces, the calls
                         "- x f {} & - y g {}"),
     "no index, id and name in each piece": (
         "- x f { | - x f } | - y g { | - y g }", "- x f {} & - y g {}"),
+    "no index, the id before the name": (
+        "- x f {} | - y - | - y g {}", "- x f {} & - y g {}"),
+    "no index, the same function twice, before any arguments": (
+        "- x f | - y f {}", "- x f & - y f {}"),
     "all at index 0 (Gemini)": ("0 x f {} | 0 y g {} | 0 z g {}",
                                 "- x f {} & - y g {} & - z g {}"),
     # dyedd/lens#49, omnigent-ai/omnigent#28
@@ -3140,6 +3148,8 @@ STREAM_CALLS = {  # the pieces, the calls
         "0 x f | 0 y g {}", "- x f & - y g {}"),
     "more arguments behind whole ones: no telling whose": (
         "0 x f {} | 0 - - {}", "- x f {}{}"),
+    "a name beside arguments that go on behind whole ones": (
+        "0 - f {} | 0 - f , 1", "- - f {}, 1"),
     "arguments that are no JSON": ('0 x f {"a": ', '- x f {"a": '),
     "a call without a name is none (LiteLLM)": ("-1 - - {} | 0 x f {}",
                                                 "- x f {}"),
