@@ -4966,11 +4966,9 @@ def test_a_stream_out_of_time_keeps_what_had_arrived(clock):
     assert (error.reply.text, error.reply.partial) == ("Hel", True)
 
 
-@table("reason, text", {
-    "before the proof": (None, "Hel"),
-    "behind it: the next event would be lost": ("stop", "Hel")})
-def test_the_budget_runs_on_while_the_caller_holds_a_piece(
-        reason, text, clock):
+@pytest.mark.parametrize("reason", [None, "stop"], ids=[
+    "before the proof", "behind it: the next event would be lost"])
+def test_the_budget_runs_on_while_the_caller_holds_a_piece(reason, clock):
     answer = stream_answer(bare_chunk("Hel", reason), bare_chunk("lo", "stop"))
     with Server(answer) as server:
         stream = open_stream(server, timeout=20)
@@ -4978,7 +4976,7 @@ def test_the_budget_runs_on_while_the_caller_holds_a_piece(
         clock(20)
         for _ in range(2):
             error = net_error(serv.APITimeoutError, next, stream)
-    assert (error.reply.text, error.reply.partial) == (text, True)
+    assert (error.reply.text, error.reply.partial) == ("Hel", True)
 
 
 # -- Retries ------------------------------------------------------------------
