@@ -5855,8 +5855,9 @@ def test_a_flood_is_bounded_by_a_limit_not_by_the_budget(
     monkeypatch.setattr(socket.socket, "recv_into", count)
     with Server(net_flood(head, piece)) as server:
         error = net_error(kind, call, server)
-    # One read more, and the request, which the server has received.
-    assert sum(sizes) <= limits[limit] * 1.1 + (1 << 16) + 1000
+    # Ends of lines and sizes of chunks are not counted (1 byte of 9, at
+    # most).  The last read may be too much, and the buffer may be full.
+    assert sum(sizes) <= limits[limit] * 9 / 8 + (1 << 17)
     assert len(str(error)) < SHORT
     assert len(getattr(error, "body", "")) <= limits["MAX_ERROR"]
 
