@@ -1009,6 +1009,19 @@ def naps(monkeypatch):
     return naps
 
 
+@pytest.fixture
+def received(monkeypatch):
+    """The size of each piece that a socket without TLS has received."""
+    sizes, receive = [], socket.socket.recv_into
+
+    def recv_into(*args):
+        sizes.append(receive(*args))
+        return sizes[-1]
+
+    monkeypatch.setattr(socket.socket, "recv_into", recv_into)
+    return sizes
+
+
 def message(messages, **options):
     """Call message() with a limit, which it requires."""
     return serv.message(messages, **{"max_tokens": 50, **options})
@@ -4838,12 +4851,12 @@ needs_alarm = pytest.mark.skipif(
 NET_BUDGET = 0.06
 
 
-def net_timeout(call, *args, kind=serv.APITimeoutError, budget=NET_BUDGET,
-                **options):
+def net_timeout(call, *args, **options):
     """Return the error of a call that ends with its budget, in time."""
     # 20 ms early is in time: clocks and waits of some systems are coarse.
-    return net_within(budget + 0.5, lambda: net_error(
-        kind, call, *args, timeout=budget, **options), least=budget - 0.03)
+    return net_within(NET_BUDGET + 0.5, lambda: net_error(
+        serv.APITimeoutError, call, *args, timeout=NET_BUDGET, **options),
+        least=NET_BUDGET - 0.03)
 
 
 @table("call, answer", {
@@ -4866,10 +4879,17 @@ def test_no_drip_stretches_the_budget(call, answer):
     assert "0.06 s" in str(error) and server.url in str(error)
 
 
-def test_an_error_whose_body_drips_is_that_error():
-    with Server(net_drip(http_head("500 Oops"), b"x")) as server:
-        net_timeout(net_chat, server, kind=serv.InternalServerError,
-                    budget=0.5)  # time for its head to come
+def test_an_error_whose_body_drips_is_that_error(clock, received):
+    def answer(wire, request):
+        received.clear()
+        wire.sendall(http_head("500 Oops"))
+        while not received:  # until the head has come
+            time.sleep(0.001)
+        clock(20)
+        net_drip(b"", b"x")(wire, request)
+
+    with Server(answer) as server:
+        net_error(serv.InternalServerError, net_chat, server, timeout=20)
 
 
 @pytest.mark.parametrize("place", [
@@ -5840,24 +5860,16 @@ NET_FLOODS = {
 
 @table("call, head, piece, kind, limit", NET_FLOODS)
 def test_a_flood_is_bounded_by_a_limit_not_by_the_budget(
-        call, head, piece, kind, limit, monkeypatch):
+        call, head, piece, kind, limit, received, monkeypatch):
     limits = {"a line": 1 << 16, "MAX_BODY": 1 << 18, "MAX_STREAM": 1 << 19,
               "MAX_ERROR": 1 << 16}
     for name in ("MAX_BODY", "MAX_STREAM", "MAX_ERROR"):
         monkeypatch.setattr(serv, name, limits[name])
-    sizes, receive = [], socket.socket.recv_into
-
-    def count(*args):
-        size = receive(*args)
-        sizes.append(size)
-        return size
-
-    monkeypatch.setattr(socket.socket, "recv_into", count)
     with Server(net_flood(head, piece)) as server:
         error = net_error(kind, call, server)
     # Ends of lines and sizes of chunks are not counted (1 byte of 9, at
     # most).  The last read may be too much, and the buffer may be full.
-    assert sum(sizes) <= limits[limit] * 9 / 8 + (1 << 17)
+    assert sum(received) <= limits[limit] * 9 / 8 + (1 << 17)
     assert len(str(error)) < SHORT
     assert len(getattr(error, "body", "")) <= limits["MAX_ERROR"]
 
