@@ -24,6 +24,12 @@ Where to look for what is often asked:
     timeouts        "One budget bounds the whole call"
     tools           "Tool calls", "The next turn",
                     "Chat: which call a piece belongs to", "Messages: blocks"
+    redirects       never followed: "Errors"
+    Ctrl-C          "Signals", "close(), and interrupts",
+                    "Processes: redirections, pipes, signals"
+    limits          "Hostile servers"
+    idle, forks     "Kept connections", "Sockets, descriptors, forks"
+    a full disk     "Processes: redirections, pipes, signals"
     the fake        what it says, and what it refuses: "Fake service"
 
 The map.  Each line is a banner of this file, and below it are its parts.
@@ -133,6 +139,7 @@ except ImportError:  # demo() needs none of it
     pytest = Nothing()
 
 KEY = "sk-test-0123456789"
+SHORT = 600  # characters: no error's text is longer, whatever came
 ROOT = os.path.dirname(os.path.abspath(serv.__file__))
 
 
@@ -195,23 +202,27 @@ def stream_answer(*events, **headers):
 STREAM_HEAD = http_head(kind="text/event-stream", transfer_encoding="chunked")
 
 
-def chat_said(text, **fields):
-    """Return the JSON of a chat answer; `fields` are more of its message."""
+def bare_answer(text, **fields):
+    """Return the JSON of a chat answer, with no more fields than it needs.
+
+    `fields` are more of its message.
+    """
     return {"object": "chat.completion", "choices": [{
         "index": 0, "message": {"role": "assistant", "content": text,
                                 **fields}, "finish_reason": "stop"}]}
 
 
-def chat_piece(text, reason=None):
-    """Return the JSON of a chunk of a chat stream."""
+def bare_chunk(text, reason=None):
+    """Return the JSON of a chunk of a chat stream, as bare."""
     return {"object": "chat.completion.chunk", "choices": [{
         "index": 0, "delta": {"content": text}, "finish_reason": reason}]}
 
 
 Request = collections.namedtuple(
     "Request", "method target headers body connection number", defaults=[1])
-# One that came: `headers` by names in lower case; `connection` and `number`
-# count the server's connections and requests from 1 on.
+# A request that has come.  The names in `headers` are in lower case.
+# `connection` and `number` count the server's connections and requests,
+# from 1.
 
 
 def closing(answer):
@@ -279,7 +290,7 @@ def make_answer(body, target):
         check_format(body)
         return build(body), list(split(build(body), body))
     except (AttributeError, LookupError, RecursionError, TypeError,
-            ValueError) as exc:  # something deep inside: a schema that is none
+            ValueError) as exc:  # something deep inside: a schema is not one
         raise Refusal(*BAD_REQUEST, "Cannot read the request: %r" % exc)
 
 
@@ -652,6 +663,7 @@ FAKE_REFUSES = {
     "top_p that is a list": (
         MESSAGES, {"top_p": [1]}, "top_p: expected a number"),
     "no choices": (CHAT, {"n": 0}, "n: expected 1 to 8"),
+    "more than 8 choices": (CHAT, {"n": 9}, "n: expected 1 to 8"),
     "tools that are no list": (
         CHAT, {"tools": 5}, "tools: expected a list of objects"),
     "a tool that is text": (
@@ -780,7 +792,11 @@ def test_the_fake_service_answers_every_body(target):
                 place = place[step]
             place[path[-1]] = odd
             status, answer = fake_ask(target, json.dumps(body).encode())
-            assert status == 200 or answer["error"]["message"], body
+            if status == 200:
+                assert "choices" in answer or "content" in answer, body
+            else:
+                assert status == 400 and answer["error"]["message"], body
+                assert answer["error"]["type"] == "invalid_request_error"
 
 
 def json_paths(value, path=()):
@@ -993,27 +1009,40 @@ def naps(monkeypatch):
     return naps
 
 
+@pytest.fixture
+def received(monkeypatch):
+    """The size of each piece that a socket without TLS has received."""
+    sizes, receive = [], socket.socket.recv_into
+
+    def recv_into(*args):
+        sizes.append(receive(*args))
+        return sizes[-1]
+
+    monkeypatch.setattr(socket.socket, "recv_into", recv_into)
+    return sizes
+
+
 def message(messages, **options):
     """Call message() with a limit, which it requires."""
     return serv.message(messages, **{"max_tokens": 50, **options})
 
 
-def stream_messages(messages, **options):
-    """Stream in the Messages format to the end; return the reply."""
-    return read_stream(messages, endpoint="messages",
-                       **{"max_tokens": 50, **options})
-
-
-def read_stream(messages, **options):
-    """Stream to the end; return the reply."""
+def chat_streamed(messages, **options):
+    """Call stream(), read it to its end, and return the reply."""
     with serv.stream(messages, **options) as pieces:
         text = "".join(pieces)
     assert text == pieces.reply.text
     return pieces.reply
 
 
-CHAT_CALLS = [serv.chat, read_stream]
-MESSAGES_CALLS = [message, stream_messages]
+def message_streamed(messages, **options):
+    """Call stream() for the other format in the same way."""
+    return chat_streamed(messages, endpoint="messages",
+                         **{"max_tokens": 50, **options})
+
+
+CHAT_CALLS = [serv.chat, chat_streamed]
+MESSAGES_CALLS = [message, message_streamed]
 CALLS = CHAT_CALLS + MESSAGES_CALLS
 each_call = pytest.mark.parametrize("call", CALLS)
 plain_calls = pytest.mark.parametrize("call", [serv.chat, message])
@@ -1191,7 +1220,7 @@ def test_the_body_of_an_error_that_is_not_json_is_its_text(text, shown):
     assert (type(error), error.status, error.body) == (
         serv.InternalServerError, 502, shown)
     assert "No way" in str(error) and str(error).isprintable()
-    assert len(str(error)) < 1000
+    assert len(str(error)) < SHORT
 
 
 @pytest.mark.parametrize("kind", ["multipart/mixed; boundary=x",
@@ -1222,11 +1251,11 @@ def test_the_request_id_of_an_error_and_of_a_reply(headers, request_id):
 
 
 def test_a_cut_stream_says_how_many_tries_had_failed():
-    cut = stream_answer(chat_piece("A"))
+    cut = stream_answer(bare_chunk("A"))
     with Server([error_answer(503), cut]) as server:
         with pytest.raises(serv.APIConnectionError) as caught:
-            read_stream("Hi", system=SYSTEM, base_url=server.url,
-                        max_retries=2)
+            chat_streamed("Hi", system=SYSTEM, base_url=server.url,
+                          max_retries=2)
     assert (caught.value.retries, caught.value.reply.retries) == (1, 1)
 
 
@@ -1238,7 +1267,7 @@ def error_samples():
     yield error_of(http_answer(b"?", x_request_id="r1"))
     yield error_of(closing(http_head(content_length=5)))
     for end in ([{"error": {"code": 429}}], ["{"], []):
-        yield error_of(stream_answer(chat_piece("Hello"), *end), read_stream)
+        yield error_of(stream_answer(bare_chunk("Hello"), *end), chat_streamed)
     with Server(lambda wire, request: None) as server:
         for options in ({"timeout": 0.05}, {"api_key": "\u2026"}):
             with pytest.raises(serv.ServError) as caught:
@@ -1259,13 +1288,7 @@ def test_errors_can_be_pickled_and_copied():
             assert type(other.reply) is type(error.reply)
 
 
-def test_the_cause_of_an_error_is_an_error_of_the_system():
-    with Server(b"") as server:
-        pass  # so that nobody listens there any more
-    with pytest.raises(serv.APIConnectionError) as caught:
-        serv.chat("Hi", system=SYSTEM, base_url=server.url, max_retries=0)
-    assert isinstance(caught.value.__cause__, ConnectionRefusedError)
-    assert server.url + CHAT in str(caught.value)
+
 
 
 @pytest.mark.parametrize("answer", [
@@ -1274,8 +1297,10 @@ def test_the_cause_of_an_error_is_an_error_of_the_system():
                                     + b"x\r\n"), closing(b"x\r\n"),
     closing(b"")],
     ids=["no JSON", "broken event", "cut", "no chunk", "no HTTP", "nothing"])
-def test_other_errors_have_no_cause_for_it_might_quote_the_server(answer):
-    assert error_of(answer, read_stream).__cause__ is None
+def test_a_cause_is_of_the_system_and_never_what_might_quote_the_server(
+        answer):
+    """One with a cause: test_a_refused_connection_is_tried_again."""
+    assert error_of(answer, chat_streamed).__cause__ is None
 
 
 # ---------------------------------------------------------------------------
@@ -1309,7 +1334,7 @@ def test_a_call_from_its_request_to_its_answer(call, fake):
     assert (reply.text, reply["model"]) == ('You said: "Hi"', "m")
     [request] = fake.requests
     chat = call in CHAT_CALLS
-    streaming = call in (read_stream, stream_messages)
+    streaming = call in (chat_streamed, message_streamed)
     assert request[:2] == ("POST", CHAT if chat else MESSAGES)
     assert request.headers == {  # a header that came twice has both values
         "accept": "text/event-stream" if streaming else "application/json",
@@ -1940,13 +1965,11 @@ NO_PROMPTS = {
 
 @table("endpoint, system, messages", NO_PROMPTS)
 def test_no_system_prompt_is_refused(endpoint, system, messages):
-    with pytest.raises(ValueError, match="system prompt.*system="):
+    says = "system prompt.*system="
+    if endpoint == "messages":
+        says += ".*a system entry in messages does not count"
+    with pytest.raises(ValueError, match=says):
         build(endpoint, system=system, messages=messages)
-
-
-def test_a_system_entry_of_messages_does_not_count_and_the_error_says_so():
-    with pytest.raises(ValueError, match="entry in messages does not count"):
-        build("messages", system=None, messages=[SYSTEM_ENTRY, ASKED])
 
 
 def test_a_model_is_a_str():
@@ -1986,7 +2009,7 @@ def test_what_json_cannot_say_is_refused_by_name(value, error):
         build(messages=[{"role": "user", "content": value}])
 
 
-def test_max_tokens_of_none_is_none():
+def test_max_tokens_of_none_counts_as_missing():
     with pytest.raises(TypeError, match="max_tokens"):
         build("messages", params={"max_tokens": None})
 
@@ -2030,7 +2053,7 @@ def test_a_setting_is_the_argument_else_the_variable(name, monkeypatch):
 
 
 @pytest.mark.parametrize("variable", [None, ""])
-def test_what_is_missed_where_no_setting_is_set(variable, monkeypatch):
+def test_what_an_error_asks_for_where_no_setting_is_set(variable, monkeypatch):
     for name in ("SERV_MODEL", "SERV_API_KEY", "SERV_BASE_URL",
                  "SERV_TIMEOUT"):
         if variable is None:
@@ -2042,7 +2065,9 @@ def test_what_is_missed_where_no_setting_is_set(variable, monkeypatch):
     with pytest.raises(serv.ServError, match="SERV_API_KEY") as caught:
         build(model="m")
     assert type(caught.value) is serv.ServError
-    assert build(model="m", api_key=KEY).url == serv.BASE_URL + CHAT
+    request = build(model="m", api_key=KEY)
+    assert request.url == "https://inference-api.openserv.ai" + CHAT
+    assert request.timeout == 600
 
 
 @pytest.mark.parametrize("value", [
@@ -2062,12 +2087,13 @@ def test_a_timeout_in_the_variable_that_is_refused(value, monkeypatch):
     build(timeout=5)  # then nobody looks at the variable
 
 
-@pytest.mark.parametrize("value", [0.001, 5, 86400, "7", "7.5", ".5", "1e3"])
-def test_a_timeout_that_is_taken(value, monkeypatch):
-    if not isinstance(value, str):
-        build(timeout=value)
+@pytest.mark.parametrize("value, seconds", [
+    (0.001, 0.001), (5, 5), (86400, 86400), ("7", 7), ("7.5", 7.5),
+    (".5", 0.5), ("1e3", 1000)])
+def test_a_timeout_that_is_taken(value, seconds, monkeypatch):
+    assert build(timeout=value).timeout == seconds
     monkeypatch.setenv("SERV_TIMEOUT", str(value))
-    build()
+    assert build().timeout == seconds
 
 
 def test_the_timeout_of_the_variable_counts(monkeypatch):
@@ -2204,7 +2230,7 @@ def test_a_key_that_no_header_can_carry_is_not_shown(key):
 
 
 @pytest.mark.parametrize("key", [" ", "\t\r\n"], ids=ascii)
-def test_a_key_of_white_space_is_none(key):
+def test_a_key_of_white_space_counts_as_missing(key):
     with pytest.raises(serv.ServError, match="SERV_API_KEY"):
         build(api_key=key)
 
@@ -2307,8 +2333,7 @@ def test_headers_are_a_mapping_of_str_to_str(headers):
     "blank lines around it (OpenRouter, while it waits)": (
         "\n\n  {}\r\n", {}),
     "raw control characters": ('{"a": "\t\n"}', {"a": "\t\n"}),
-    "half a character": ('"\\ud83d"', "\ud83d"),
-    "brackets in a text": ('["[[[[", "\\"]"]', ["[[[[", '"]'])})
+    "half a character": ('"\\ud83d"', "\ud83d")})
 def test_what_is_json_is_decoded(text, value):
     assert serv.parse_json(text) == value
 
@@ -2483,7 +2508,7 @@ def test_a_finish_reason_that_says_the_server_failed_is_an_error(reason):
     error = error_of(http_answer(answer))
     assert (error.body, error.reply) == (answer, None)
     late = error_of(stream_answer(
-        chat_piece("Part"), chat_piece("", reason), "[DONE]"), read_stream)
+        bare_chunk("Part"), bare_chunk("", reason), "[DONE]"), chat_streamed)
     assert (late.reply.text, late.reply.partial) == ("Part", True)
     for each in (error, late):
         assert (type(each), each.status) == (serv.InternalServerError, 500)
@@ -2561,7 +2586,7 @@ def test_what_an_odd_error_says(body, says):
     b'"code": "c"}}\n\ndata: [DONE]\n\n'], ids=["chat", "Messages"])
 @pytest.mark.parametrize("kind", ["text/event-stream", "application/json"])
 def test_the_body_of_an_error_may_be_an_event_stream(body, kind):
-    error = error_of(http_answer(body, "429 Slow", kind), read_stream)
+    error = error_of(http_answer(body, "429 Slow", kind), chat_streamed)
     assert (type(error), error.message, error.code) == (
         serv.RateLimitError, "No.", "c")
 
@@ -2582,7 +2607,8 @@ STATUS_CODES = [
     *((type, None, status) for type, status in STATUSES),
     *((None, code, status) for code, status in STATUS_CODES),
     (None, None, None), ("rate_limit_error", 500, 429), ("new", 503, 503)])
-def test_an_errors_type_else_its_code_stands_for_a_status(type, code, status):
+def test_the_status_of_an_error_in_a_200_is_by_its_type_else_by_its_code(
+        type, code, status):
     assert serv.find_status({"type": type, "code": code, "param": None,
                              "message": ""}) == status
 
@@ -2600,27 +2626,38 @@ def made(status, should_retry=None, **fields):
     return error
 
 
-RETRIED = {str(status): (made(status), True) for status in (
-    408, 409, 429, 500, 501, 502, 503, 504, 505, 529, 599)}
-RETRIED.update((str(status), (made(status), False)) for status in (
-    302, 307, 400, 401, 402, 403, 404, 405, 407, 410, 413, 422, 425, 451))
-RETRIED.update({
+RETRIED = {
+    # an error; is its status the server's own word, or our guess for an
+    # error in a 200?  Is it tried again?
+    "408: the server waited too long": (made(408), True, True),
+    "409: a conflict": (made(409), True, True),
+    "429: too many requests": (made(429), True, True),
+    **{"%d: any 5xx" % status: (made(status), True, True)
+       for status in (500, 501, 502, 503, 504, 505, 529, 599)},
+    **{"%d: a redirect" % status: (made(status), True, False)
+       for status in (301, 302, 303, 307, 308)},
+    **{"%d: any other 4xx" % status: (made(status), True, False)
+       for status in (400, 401, 402, 403, 404, 405, 407, 410, 413, 422, 425,
+                      451)},
     "429 for want of money, by type": (
-        made(429, type="insufficient_quota"), False),
+        made(429, type="insufficient_quota"), True, False),
     "429 for want of money, by code": (
-        made(429, code="insufficient_quota"), False),
-    "400, told to retry": (made(400, "true"), True),
-    "401, told to retry": (made(401, "True"), True),
-    "503, told not to": (made(503, "false"), False),
-    "429, told not to": (made(429, "False"), False),
-    "400, told nothing that is known": (made(400, "maybe"), False),
-    "503, told nothing that is known": (made(503, ""), True),
-})
+        made(429, code="insufficient_quota"), True, False),
+    "400, told to retry": (made(400, "true"), True, True),
+    "401, told to retry": (made(401, "True"), True, True),
+    "503, told not to": (made(503, "false"), True, False),
+    "429, told not to": (made(429, "False"), True, False),
+    "400, told nothing that is known": (made(400, "maybe"), True, False),
+    "503, told nothing that is known": (made(503, ""), True, True),
+    "500, a guess": (made(500), False, False),
+    "429, a guess": (made(429), False, False),
+    "500, a guess, told to retry": (made(500, "true"), False, True),
+}
 
 
-@table("error, again", RETRIED)
-def test_which_statuses_are_retried(error, again):
-    assert serv.is_worth_a_retry(error, True) is again
+@table("error, known, again", RETRIED)
+def test_which_statuses_are_retried(error, known, again):
+    assert serv.is_worth_a_retry(error, known) is again
 
 
 @pytest.mark.parametrize("error, again", [
@@ -2632,11 +2669,12 @@ def test_which_other_errors_are_retried(error, again):
 
 @pytest.mark.parametrize("failed, most", [
     (0, 0.5), (1, 1), (2, 2), (3, 4), (4, 8), (5, 8), (100, 8), (5000, 8)])
-def test_the_wait_doubles_from_half_a_second_to_eight(failed, most):
-    waits = {serv.retry_wait(serv.APIConnectionError("no"), failed)
-             for _ in range(100)}
-    assert most / 2 <= min(waits) <= max(waits) <= most
-    assert len(waits) > 50  # jitter
+def test_the_wait_is_3_to_4_quarters_of_one_that_doubles_from_half_to_8_s(
+        failed, most):
+    waits = [serv.retry_wait(serv.APIConnectionError("no"), failed)
+             for _ in range(100)]
+    assert most * 3 / 4 <= min(waits) <= max(waits) <= most
+    assert max(waits) - min(waits) > most / 8  # so clients get out of step
 
 
 RETRIED_200 = {
@@ -2860,7 +2898,7 @@ def test_sse_what_an_event_holds(name, data, events):
 # Events in; out comes what the call without streaming would have returned.
 # ---------------------------------------------------------------------------
 
-def stream_chunk(delta=None, finish=None, top=(), **choice):
+def chat_chunk(delta=None, finish=None, top=(), **choice):
     """Return a chunk of a chat stream.
 
     `choice` are more fields of its one choice, `top` more of the chunk.
@@ -2871,7 +2909,7 @@ def stream_chunk(delta=None, finish=None, top=(), **choice):
             **dict(top)}
 
 
-def stream_whole(message, finish="stop", top=(), **choice):
+def chat_whole(message, finish="stop", top=(), **choice):
     """Return a whole chat answer, in the same way."""
     return {"id": "c1", "object": "chat.completion", "created": 1,
             "model": "m", "choices": [{
@@ -2882,7 +2920,7 @@ def stream_whole(message, finish="stop", top=(), **choice):
 
 def stream_text(*texts):
     """Return the chunks of a chat stream that says these texts."""
-    return [stream_chunk({"content": text}) for text in texts]
+    return [chat_chunk({"content": text}) for text in texts]
 
 
 def stream_parts(*texts, kind="text"):
@@ -3028,15 +3066,28 @@ STREAM_DELTAS = {  # the deltas of a choice; its message, at the end
 
 @table("deltas, message", STREAM_DELTAS)
 def test_stream_of_chat_what_grows_and_what_replaces(deltas, message):
-    events = [stream_chunk(delta) for delta in deltas]
+    events = [chat_chunk(delta) for delta in deltas]
     assert stream_build(serv.ChatAssembler(), [
-        *events, stream_chunk({}, "stop")]) == stream_whole(message)
+        *events, chat_chunk({}, "stop")]) == chat_whole(message)
 
 
 # -- Chat: which call a piece belongs to --------------------------------------
 #
-# By its id, then by its index, else to the last; a name after whole arguments
-# begins the next call.
+# 1. A piece with an id that has come continues the call of that id; but with
+#    a new index and a name it begins a call: some give all calls one id.
+# 2. A piece with a new id and no index begins a call.
+# 3. A piece with a new index begins a call.
+# 4. Any other piece continues the newest call of its index; without an index,
+#    the last call.  But if it has a name, it begins a call where both have
+#    ids and the names differ; or where the arguments so far are a whole
+#    object, and the piece does not go on with them: it has none yet, or they
+#    begin with "{".
+# 5. A call keeps its first id.  A name that differs from the call's goes on
+#    with it.
+# 6. In the end, the calls are in the order of their indexes; one without an
+#    index, or whose index was taken, is behind those before it.  A call
+#    without a name is none; nor is one that has nothing but the name of the
+#    call before it.
 #
 # A piece is written "index id name arguments", with "-" for what it lacks;
 # " | " stands between chunks, and " & " between the pieces of one chunk.  So
@@ -3046,16 +3097,17 @@ def test_stream_of_chat_what_grows_and_what_replaces(deltas, message):
 
 def stream_call(text, **fields):
     """Return a piece of a call, as it is written above."""
-    index, id, name, arguments = (text + "   ").split(" ", 3)
-    arguments = arguments[:-3]
-    function = {} if name in "-" else {"name": name}
-    if arguments != "-":
-        function["arguments"] = arguments
-    piece = {"function": function, **fields}
-    if id not in "-":
-        piece.update(id=id, type="function")
-    if index not in "-":
+    words = text.split(" ", 3)  # arguments may have spaces
+    index, id, name, arguments = words + [""] * (4 - len(words))
+    piece = {"function": {}, **fields}
+    if index != "-":
         piece["index"] = int(index)
+    if id != "-":
+        piece.update(id=id, type="function")
+    if name not in ("", "-"):
+        piece["function"]["name"] = name
+    if arguments != "-":
+        piece["function"]["arguments"] = arguments
     return piece
 
 
@@ -3082,6 +3134,10 @@ STREAM_CALLS = {  # the pieces, the calls
                         "- x f {} & - y g {}"),
     "no index, id and name in each piece": (
         "- x f { | - x f } | - y g { | - y g }", "- x f {} & - y g {}"),
+    "no index, the id before the name": (
+        "- x f {} | - y - | - y g {}", "- x f {} & - y g {}"),
+    "no index, the same function twice, before any arguments": (
+        "- x f | - y f {}", "- x f & - y f {}"),
     "all at index 0 (Gemini)": ("0 x f {} | 0 y g {} | 0 z g {}",
                                 "- x f {} & - y g {} & - z g {}"),
     # dyedd/lens#49, omnigent-ai/omnigent#28
@@ -3105,6 +3161,8 @@ STREAM_CALLS = {  # the pieces, the calls
         "0 x f | 0 y g {}", "- x f & - y g {}"),
     "more arguments behind whole ones: no telling whose": (
         "0 x f {} | 0 - - {}", "- x f {}{}"),
+    "a name beside arguments that go on behind whole ones": (
+        "0 - f {} | 0 - f , 1", "- - f {}, 1"),
     "arguments that are no JSON": ('0 x f {"a": ', '- x f {"a": '),
     "a call without a name is none (LiteLLM)": ("-1 - - {} | 0 x f {}",
                                                 "- x f {}"),
@@ -3113,11 +3171,11 @@ STREAM_CALLS = {  # the pieces, the calls
 
 @table("pieces, calls", STREAM_CALLS)
 def test_stream_of_chat_which_call_a_piece_belongs_to(pieces, calls):
-    events = [stream_chunk({"tool_calls": [
+    events = [chat_chunk({"tool_calls": [
         stream_call(text) for text in part.split(" & ")]})
         for part in pieces.split(" | ")]
     assert stream_build(serv.ChatAssembler(), [
-        *events, stream_chunk({}, "tool_calls")]) == stream_whole(
+        *events, chat_chunk({}, "tool_calls")]) == chat_whole(
             {"tool_calls": [{"type": "function", **stream_call(text)}
                             for text in calls.split(" & ")]}, "tool_calls")
 
@@ -3163,9 +3221,9 @@ STREAM_SIGNED = {"extra_content": {"google": {"thought_signature": "S"}}}
         [stream_call("- x f {}"), STREAM_SIGNED],
         stream_call("- x f {}", **STREAM_SIGNED))})
 def test_stream_of_chat_fields_of_a_call(pieces, call):
-    events = [stream_chunk({"tool_calls": [piece]}) for piece in pieces]
+    events = [chat_chunk({"tool_calls": [piece]}) for piece in pieces]
     assert stream_build(serv.ChatAssembler(), [
-        *events, stream_chunk({}, "stop")]) == stream_whole(
+        *events, chat_chunk({}, "stop")]) == chat_whole(
             {"tool_calls": [call]})
 
 
@@ -3177,85 +3235,85 @@ STREAM_HI = {"index": 0, "finish_reason": "stop", "message": {
     "role": "assistant", "content": "Hi"}}
 STREAM_CHUNKS = {  # chunks; their answer
     "usage in the last chunk": (
-        [stream_chunk({"content": "Hi"}, "stop", {"usage": None}),
-         stream_chunk(top={"choices": [], "usage": STREAM_USAGE})],
-        stream_whole({"content": "Hi"}, top={"usage": STREAM_USAGE})),
+        [chat_chunk({"content": "Hi"}, "stop", {"usage": None}),
+         chat_chunk(top={"choices": [], "usage": STREAM_USAGE})],
+        chat_whole({"content": "Hi"}, top={"usage": STREAM_USAGE})),
     "usage in each chunk: the last": (
-        [stream_chunk({"content": "Hi"}, top={"usage": {
+        [chat_chunk({"content": "Hi"}, top={"usage": {
             "prompt_tokens": 3, "completion_tokens": 1}}),
-         stream_chunk({}, "stop", {"usage": STREAM_USAGE}),
-         stream_chunk(top={"choices": [], "usage": None})],
-        stream_whole({"content": "Hi"}, top={"usage": STREAM_USAGE})),
+         chat_chunk({}, "stop", {"usage": STREAM_USAGE}),
+         chat_chunk(top={"choices": [], "usage": None})],
+        chat_whole({"content": "Hi"}, top={"usage": STREAM_USAGE})),
     "usage without choices": (
-        [stream_chunk({"content": "Hi"}, "stop"), {"usage": STREAM_USAGE}],
-        stream_whole({"content": "Hi"}, top={"usage": STREAM_USAGE})),
+        [chat_chunk({"content": "Hi"}, "stop"), {"usage": STREAM_USAGE}],
+        chat_whole({"content": "Hi"}, top={"usage": STREAM_USAGE})),
     "several choices, mixed": (
-        [stream_chunk({"content": "H"}, index=1),
-         stream_chunk({"content": "H"}), stream_chunk({"content": "i"}),
-         stream_chunk({"content": "i"}, "stop", index=1),
-         stream_chunk({}, "stop")],
-        stream_whole({}, top={"choices": [
+        [chat_chunk({"content": "H"}, index=1),
+         chat_chunk({"content": "H"}), chat_chunk({"content": "i"}),
+         chat_chunk({"content": "i"}, "stop", index=1),
+         chat_chunk({}, "stop")],
+        chat_whole({}, top={"choices": [
             STREAM_HI, {**STREAM_HI, "index": 1}]})),
     "several choices in a chunk": (
-        [stream_chunk(top={"choices": [
+        [chat_chunk(top={"choices": [
             {"index": index, "delta": {"content": "Hi"},
              "finish_reason": "stop"} for index in (0, 1)]})],
-        stream_whole({}, top={"choices": [
+        chat_whole({}, top={"choices": [
             STREAM_HI, {**STREAM_HI, "index": 1}]})),
     "no index, no `object` (Moonshot)": (
         [{"choices": [{"delta": {"content": "Hi"}}]},
          {"choices": [{"finish_reason": "stop"}]}],
         {"object": "chat.completion", "choices": [STREAM_HI]}),
     "logprobs go on": (
-        [stream_chunk({"content": "Hel"}, logprobs={
+        [chat_chunk({"content": "Hel"}, logprobs={
             "content": [{"token": "Hel"}], "refusal": None}),
-         stream_chunk({"content": "lo"}, logprobs={
+         chat_chunk({"content": "lo"}, logprobs={
              "content": [{"token": "l"}, {"token": "o"}], "refusal": None}),
-         stream_chunk({}, "stop", logprobs=None)],
-        stream_whole({"content": "Hello"}, logprobs={
+         chat_chunk({}, "stop", logprobs=None)],
+        chat_whole({"content": "Hello"}, logprobs={
             "content": [{"token": text} for text in ("Hel", "l", "o")],
             "refusal": None})),
     "fields nobody knows: the last": (
-        [stream_chunk({"content": "Hi"}, score=[1, 2], filters={"low": True},
-                      top={"citations": ["u"], "speed": 1}),
-         stream_chunk({}, "stop", filters={"low": False},
-                      top={"citations": ["u", "v"], "speed": 2})],
-        stream_whole({"content": "Hi"}, score=[1, 2], filters={"low": False},
-                     top={"citations": ["u", "v"], "speed": 2})),
+        [chat_chunk({"content": "Hi"}, score=[1, 2], filters={"low": True},
+                    top={"citations": ["u"], "speed": 1}),
+         chat_chunk({}, "stop", filters={"low": False},
+                    top={"citations": ["u", "v"], "speed": 2})],
+        chat_whole({"content": "Hi"}, score=[1, 2], filters={"low": False},
+                   top={"citations": ["u", "v"], "speed": 2})),
     "padding (OpenAI)": (
-        [stream_chunk({"content": "Hi"}, "stop", {"obfuscation": "aB3"})],
-        stream_whole({"content": "Hi"})),
+        [chat_chunk({"content": "Hi"}, "stop", {"obfuscation": "aB3"})],
+        chat_whole({"content": "Hi"})),
     "empty fields first, and a bare choice last (Azure)": (
         [{"choices": [], "id": "", "model": "", "object": "",
           "prompt_filter_results": [{"prompt_index": 0}]},
-         stream_chunk({"content": "Hi"}, "stop"),
+         chat_chunk({"content": "Hi"}, "stop"),
          {"choices": [{"index": 0, "finish_reason": None, "filters": {
              "low": True}}], "id": "", "model": "", "object": ""}],
-        stream_whole({"content": "Hi"}, filters={"low": True}, top={
+        chat_whole({"content": "Hi"}, filters={"low": True}, top={
             "prompt_filter_results": [{"prompt_index": 0}]})),
     "a bare choice (Gemini, blocked)": (
-        [stream_chunk(top={"choices": [
+        [chat_chunk(top={"choices": [
             {"index": 0, "finish_reason": "content_filter: RECITATION"}]})],
-        stream_whole({}, "content_filter: RECITATION")),
+        chat_whole({}, "content_filter: RECITATION")),
     "a whole message": (
-        [stream_chunk(top={"choices": []}),
-         stream_chunk(top={"choices": [STREAM_HI]}),
-         stream_chunk(top={"choices": [
+        [chat_chunk(top={"choices": []}),
+         chat_chunk(top={"choices": [STREAM_HI]}),
+         chat_chunk(top={"choices": [
              {**STREAM_HI, "index": 1, "delta": {}}]})],
-        stream_whole({}, top={"choices": [
+        chat_whole({}, top={"choices": [
             STREAM_HI, {**STREAM_HI, "index": 1}]})),
     "a whole message behind its pieces": (
-        [*stream_text("H", "i"), stream_chunk(top={"choices": [STREAM_HI]})],
-        stream_whole({"content": "Hi"})),
+        [*stream_text("H", "i"), chat_chunk(top={"choices": [STREAM_HI]})],
+        chat_whole({"content": "Hi"})),
     "the message so far beside the delta (Perplexity, Writer)": (
-        [stream_chunk({"content": "H"}, message={"content": "H"}),
-         stream_chunk({"content": "i"}, message={"content": None}),
-         stream_chunk({"content": None}, "stop", message={"content": "Hi"})],
-        stream_whole({"content": "Hi"})),
+        [chat_chunk({"content": "H"}, message={"content": "H"}),
+         chat_chunk({"content": "i"}, message={"content": None}),
+         chat_chunk({"content": None}, "stop", message={"content": "Hi"})],
+        chat_whole({"content": "Hi"})),
     "events of a vendor's own": (
         [{"type": "hermes.tool.progress", "tool": "f"}, {"type": "ping"},
-         {"id": "other"}, stream_chunk({"content": "Hi"}, "stop")],
-        stream_whole({"content": "Hi"})),
+         {"id": "other"}, chat_chunk({"content": "Hi"}, "stop")],
+        chat_whole({"content": "Hi"})),
 }
 
 
@@ -3286,7 +3344,7 @@ def stream_end(reason="end_turn", **fields):
                        **fields}}, {"type": "message_stop"}]
 
 
-def stream_message(content, reason="end_turn", **fields):
+def messages_whole(content, reason="end_turn", **fields):
     """Return a whole Messages answer."""
     return {"id": "msg_1", "type": "message", "role": "assistant",
             "model": "m", "content": content, "stop_reason": reason,
@@ -3454,7 +3512,7 @@ STREAM_BLOCKS = {  # a script between the first and the last event; content
 def test_stream_of_messages_blocks_and_their_deltas(script, content):
     assert stream_build(serv.MessagesAssembler(), [
         stream_start(), *stream_blocks(script), *stream_end()
-    ]) == stream_message(content)
+    ]) == messages_whole(content)
 
 
 @pytest.mark.parametrize("indexes, order", [
@@ -3477,27 +3535,27 @@ STREAM_FIELDS = {  # events; their answer
     "a stop sequence, and no usage at the end": (
         stream_said("a") + [{"type": "message_delta", "delta": {
             "stop_reason": "stop_sequence", "stop_sequence": "!"}}],
-        stream_message(stream_parts("a"), "stop_sequence", stop_sequence="!",
+        messages_whole(stream_parts("a"), "stop_sequence", stop_sequence="!",
                        usage={"input_tokens": 3, "output_tokens": 1})),
     "usage is replaced field by field": (
         stream_said("a") + [
             {"type": "message_delta", "delta": {"stop_reason": None},
              "usage": {"output_tokens": 4, "cache": {"read": 1}}},
             *stream_end()],
-        stream_message(stream_parts("a"), usage={
+        messages_whole(stream_parts("a"), usage={
             "input_tokens": 3, "output_tokens": 5, "cache": {"read": 1}})),
     "fields nobody knows": (
         [stream_start(container={"id": "b"}, tier="one"), *stream_blocks(
             'begin {"type": "text", "text": "a", "mood": "good"}'),
          *stream_end(why="done")],
-        stream_message([{"type": "text", "text": "a", "mood": "good"}],
+        messages_whole([{"type": "text", "text": "a", "mood": "good"}],
                        container={"id": "b"}, tier="one", why="done")),
     "a whole message in message_start": (
         [stream_start(*stream_parts("a", "")), *stream_end()],
-        stream_message(stream_parts("a"))),
+        messages_whole(stream_parts("a"))),
     "a second message_start with more to say": (
         [*stream_said("a"), stream_start(model="n"), *stream_end()],
-        stream_message(stream_parts("a"), model="n")),
+        messages_whole(stream_parts("a"), model="n")),
 }
 
 
@@ -3512,7 +3570,7 @@ def stream_events(endpoint, *texts):
     """Return an assembler, and the events of a stream of these texts."""
     if endpoint == "chat":
         return serv.ChatAssembler(), [
-            *stream_text(*texts), stream_chunk({}, "stop"), serv.DONE]
+            *stream_text(*texts), chat_chunk({}, "stop"), serv.DONE]
     return serv.MessagesAssembler(), stream_said(*texts) + stream_end()
 
 
@@ -3537,7 +3595,7 @@ def test_stream_a_long_tool_call_in_small_pieces(endpoint, length, size):
     texts = [given[i:i + size] for i in range(0, len(given), size)]
     if endpoint == "chat":
         answer = stream_build(serv.ChatAssembler(), [
-            stream_chunk({"tool_calls": [stream_call("0 x f " + text)]})
+            chat_chunk({"tool_calls": [stream_call("0 x f " + text)]})
             for text in texts])
     else:
         answer = stream_build(serv.MessagesAssembler(), [
@@ -3549,17 +3607,14 @@ def test_stream_a_long_tool_call_in_small_pieces(endpoint, length, size):
 
 def test_stream_a_name_in_each_piece_of_a_long_call_costs_no_more():
     """Whether the arguments so far are whole, is not looked at each time."""
-    def build():
-        begun = time.monotonic()
-        answer = stream_build(serv.ChatAssembler(), [
-            stream_chunk({"tool_calls": [stream_call("0 - f " + text)]})
-            for text in texts])
-        [call] = serv.Reply(answer).tool_calls
-        assert call.arguments == {"a": {}}
-        return time.monotonic() - begun
-
     texts = ['{"a": {}', *[', "a": {}'] * 10000, "}"]
-    assert build() < 4 or build() < 4
+    begun = time.process_time()  # what other programs do does not count
+    answer = stream_build(serv.ChatAssembler(), [
+        chat_chunk({"tool_calls": [stream_call("0 - f " + text)]})
+        for text in texts])
+    [call] = serv.Reply(answer).tool_calls
+    assert call.arguments == {"a": {}}
+    assert time.process_time() - begun < 4
 
 
 @each_endpoint
@@ -3571,51 +3626,55 @@ def test_stream_of_20000_events_is_put_together(endpoint):
 
 # -- What proves a stream whole -----------------------------------------------
 
-STREAM_PROOFS = {  # how many choices were asked for, events; is it whole?
-    "nothing": (1, [], False),
-    "[DONE] alone": (1, [serv.DONE], False),
-    "[DONE] and no choice": (1, [{"choices": [], "usage": STREAM_USAGE},
-                                 serv.DONE], False),
-    "text": (1, stream_text("a"), False),
-    "text and [DONE] (Snowflake)": (1, [*stream_text("a"), serv.DONE], True),
-    "a finish_reason": (1, [stream_chunk({"content": "a"}, "stop")], True),
-    "any finish_reason": (1, [stream_chunk({}, "eos_token")], True),
-    "a finish_reason, then null": (
-        1, [stream_chunk({}, "stop"), stream_chunk({"content": ""})], True),
-    "a finish_reason, then more text": (
-        1, [stream_chunk({}, "stop"), *stream_text("a")], False),
-    "an empty finish_reason": (1, [stream_chunk({}, "")], False),
-    "the text null for a finish_reason (DashScope)": (
-        1, [stream_chunk({"content": "a"}, "null")], False),
-    "one choice of two": (2, [stream_chunk({}, "stop")], False),
-    "one choice of two, [DONE]": (
-        2, [stream_chunk({}, "stop"), serv.DONE], False),
-    "two choices, one finish_reason": (
-        2, [stream_chunk({}, "stop"), stream_chunk({}, index=1)], False),
-    "two choices, one finish_reason, [DONE] (LiteLLM)": (
-        2, [stream_chunk({}, "stop"), stream_chunk({}, index=1), serv.DONE],
+STREAM_PROOFS = {
+    # how many choices were asked for (None: Messages), events; is it whole?
+    "chat: nothing": (1, [], False),
+    "chat: [DONE] alone": (1, [serv.DONE], False),
+    "chat: [DONE] and no choice": (
+        1, [{"choices": [], "usage": STREAM_USAGE}, serv.DONE], False),
+    "chat: text": (1, stream_text("a"), False),
+    "chat: text and [DONE] (Snowflake)": (
+        1, [*stream_text("a"), serv.DONE], True),
+    "chat: a finish_reason": (
+        1, [chat_chunk({"content": "a"}, "stop")], True),
+    "chat: any finish_reason": (1, [chat_chunk({}, "eos_token")], True),
+    "chat: a finish_reason, then null": (
+        1, [chat_chunk({}, "stop"), chat_chunk({"content": ""})], True),
+    "chat: a finish_reason, then more text": (
+        1, [chat_chunk({}, "stop"), *stream_text("a")], False),
+    "chat: an empty finish_reason": (1, [chat_chunk({}, "")], False),
+    "chat: the text null for a finish_reason (DashScope)": (
+        1, [chat_chunk({"content": "a"}, "null")], False),
+    "chat: one choice of two": (2, [chat_chunk({}, "stop")], False),
+    "chat: one choice of two, [DONE]": (
+        2, [chat_chunk({}, "stop"), serv.DONE], False),
+    "chat: two choices, one finish_reason": (
+        2, [chat_chunk({}, "stop"), chat_chunk({}, index=1)], False),
+    "chat: two choices, one finish_reason, [DONE] (LiteLLM)": (
+        2, [chat_chunk({}, "stop"), chat_chunk({}, index=1), serv.DONE],
         True),
-    "two choices, two finish_reasons": (
-        2, [stream_chunk({}, "stop", index=1), stream_chunk({}, "stop")],
+    "chat: two choices, two finish_reasons": (
+        2, [chat_chunk({}, "stop", index=1), chat_chunk({}, "stop")],
         True),
-    "more choices than asked for": (
-        1, [stream_chunk({}, "stop"), stream_chunk({}, index=1)], False),
-    "a ping": (None, [{"type": "ping"}], False),
-    "message_start": (None, [stream_start()], False),
-    "a block": (None, stream_said("a"), False),
-    "no stop_reason": (None, [*stream_said("a"), stream_end(None)[0]], False),
-    "message_stop alone": (None, [{"type": "message_stop"}], False),
-    "a block and message_stop": (
+    "chat: more choices than asked for": (
+        1, [chat_chunk({}, "stop"), chat_chunk({}, index=1)], False),
+    "messages: a ping": (None, [{"type": "ping"}], False),
+    "messages: message_start": (None, [stream_start()], False),
+    "messages: a block": (None, stream_said("a"), False),
+    "messages: no stop_reason": (
+        None, [*stream_said("a"), stream_end(None)[0]], False),
+    "messages: message_stop alone": (None, [{"type": "message_stop"}], False),
+    "messages: a block and message_stop": (
         None, [*stream_said("a")[1:], {"type": "message_stop"}], False),
-    "message_start and message_stop": (
+    "messages: message_start and message_stop": (
         None, [stream_start(), {"type": "message_stop"}], True),
-    "a stop_reason": (None, stream_end()[:1], True),
-    "a stop_reason, then a block": (
+    "messages: a stop_reason": (None, stream_end()[:1], True),
+    "messages: a stop_reason, then a block": (
         None, [stream_end()[0], *stream_blocks("begin text")], False),
-    "a stop_reason, then more of a block": (
+    "messages: a stop_reason, then more of a block": (
         None, [*stream_said("a"), stream_end()[0], *stream_blocks("text b")],
         False),
-    "a stop_reason in message_start": (
+    "messages: a stop_reason in message_start": (
         None, [stream_start(stop_reason="end_turn")], True),
 }
 
@@ -3637,12 +3696,12 @@ def test_stream_what_proves_it_whole(choices, events, whole):
 
 STREAM_OPEN = {"chat": stream_text("Hel", "lo"),  # no end of it yet
                "messages": stream_said("Hel", "lo")}
-STREAM_DONE = {"chat": [stream_chunk({}, "stop"), "[DONE]"],
+STREAM_DONE = {"chat": [chat_chunk({}, "stop"), "[DONE]"],
                "messages": stream_end()}
 STREAM_HELLO = {name: STREAM_OPEN[name] + STREAM_DONE[name]
                 for name in STREAM_OPEN}
-STREAM_ANSWER = {"chat": stream_whole({"content": "Hello"}),
-                 "messages": stream_message(stream_parts("Hello"))}
+STREAM_ANSWER = {"chat": chat_whole({"content": "Hello"}),
+                 "messages": messages_whole(stream_parts("Hello"))}
 
 
 def stream_bytes(data, kind="text/event-stream", size=1 << 20):
@@ -3654,7 +3713,7 @@ def stream_bytes(data, kind="text/event-stream", size=1 << 20):
         0, len(data), size)) + chunk(b"")
 
 
-def stream_read(answer, endpoint="chat", **options):
+def stream_result(answer, endpoint="chat", **options):
     """Return the pieces of a stream, and the reply at its end."""
     with Server(answer) as server:
         stream = open_stream(server, endpoint, **options)
@@ -3681,7 +3740,7 @@ def stream_error(answer, endpoint="chat", **options):
     return caught.value
 
 
-STREAM_READS = {"chat": read_stream, "messages": stream_messages}
+STREAM_READS = {"chat": chat_streamed, "messages": message_streamed}
 
 
 @each_endpoint
@@ -3725,16 +3784,16 @@ def stream_wipe(value):
 
 @each_endpoint
 def test_stream_events_are_as_sent_and_the_callers_own(endpoint):
-    sent = [{"type": "ping"}, *STREAM_OPEN[endpoint], *(
-        [stream_chunk({"notes": [{"n": n}]}, top={"usage": STREAM_USAGE})
+    expected = [{"type": "ping"}, *STREAM_OPEN[endpoint], *(
+        [chat_chunk({"notes": [{"n": n}]}, top={"usage": STREAM_USAGE})
          for n in (1, 2)] if endpoint == "chat" else
         stream_blocks('1 begin {"type": "a", "notes": [{"n": 1}]}')),
         STREAM_DONE[endpoint][0]]
     replies = []
-    with Server(stream_answer(*sent, STREAM_DONE[endpoint][1])) as server:
+    with Server(stream_answer(*expected, STREAM_DONE[endpoint][1])) as server:
         for change in (stream_wipe, len):  # the reply is no less for it
             stream = open_stream(server, endpoint)
-            for event in sent:
+            for event in expected:
                 given = next(stream.events())
                 assert given == event
                 change(given)
@@ -3763,16 +3822,16 @@ def test_stream_reply_can_be_read_at_any_time():
 
 
 def test_stream_all_choices_that_were_asked_for_are_waited_for():
-    first = stream_chunk({"content": "Hello"}, "stop")
-    both = stream_answer(first, stream_chunk({}, "stop", index=1))
-    assert len(stream_read(both, n=2)[1]["choices"]) == 2
+    first = chat_chunk({"content": "Hello"}, "stop")
+    both = stream_answer(first, chat_chunk({}, "stop", index=1))
+    assert len(stream_result(both, n=2)[1]["choices"]) == 2
     error = stream_error(stream_answer(first, "[DONE]"), n=2)
     assert type(error) is serv.APIConnectionError
 
 
 def test_stream_without_a_choice_0_says_the_text_of_its_first():
-    events = [stream_chunk({"content": text}, index=1) for text in ("a", "b")]
-    pieces, reply = stream_read(stream_answer(*events, "[DONE]"))
+    events = [chat_chunk({"content": text}, index=1) for text in ("a", "b")]
+    pieces, reply = stream_result(stream_answer(*events, "[DONE]"))
     assert "".join(pieces) == reply.text == "ab"
 
 
@@ -3795,7 +3854,7 @@ def test_stream_noise_changes_nothing(endpoint, noise):
     noise = (noise + "\n\n").encode()
     data = noise + b"".join(
         sse(event) + noise for event in STREAM_HELLO[endpoint])
-    assert stream_read(stream_bytes(data), endpoint) == (
+    assert stream_result(stream_bytes(data), endpoint) == (
         ["Hel", "lo"], STREAM_ANSWER[endpoint])
 
 
@@ -3803,14 +3862,14 @@ def test_stream_the_name_of_an_event_stands_in_for_its_type():
     data = b"".join(b"event: %s\n" % event["type"].encode() + sse(json.dumps(
         {name: event[name] for name in event if name != "type"}))
         for event in STREAM_HELLO["messages"])
-    assert stream_read(stream_bytes(data), "messages") == (
+    assert stream_result(stream_bytes(data), "messages") == (
         ["Hel", "lo"], STREAM_ANSWER["messages"])
 
 
 @each_endpoint
 def test_stream_blank_lines_that_got_lost(endpoint):
     data = sse(*STREAM_HELLO[endpoint]).replace(b"\n\n", b"\n") + b"\n"
-    assert stream_read(stream_bytes(data), endpoint) == (
+    assert stream_result(stream_bytes(data), endpoint) == (
         ["Hel", "lo"], STREAM_ANSWER[endpoint])
 
 
@@ -3827,7 +3886,7 @@ def test_stream_blank_lines_that_got_lost(endpoint):
 def test_stream_halves_of_a_character_are_joined(endpoint, texts, whole):
     events = (stream_text(*texts) if endpoint == "chat"
               else stream_said(*texts))
-    pieces, reply = stream_read(
+    pieces, reply = stream_result(
         stream_answer(*events, *STREAM_DONE[endpoint]), endpoint)
     assert "".join(pieces) == reply.text == whole
     assert "" not in pieces
@@ -3846,7 +3905,7 @@ def test_stream_a_half_waits_for_its_other_half():
 def test_stream_halves_in_two_blocks_are_not_joined():
     events = stream_said("a\ud83d") + stream_blocks(
         "1 begin text | 1 text \ude00b") + stream_end()
-    pieces, reply = stream_read(stream_answer(*events), "messages")
+    pieces, reply = stream_result(stream_answer(*events), "messages")
     assert "".join(pieces) == reply.text == "a\ufffd\ufffdb"
 
 
@@ -3863,7 +3922,7 @@ STREAM_LABELS = ["text/event-stream", "TEXT/Event-Stream; charset=utf-8",
     *((kind, 1 << 20) for kind in STREAM_LABELS), (None, 1)])
 def test_stream_is_known_by_its_first_bytes(kind, first, size):
     data = stream_bytes(first + sse(*STREAM_HELLO["chat"]), kind, size)
-    assert stream_read(data) == (["Hel", "lo"], STREAM_ANSWER["chat"])
+    assert stream_result(data) == (["Hel", "lo"], STREAM_ANSWER["chat"])
 
 
 @pytest.mark.parametrize("first", [b"", b"\n \r\n\t", b"\xef\xbb\xbf"],
@@ -3872,22 +3931,22 @@ def test_stream_is_known_by_its_first_bytes(kind, first, size):
     *((kind, 1 << 20) for kind in STREAM_LABELS), ("text/event-stream", 1)])
 def test_stream_plain_json_comes_as_one_piece(kind, first, size):
     data = first + json.dumps(STREAM_ANSWER["chat"]).encode()
-    assert stream_read(stream_bytes(data, kind, size)) == (
+    assert stream_result(stream_bytes(data, kind, size)) == (
         ["Hello"], STREAM_ANSWER["chat"])
 
 
 @pytest.mark.parametrize("endpoint, answer, pieces", [
-    ("chat", stream_whole({"content": "Hello"}, None), ["Hello"]),
-    ("chat", stream_whole({"tool_calls": [stream_call("- x f {}")]}), []),
-    ("chat", stream_whole({}, top={"choices": [
+    ("chat", chat_whole({"content": "Hello"}, None), ["Hello"]),
+    ("chat", chat_whole({"tool_calls": [stream_call("- x f {}")]}), []),
+    ("chat", chat_whole({}, top={"choices": [
         STREAM_HI, {**STREAM_HI, "index": 1}]}), ["Hi"]),
-    ("messages", stream_message([*stream_parts("Hel"), STREAM_TOOL,
+    ("messages", messages_whole([*stream_parts("Hel"), STREAM_TOOL,
                                  *stream_parts("", "lo")]), ["Hello"]),
     ("messages", {"content": stream_parts("Hello")}, ["Hello"])],
     ids=["chat: no reason to stop", "chat: a call", "chat: two choices",
          "messages: blocks", "messages: content alone"])
 def test_stream_plain_json_is_whole_and_untouched(endpoint, answer, pieces):
-    assert stream_read(http_answer(answer), endpoint) == (pieces, answer)
+    assert stream_result(http_answer(answer), endpoint) == (pieces, answer)
 
 
 @pytest.mark.parametrize("kind", STREAM_LABELS)
@@ -3898,7 +3957,7 @@ def test_stream_plain_json_is_whole_and_untouched(endpoint, answer, pieces):
     ids=["an object", "a list"])
 def test_stream_a_json_error_is_that_error(kind, body, name):
     error = error_of(stream_bytes(json.dumps(body).encode(), kind),
-                     read_stream)
+                     chat_streamed)
     assert (type(error).__name__, error.message) == (name, "No.")
 
 
@@ -3914,11 +3973,11 @@ def test_stream_a_refused_request_raises_at_once():
 @pytest.mark.parametrize("body", [
     "<html><body>Sign in", "Internal trouble", '"text"',
     '{"success": true, "data": {}}'])  # cline/cline#13348
-def test_stream_what_is_none_is_an_error_that_shows_it(kind, body):
+def test_stream_what_is_no_answer_is_an_error_that_shows_it(kind, body):
     error = error_of(stream_bytes((body + " " * 9999).encode(), kind),
-                     read_stream)
+                     chat_streamed)
     assert type(error) is serv.APIResponseError
-    assert body in str(error) and len(str(error)) < 1000
+    assert body in str(error) and len(str(error)) < SHORT
 
 
 # -- How a stream ends, whole or cut ------------------------------------------
@@ -3931,7 +3990,7 @@ def test_stream_ends_with_its_last_event(endpoint, more):
         while wire.recv(65536):  # the end never comes
             pass
         return False
-    assert stream_read(answer, endpoint) == (
+    assert stream_result(answer, endpoint) == (
         ["Hel", "lo"], STREAM_ANSWER[endpoint])
 
 
@@ -3940,7 +3999,7 @@ def test_stream_ends_with_its_last_event(endpoint, more):
 @each_endpoint
 def test_stream_with_its_proof_is_whole_however_it_ends(endpoint, tail):
     data = STREAM_HEAD + chunk(sse(*STREAM_HELLO[endpoint][:-1])) + tail
-    assert stream_read(closing(data), endpoint) == (
+    assert stream_result(closing(data), endpoint) == (
         ["Hel", "lo"], STREAM_ANSWER[endpoint])
 
 
@@ -3979,7 +4038,7 @@ def test_stream_that_is_cut_and_not_chunked_is_an_error(head):
 @each_endpoint
 def test_stream_a_call_of_a_cut_stream_never_looks_finished(
         endpoint, given, piece, shown):
-    events = [stream_chunk({"tool_calls": [{
+    events = [chat_chunk({"tool_calls": [{
         "index": 0, "id": "x", "function": {"name": "f", "arguments": text}}]})
         for text in (given, piece)]
     if endpoint == "messages":
@@ -4052,33 +4111,26 @@ def test_stream_that_is_closed_is_at_its_end_and_keeps_its_reply():
 
 
 def test_stream_closed_from_another_thread_ends_the_wait_at_once():
-    def cancel():
-        """Return the seconds from close() to the end of the loop."""
-        closed, begun, ended = (threading.Event() for _ in range(3))
-        pieces = []
+    closed, begun, ended = (threading.Event() for _ in range(3))
+    pieces = []
 
-        def read():
-            for piece in stream:
-                pieces.append(piece)
-                begun.set()
-            ended.set()
+    def read():
+        for piece in stream:
+            pieces.append(piece)
+            begun.set()
+        ended.set()
 
-        with Server(stream_watched(closed)) as server:
-            stream = open_stream(server, timeout=60)
-            reader = threading.Thread(target=read, daemon=True)
-            reader.start()
-            assert begun.wait(20)
-            assert not ended.wait(0.05)  # it waits for a second piece
-            started = time.monotonic()
-            stream.close()
-            assert ended.wait(20) and closed.wait(20)
-            took = time.monotonic() - started
-            reader.join(20)
-        assert (pieces, stream.reply.text) == (["Hel"], "Hel")
-        assert stream.reply.partial and list(stream) == []
-        return took
-
-    assert cancel() < 0.5 or cancel() < 0.5
+    with Server(stream_watched(closed)) as server:
+        stream = open_stream(server, timeout=60)
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        assert begun.wait(20)
+        assert not ended.wait(0.05)  # it waits for a second piece
+        stream.close()
+        assert ended.wait(5) and closed.wait(5)  # not for all of 60 s
+        reader.join(20)
+    assert (pieces, stream.reply.text) == (["Hel"], "Hel")
+    assert stream.reply.partial and list(stream) == []
 
 
 def test_stream_an_exception_in_its_block_is_the_callers_own():
@@ -4130,17 +4182,13 @@ def test_stream_that_is_interrupted_does_not_end_in_silence(said):
 # -- Errors in a stream: .reply has what had arrived --------------------------
 
 @table("event, kind, status, message", {
+    # Some of what "Which answers are errors" lists, over a socket.
     # What the type stands for, else a number in the code, else 500.
     "by type (Anthropic)": (
         'event: error\ndata: {"type": "error", "error": {"type": '
         '"overloaded_error", "message": "No."}}',
         "InternalServerError", 529, "No."),
-    "by type (OpenAI)": (
-        'data: {"error": {"message": "No.", "type": "rate_limit_error", '
-        '"param": null, "code": null}}', "RateLimitError", 429, "No."),
-    "by type before code": (
-        'data: {"error": {"type": "invalid_request_error", "code": 503}}',
-        "BadRequestError", 400, ""),
+
     "by code (Perplexity)": (
         'event: error\ndata: {"error": {"message": "No.", '
         '"type": "invalid_request", "code": 400}}',
@@ -4148,13 +4196,9 @@ def test_stream_that_is_interrupted_does_not_end_in_silence(said):
     "by neither": ('data: {"error": {"message": "No.", "code": 600}}',
                    "InternalServerError", 500, "No."),
     # In other shapes.
-    "a text": ('data: {"error": "No."}', "InternalServerError", 500, "No."),
     "a list (Gemini)": (
         'data: [{"error": {"code": 429, "message": "No."}}]',
         "RateLimitError", 429, "No."),
-    "flat (vLLM)": (
-        'data: {"object": "error", "message": "No.", "code": 400}',
-        "BadRequestError", 400, "No."),
     "flat (DashScope)": (
         'data: {"code": "DataInspectionFailed", "message": "No."}',
         "InternalServerError", 500, "No."),
@@ -4169,7 +4213,7 @@ def test_stream_that_is_interrupted_does_not_end_in_silence(said):
                        "InternalServerError", 500, "[DONE]"),
     "a named nothing": ("event: error\ndata:",
                         "InternalServerError", 500, ""),
-    "a named event": ("event: error\ndata: " + json.dumps(stream_chunk()),
+    "a named event": ("event: error\ndata: " + json.dumps(chat_chunk()),
                       "InternalServerError", 500, "")})
 @pytest.mark.parametrize("done", [False, True], ids=["open", "proven"])
 @each_endpoint
@@ -4227,15 +4271,13 @@ def test_stream_a_broken_event_is_an_error(endpoint, event):
     assert type(error) is serv.APIResponseError
 
 
-def test_stream_arguments_that_are_too_deep_stay_text():
+def test_stream_of_messages_input_that_is_too_deep_stays_text():
+    """Of chat: test_deep_json_ends_no_process_with_a_small_stack."""
     deep = '{"a": %s}' % STREAM_DEEP
-    for endpoint, events in (
-            ("chat", [stream_chunk({"tool_calls": [
-                stream_call("0 x f " + deep)]}, "tool_calls")]),
-            ("messages", [stream_start(), *stream_blocks(
-                "begin tool_use | json " + deep), *stream_end()])):
-        reply = stream_read(stream_answer(*events), endpoint)[1]
-        assert reply.tool_calls == [serv.ToolCall("x", "f", deep)]
+    answer = stream_build(serv.MessagesAssembler(), [
+        stream_start(), *stream_blocks("begin tool_use | json " + deep),
+        *stream_end()])
+    assert serv.Reply(answer).tool_calls == [serv.ToolCall("x", "f", deep)]
 
 
 # -- Random answers, as vendors stream them -----------------------------------
@@ -4271,10 +4313,10 @@ def test_stream_fuzz_random_answers_as_vendors_stream_them(manner):
             parts = fuzz_sse(rng, events)
             data = b"".join(parts)
             cut = data[:rng.randrange(len(b"".join(parts[:proof + 1])) - 1)]
-            for sent, good in ((data, True), (cut, False)):
+            for body, good in ((data, True), (cut, False)):
                 assembler = (serv.ChatAssembler(options["n"]) if chat
                              else serv.MessagesAssembler())
-                now[:] = fuzz_packets(rng, sent)
+                now[:] = fuzz_packets(rng, body)
                 text = fuzz_feed(assembler, now)
                 answer = assembler.build(partial=not good)
                 assert assembler.whole is good, (manner, turn)
@@ -4517,7 +4559,7 @@ def fuzz_messages(rng, manner):
                 event["index"] = 0
     reason = rng.choice(["end_turn", "tool_use", "max_tokens"])
     details = {"stop_details": fuzz_object(rng)}
-    return stream_message(blocks, reason, **unknown, **details), [
+    return messages_whole(blocks, reason, **unknown, **details), [
         *events, *stream_end(reason, **details)], len(events)
 
 
@@ -4579,7 +4621,7 @@ def fuzz_change(rng, value):
 # ---------------------------------------------------------------------------
 # Network
 #
-# What a connection is asked to bear, and what comes of it.  From top to
+# What can happen to a connection, and how a call ends then.  From top to
 # bottom: one budget, retries, kept connections, descriptors and forks, broken
 # answers, signals, hostile servers, the key, proxies, TLS, where it runs.
 # ---------------------------------------------------------------------------
@@ -4588,11 +4630,11 @@ def fuzz_change(rng, value):
 NET_FAIL, NET_ODD = serv.APIConnectionError, serv.APIResponseError
 
 
-NET_OK = http_answer(chat_said("Hello!"))
-NET_STREAM = stream_answer(chat_piece("Hel"), chat_piece("lo!", "stop"),
+NET_OK = http_answer(bare_answer("Hello!"))
+NET_STREAM = stream_answer(bare_chunk("Hel"), bare_chunk("lo!", "stop"),
                            "[DONE]")
 NET_CHUNKED = http_head(transfer_encoding="chunked")
-NET_BEGUN = STREAM_HEAD + chunk(sse(chat_piece("Hel")))
+NET_BEGUN = STREAM_HEAD + chunk(sse(bare_chunk("Hel")))
 NET_END = chunk(b"")
 
 
@@ -4605,10 +4647,10 @@ def net_echo(wire, request):
     """Answer with the prompt, as a stream if the request wants one."""
     text = net_prompt(request)
     if body_of(request).get("stream"):
-        wire.sendall(stream_answer(chat_piece(text[:1]),
-                                   chat_piece(text[1:], "stop"), "[DONE]"))
+        wire.sendall(stream_answer(bare_chunk(text[:1]),
+                                   bare_chunk(text[1:], "stop"), "[DONE]"))
     else:
-        wire.sendall(http_answer(chat_said(text)))
+        wire.sendall(http_answer(bare_answer(text)))
 
 
 def net_reset(data=b""):
@@ -4693,12 +4735,12 @@ def net_chat(server, prompt="Hi", **options):
     return serv.chat(prompt, **options).text
 
 
-def net_read(server, prompt="Hi", **options):
+def net_stream(server, prompt="Hi", **options):
     """Return the text of a stream, in the same way."""
     return "".join(open_stream(server, prompt=prompt, **options))
 
 
-net_calls = pytest.mark.parametrize("call", [net_chat, net_read])
+net_calls = pytest.mark.parametrize("call", [net_chat, net_stream])
 
 
 def net_error(kind, call, *args, **options):
@@ -4809,11 +4851,11 @@ needs_alarm = pytest.mark.skipif(
 NET_BUDGET = 0.06
 
 
-def net_timeout(call, *args, kind=serv.APITimeoutError, **options):
+def net_timeout(call, *args, **options):
     """Return the error of a call that ends with its budget, in time."""
     # 20 ms early is in time: clocks and waits of some systems are coarse.
     return net_within(NET_BUDGET + 0.5, lambda: net_error(
-        kind, call, *args, timeout=NET_BUDGET, **options),
+        serv.APITimeoutError, call, *args, timeout=NET_BUDGET, **options),
         least=NET_BUDGET - 0.03)
 
 
@@ -4821,14 +4863,15 @@ def net_timeout(call, *args, kind=serv.APITimeoutError, **options):
     "interim answers": (net_chat, net_drip(
         b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0)),
     "a header": (net_chat, net_drip(b"HTTP/1.1 200 OK\r\nX: ", b"x")),
-    "headers": (net_read, net_drip(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", .03)),
+    "headers": (net_stream, net_drip(
+        b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", 0.03)),
     "a body": (net_chat, net_drip(http_head(content_length=10 ** 6), b" ")),
     "chunks": (net_chat, net_drip(NET_CHUNKED, chunk(b" "))),
     "the size of a chunk": (net_chat, net_drip(NET_CHUNKED, b"0")),
-    "comments": (net_read, net_drip(STREAM_HEAD, chunk(b": ping\n\n"))),
+    "comments": (net_stream, net_drip(STREAM_HEAD, chunk(b": ping\n\n"))),
     "trailers": (net_chat, net_drip(
         NET_CHUNKED + NET_END[:-2], b"X: y\r\n", 0)),
-    "pings": (net_read, net_drip(
+    "pings": (net_stream, net_drip(
         STREAM_HEAD, chunk(b"event: ping\ndata: {}\n\n")))})
 def test_no_drip_stretches_the_budget(call, answer):
     with Server(answer) as server:
@@ -4836,9 +4879,17 @@ def test_no_drip_stretches_the_budget(call, answer):
     assert "0.06 s" in str(error) and server.url in str(error)
 
 
-def test_an_error_whose_body_drips_is_that_error():
-    with Server(net_drip(http_head("500 Oops"), b"x")) as server:
-        net_timeout(net_chat, server, kind=serv.InternalServerError)
+def test_an_error_whose_body_drips_is_that_error(clock, received):
+    def answer(wire, request):
+        received.clear()
+        wire.sendall(http_head("500 Oops"))
+        while not received:  # until the head has come
+            time.sleep(0.001)
+        clock(20)
+        net_drip(b"", b"x")(wire, request)
+
+    with Server(answer) as server:
+        net_error(serv.InternalServerError, net_chat, server, timeout=20)
 
 
 @pytest.mark.parametrize("place", [
@@ -4846,7 +4897,7 @@ def test_an_error_whose_body_drips_is_that_error():
 def test_a_silent_server_ends_with_the_budget(place, net_tls):
     prompt = "x" * (1 << 23 if place == "upload" else 1)
     with net_silent(place, net_tls) as (url, _):
-        net_timeout(net_read, url, prompt)
+        net_timeout(net_stream, url, prompt)
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
@@ -4868,7 +4919,7 @@ def test_the_last_20_ms_of_a_budget_count_as_over():
 @table("addresses, limit, timeout, end", {
     "gives way to the next": (["dead", "live"], 0.06, 10, "Hello!"),
     "takes its share of a small budget": (
-        ["dead", "live"], 10, 0.6, "Hello!"),
+        ["dead", "live"], 10, 0.4, "Hello!"),
     "does not take the whole budget": (["dead"], 0.06, 10, NET_FAIL),
     "does not add up with others": (
         ["dead"] * 9, 0.03, 0.15, serv.APITimeoutError)})
@@ -4885,14 +4936,19 @@ def test_an_address_that_does_not_answer(
         ports = {"dead": dead, "live": server.port}
         net_names["a.test"] = [
             ("127.0.0.1", ports[each]) for each in addresses]
-        assert net_within(1.5, call) == end
+        # A busy machine gets a second chance to connect in time.
+        assert net_within(1.5, call) == end or net_within(1.5, call) == end
 
 
-def test_a_timeout_is_not_tried_again():
+def test_a_timeout_is_not_tried_again(clock):
     """The budget is the whole call's, and it is spent."""
-    with Server(net_hold()) as server:
+    def answer(wire, request):
+        clock(20)
+        net_drip(b"", b"H")(wire, request)
+
+    with Server(answer) as server:
         error = net_error(serv.APITimeoutError, net_chat, server,
-                          max_retries=2, timeout=NET_BUDGET)
+                          max_retries=2, timeout=20)
         assert len(server.requests) == 1 and error.retries == 0
 
 
@@ -4933,27 +4989,38 @@ def test_a_stream_out_of_time_keeps_what_had_arrived(clock):
 @pytest.mark.parametrize("reason", [None, "stop"], ids=[
     "before the proof", "behind it: the next event would be lost"])
 def test_the_budget_runs_on_while_the_caller_holds_a_piece(reason, clock):
-    answer = stream_answer(chat_piece("Hel", reason), chat_piece("lo", "stop"))
+    answer = stream_answer(bare_chunk("Hel", reason), bare_chunk("lo", "stop"))
     with Server(answer) as server:
         stream = open_stream(server, timeout=20)
         assert next(stream) == "Hel"
         clock(20)
         for _ in range(2):
             error = net_error(serv.APITimeoutError, next, stream)
-    assert error.reply.text.startswith("Hel")
+    assert (error.reply.text, error.reply.partial) == ("Hel", True)
 
 
 # -- Retries ------------------------------------------------------------------
+#
+# That max_retries is 2 if it is not given: test_the_arguments_of_a_call, and
+# test_by_default_a_call_is_tried_three_times.
+
+def net_advice(status, advice):
+    """Return an error answer that says whether to try again."""
+    return http_answer({}, "%d No" % status, retry_after_ms="0",
+                       x_should_retry=advice)
+
 
 @table("call, answer, tries", {
     "503": (net_chat, error_answer(503), 2),
-    "503 to a stream": (net_read, error_answer(503), 2),
+    "503 to a stream": (net_stream, error_answer(503), 2),
     "400": (net_chat, error_answer(400), 1),
-    "400 to a stream": (net_read, error_answer(400), 1),
+    "400 to a stream": (net_stream, error_answer(400), 1),
+    "400 with x-should-retry: true": (net_chat, net_advice(400, "true"), 2),
+    "503 with x-should-retry: false": (net_chat, net_advice(503, "false"), 1),
     "a cut answer": (net_chat, closing(NET_OK[:-5]), 2),
-    "the head of a stream": (net_read, closing(STREAM_HEAD), 1),
-    "a piece of a stream": (net_read, closing(NET_BEGUN), 1),
-    "an error event": (net_read, closing(STREAM_HEAD + chunk(sse({"error": {
+    "the head of a stream": (net_stream, closing(STREAM_HEAD), 1),
+    "a piece of a stream": (net_stream, closing(NET_BEGUN), 1),
+    "an error event": (net_stream, closing(STREAM_HEAD + chunk(sse({"error": {
         "type": "overloaded_error"}}))), 1)})
 def test_what_is_tried_again_with_the_same_body(call, answer, tries, naps):
     with Server([answer, net_echo]) as server:
@@ -4975,6 +5042,14 @@ def test_a_call_is_retried_as_often_as_max_retries_says(retries):
         assert error.retries == retries == len(server.requests) - 1
 
 
+@pytest.mark.parametrize("call", CALLS)
+def test_by_default_a_call_is_tried_three_times(call):
+    with Server(error_answer(503)) as server:
+        error = net_error(serv.InternalServerError, call, "Hi", system="s",
+                          base_url=server.url)
+        assert error.retries == 2 == len(server.requests) - 1
+
+
 @pytest.mark.parametrize("failures", [0, 1, 3])
 def test_a_reply_says_how_many_tries_had_failed(failures):
     answers = [error_answer(503)] * failures + [net_echo]
@@ -4991,8 +5066,9 @@ def test_a_refused_connection_is_tried_again(naps):
         closed.bind(("127.0.0.1", 0))  # and does not listen
         url = "http://127.0.0.1:%d" % closed.getsockname()[1]
         error = net_error(NET_FAIL, net_chat, url, max_retries=1)
-    assert error.retries == 1 and url in str(error)
-    assert len(naps) == 1 and 0.25 <= naps[0] <= 0.5
+    assert error.retries == 1 and url + CHAT in str(error)
+    assert isinstance(error.__cause__, ConnectionRefusedError)
+    assert len(naps) == 1 and 0.375 <= naps[0] <= 0.5
 
 
 def test_a_host_without_an_address_is_a_connection_error(net_names):
@@ -5053,7 +5129,7 @@ def test_a_failure_loads_nothing_and_without_logging_says_nothing():
 def test_twenty_calls_share_one_connection():
     with Server(net_echo) as server:
         for number in range(20):
-            call = (net_chat, net_read)[number % 2]
+            call = (net_chat, net_stream)[number % 2]
             assert call(server, "no. %d" % number) == "no. %d" % number
         assert server.connections == 1
 
@@ -5062,9 +5138,9 @@ def test_twenty_calls_share_one_connection():
     "an error answer": (http_answer({}, "400 Bad"), True),
     "an error of a 200": (http_answer({"error": {"message": "no"}}), True),
     "Connection: close": (http_answer(
-        chat_said(""), connection="close"), False),
+        bare_answer(""), connection="close"), False),
     "close in a list": (http_answer(
-        chat_said(""), connection="Keep-Alive, Close"), False),
+        bare_answer(""), connection="Keep-Alive, Close"), False),
     "HTTP/1.0": (NET_OK.replace(b"HTTP/1.1", b"HTTP/1.0"), False),
     "a stream that is to be closed": (NET_STREAM.replace(
         b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1), False),
@@ -5073,20 +5149,22 @@ def test_twenty_calls_share_one_connection():
     "an unknown encoding": (http_head(
         transfer_encoding="gzip, chunked", content_length=0) + NET_OK,
         False)})
-def test_what_leaves_a_connection_to_the_next_call(first, kept):
+def test_after_which_answers_a_connection_is_kept(first, kept):
     with Server([first, net_echo]) as server:
         with contextlib.suppress(serv.ServError):
-            (net_read if b"event-" in first else net_chat)(server)
+            (net_stream if b"event-" in first else net_chat)(server)
         assert net_chat(server, "mine") == "mine"
         assert server.connections == (1 if kept else 2)
 
 
-def test_a_last_chunk_that_comes_after_done_neither_delays_nor_breaks():
+def test_a_last_chunk_that_comes_after_done_neither_delays_nor_breaks(
+        monkeypatch):
+    monkeypatch.setattr(serv, "LAST_CHUNK_SECONDS", 2)
     over = {}
 
     def answer(wire, request):
         text = net_prompt(request)
-        data = stream_answer(chat_piece(text, "stop"), "[DONE]")
+        data = stream_answer(bare_chunk(text, "stop"), "[DONE]")
         wire.sendall(data[:-len(NET_END)])
         over[text].wait(5)
         wire.sendall(NET_END)
@@ -5094,15 +5172,17 @@ def test_a_last_chunk_that_comes_after_done_neither_delays_nor_breaks():
     def call():
         for text in "abcdef":
             over[text] = threading.Event()
-            assert net_read(server, text) == text
+            assert net_stream(server, text) == text
             over[text].set()
 
     with Server(answer) as server:
-        net_within(0.4, call)
+        # Who waited for a last chunk at [DONE] would wait each time.
+        net_within(serv.LAST_CHUNK_SECONDS, call)
+        assert server.connections == 1
 
 
 def test_last_chunks_that_never_come_delay_a_call_once_together(monkeypatch):
-    monkeypatch.setattr(serv, "LAST_CHUNK_SECONDS", 0.2)
+    monkeypatch.setattr(serv, "LAST_CHUNK_SECONDS", 0.1)
 
     def answer(wire, request):
         if b"stream" in request.body:
@@ -5116,7 +5196,7 @@ def test_last_chunks_that_never_come_delay_a_call_once_together(monkeypatch):
             assert "".join(stream) == "Hello!"
         begun = time.monotonic()
         net_chat(server)
-        assert time.monotonic() - begun < 2  # with a limit for each: 4
+        assert time.monotonic() - begun < 1  # with a limit for each: 2
         assert server.connections == 21
 
 
@@ -5128,7 +5208,7 @@ def test_a_stream_closed_early_leaves_its_rest_to_nobody():
         assert server.connections == 2
 
 
-@pytest.mark.parametrize("call", [serv.chat, read_stream])
+@pytest.mark.parametrize("call", [serv.chat, chat_streamed])
 @table("answers, connections, good", {
     # what the server does, and which connection each request comes on
     "closed while idle": ([closing(NET_OK), net_echo], [1, 2], True),
@@ -5166,7 +5246,7 @@ def test_a_new_connection_that_is_lost_is_not_replaced():
 def test_a_408_that_nobody_asked_for_is_not_the_next_answer(size):
     late = http_answer({"error": {"message": "idle"}}, "408 Request Timeout",
                        connection="close")[:size]
-    called, sent = threading.Event(), threading.Event()
+    called, was_late = threading.Event(), threading.Event()
 
     def answer(wire, request):
         if request.connection > 1:
@@ -5174,12 +5254,12 @@ def test_a_408_that_nobody_asked_for_is_not_the_next_answer(size):
         wire.sendall(NET_OK)
         called.wait(10)
         wire.sendall(late)
-        sent.set()
+        was_late.set()
 
     with Server(answer) as server:
         assert net_chat(server) == "Hello!"
         called.set()
-        sent.wait(10)
+        was_late.wait(10)
         assert net_chat(server, "mine") == "mine"
         assert server.connections == 2
 
@@ -5206,7 +5286,9 @@ def test_a_lost_request_is_not_sent_to_every_kept_connection():
             list(pool.map(net_chat, [server] * 4))
         assert server.connections == 4
         net_error(NET_FAIL, net_chat, server, max_retries=0)
-        assert len(server.requests) == 4 + 2
+        # Four opened the connections.  The fifth was lost with one of them,
+        # and was sent once more.
+        assert len(server.requests) == 6
 
 
 def test_of_too_many_the_oldest_is_dropped(monkeypatch):
@@ -5233,7 +5315,7 @@ def test_64_threads_get_their_own_answers_and_keep_their_connections():
         for turn in range(3):
             together.wait()
             mine = "%d of %d" % (turn, number)
-            call = net_read if (turn + number) % 3 == 0 else net_chat
+            call = net_stream if (turn + number) % 3 == 0 else net_chat
             assert call(server, mine) == mine
         return number
 
@@ -5329,10 +5411,6 @@ NET_CLOSED_UNDERNEATH = """
 for turn in range(2):
     serv.chat("Hi", **ask)
     os.closerange(3, 64)  # as a daemon does
-    try:
-        serv.chat("Hi", **ask)
-    except serv.APIConnectionError:
-        pass
     assert serv.chat("Hi", **ask).text == "Hi"
     stream = serv.stream("Hi", **ask)
     assert next(stream) == "H"
@@ -5349,7 +5427,7 @@ def test_a_descriptor_closed_underneath_heals(net_tls):
     def answer(wire, request):
         if not body_of(request).get("stream"):
             return net_echo(wire, request)
-        wire.sendall(STREAM_HEAD + chunk(sse(chat_piece("H"))))
+        wire.sendall(STREAM_HEAD + chunk(sse(bare_chunk("H"))))
 
     with Server(answer, net_tls) as server:
         assert net_run(NET_CLOSED_UNDERNEATH, server.url) == (
@@ -5428,7 +5506,7 @@ def test_a_stream_closed_after_a_fork_ends_for_the_server():
     def answer(wire, request):
         if net_prompt(request) != "stream":
             said = "yes" if ended.wait(5) else "no"
-            return wire.sendall(http_answer(chat_said(said)))
+            return wire.sendall(http_answer(bare_answer(said)))
         wire.sendall(NET_BEGUN)
         if not wire.recv(1):
             ended.set()
@@ -5474,30 +5552,47 @@ def test_nothing_is_left_open(net_tls):
 
 
 NET_CYCLES = """
-import gc
+import gc, time
 gc.disable()
-ask.update(timeout=0.2, max_retries=1)
-for ask["base_url"] in sys.argv[1:]:
-    for call in serv.chat, serv.stream:
-        gc.collect()
-        try:
-            "".join(call("Hi", **ask))
-        except serv.ServError as error:
-            pass
-        print(gc.collect())
+time.sleep = lambda seconds: None  # the waits take no time
+ask["max_retries"] = 1
+
+def call(name):
+    try:
+        if name == "chat":
+            return serv.chat("Hi", **ask).text
+        return "".join(serv.stream("Hi", **ask))
+    except serv.ServError as error:
+        return type(error).__name__
+
+for number, ask["base_url"] in enumerate(sys.argv[1:]):
+    gc.collect()
+    print(call("stream" if number % 2 else "chat"), gc.collect())
 """
+NET_FAILED_TRIES = [
+    # what the server does; how chat() and stream() end, and after how many
+    # requests
+    ([error_answer(429), NET_OK], ("Hello!", 2), ("Hello!", 2)),
+    ([closing(b""), NET_OK], ("Hello!", 2), ("Hello!", 2)),
+    ([error_answer(429)], ("RateLimitError", 2), ("RateLimitError", 2)),
+    ([closing(NET_OK[:-1])],
+     ("APIConnectionError", 2), ("APIConnectionError", 2)),
+    ([closing(NET_BEGUN)],
+     ("APIConnectionError", 2), ("APIConnectionError", 1))]
 
 
 @pytest.mark.skipif(sys.implementation.name != "cpython",
                     reason="other collectors count otherwise")
 def test_a_failed_try_is_not_left_to_the_collector():
     """It holds the whole request, and a socket."""
-    answers = [error_answer(429), NET_OK], [error_answer(429)], [
-        closing(b""), NET_OK], [closing(NET_OK[:-1])], [closing(NET_BEGUN)]
     with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(Server(answer)) for answer in answers]
-        counts = net_run(NET_CYCLES, *(server.url for server in servers))
-    assert counts.split() == ["0"] * 2 * len(answers)
+        servers = [stack.enter_context(Server(answers))
+                   for answers, *ends in NET_FAILED_TRIES for _ in ends]
+        printed = net_run(NET_CYCLES, *(server.url for server in servers))
+        tries = [len(server.requests) for server in servers]
+    wanted = [end for _, *ends in NET_FAILED_TRIES for end in ends]
+    assert printed == "".join("%s 0\n" % end for end, _ in wanted)
+    assert tries == [number for _, number in wanted]
 
 
 # -- Broken and cut answers ---------------------------------------------------
@@ -5509,7 +5604,7 @@ def test_a_failed_try_is_not_left_to_the_collector():
     "no body": (http_head(content_length=9), NET_FAIL, "cut"),
     "a cut chunk": (NET_CHUNKED + b"ff\r\n{", NET_FAIL, "cut"),
     "no last chunk": (NET_CHUNKED + chunk(json.dumps(
-        chat_said("Hi")).encode()), NET_FAIL, "cut"),
+        bare_answer("Hi")).encode()), NET_FAIL, "cut"),
     "no chunk": (NET_CHUNKED, NET_FAIL, "cut"),
     "the size zz": (NET_CHUNKED + b"zz\r\n{}\r\n", NET_FAIL, "cut"),
     "the size -5": (NET_CHUNKED + b"-5\r\n{}\r\n", NET_FAIL, "cut"),
@@ -5617,8 +5712,8 @@ def test_an_interim_answer_does_not_end_an_upload():
 def net_alarm(handler, seconds=0.04):
     """Have a handler called by a signal, once."""
     before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -5641,8 +5736,8 @@ def test_what_a_signals_handler_raises_comes_out(place, raised, net_tls):
     if place == "upload":
         prompt, seconds = "x" * (1 << 23), 0.15
     with net_silent(place, net_tls) as (url, server):
-        with net_alarm(handler, seconds), pytest.raises(raised) as caught:
-            net_read(url, prompt, max_retries=5, timeout=2)
+        with pytest.raises(raised) as caught, net_alarm(handler, seconds):
+            net_stream(url, prompt, max_retries=5, timeout=2)
         assert caught.value is mine and mine.__cause__ is None
         if server:
             assert server.connections <= 1 and len(server.requests) <= 1
@@ -5666,58 +5761,124 @@ def test_a_signals_handler_may_make_a_call_in_the_middle_of_another():
 
 # -- Hostile servers ----------------------------------------------------------
 
+# The limits, of which README.md says some.  The tests lower those that would
+# take long to reach.
+LIMITS = {
+    "TIMEOUT": 600, "MAX_TIMEOUT": 86400, "CONNECT_TIMEOUT": 10,
+    "IDLE_SECONDS": 50, "STALE_SECONDS": 1, "LAST_CHUNK_SECONDS": 0.01,
+    "MAX_IDLE": 256, "MAX_BODY": 32 << 20, "MAX_STREAM": 64 << 20,
+    "MAX_ERROR": 256 << 10, "MIN_SECRET": 8, "MAX_DEPTH": 64,
+    "MAX_PARTS": 2000}
+
+
+def test_the_limits_are_these():
+    assert {name: getattr(serv, name) for name in LIMITS} == LIMITS
+
+
+@table("assembler, make", {
+    "chat: choices": (serv.ChatAssembler, lambda number: [
+        {"choices": [{"index": index} for index in range(number)]}]),
+    "chat: calls": (serv.ChatAssembler, lambda number: [
+        chat_chunk({"tool_calls": [{"index": index}
+                                   for index in range(number)]})]),
+    "chat: parts of content": (serv.ChatAssembler, lambda number: [
+        chat_chunk({"content": stream_parts(*["a"] * number)})]),
+    "messages: blocks": (serv.MessagesAssembler, lambda number: [
+        {"type": "content_block_start", "index": index}
+        for index in range(number)]),
+    "messages: blocks of message_start": (
+        serv.MessagesAssembler, lambda number: [
+            stream_start(*stream_parts(*["a"] * number))])})
+def test_an_answer_of_a_stream_has_at_most_2000_parts_of_a_kind(
+        assembler, make):
+    stream_build(assembler(), make(2000))
+    with pytest.raises(serv.APIResponseError, match="more than 2000"):
+        stream_build(assembler(), make(2001))
+
+
 def net_flood(head, piece):
     """Return an answer that never ends, as fast as it is taken."""
     return net_drip(head, piece * max(1, (1 << 16) // len(piece)), 0)
 
 
 NET_LONG = STREAM_HEAD + b"fffffffffff\r\n"  # a chunk of 17 terabytes
+NET_FLOODS = {
+    # the call, what comes once, what comes for ever, the error, the limit
+    "head: a line without an end": (
+        net_chat, b"HTTP/1.1 200 ", b"x", NET_FAIL, "a line"),
+    "head: a header without an end": (
+        net_chat, b"HTTP/1.1 200 OK\r\nX: ", b"x", NET_FAIL, "a line"),
+    "head: headers without number": (
+        net_chat, b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", NET_FAIL, "a line"),
+    "head: a header folded without an end": (
+        net_chat, b"HTTP/1.1 200 OK\r\nX: y\r\n", b" y\r\n", NET_FAIL,
+        "a line"),
+    "head: headers of an interim answer": (
+        net_chat, b"HTTP/1.1 100 Continue\r\n", b"X: y\r\n", NET_FAIL,
+        "a line"),
+    "body without a length": (
+        net_chat, http_head(), b" ", NET_ODD, "MAX_BODY"),
+    "body of a huge length": (
+        net_chat, http_head(content_length=10 ** 15), b" ", NET_ODD,
+        "MAX_BODY"),
+    "body in chunks": (
+        net_chat, NET_CHUNKED, chunk(b" " * 999), NET_ODD, "MAX_BODY"),
+    "body in one huge chunk": (
+        net_chat, NET_CHUNKED + b"fffffffffff\r\n", b" ", NET_ODD,
+        "MAX_BODY"),
+    "body: the size of a chunk": (
+        net_chat, NET_CHUNKED, b"0", NET_FAIL, "a line"),
+    "body: the extension of a chunk": (
+        net_chat, NET_CHUNKED + b"1;", b"x", NET_FAIL, "a line"),
+    "body: the trailer": (
+        net_chat, NET_CHUNKED + b"0\r\n", b"x", NET_FAIL, "a line"),
+    "body of an error": (
+        net_chat, http_head("500 Oops"), b"x", serv.InternalServerError,
+        "MAX_ERROR"),
+    "stream: a page instead": (
+        net_stream, http_head(kind="text/html"), b"<br>", NET_ODD,
+        "MAX_STREAM"),
+    "stream: a line without an end": (
+        net_stream, NET_LONG, b"x", NET_ODD, "MAX_STREAM"),
+    "event: a data line without an end": (
+        net_stream, NET_LONG + b"data: ", b"x", NET_ODD, "MAX_BODY"),
+    "event: data lines without number": (
+        net_stream, NET_LONG, b"data: x\n", NET_ODD, "MAX_BODY"),
+    "event: names without number": (
+        net_stream, NET_LONG, b"event: x\n", NET_ODD, "MAX_BODY"),
+    "stream: comments without end": (
+        net_stream, STREAM_HEAD, chunk(b": ping\n\n" * 99), NET_ODD,
+        "MAX_STREAM"),
+    "stream: text without end": (
+        net_stream, STREAM_HEAD, chunk(sse(bare_chunk("x" * 999))), NET_ODD,
+        "MAX_STREAM"),
+    "stream: pieces of tool calls without number": (
+        net_stream, STREAM_HEAD, chunk(sse({"choices": [{"delta": {
+            "tool_calls": [{"id": str(turn)} for turn in range(999)]}}]})),
+        NET_ODD, "MAX_STREAM")}
 
 
-@table("call, head, piece, kind", {
-    "status line": (net_chat, b"HTTP/1.1 200 ", b"x", NET_FAIL),
-    "header": (net_chat, b"HTTP/1.1 200 OK\r\nX: ", b"x", NET_FAIL),
-    "headers": (net_chat, b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", NET_FAIL),
-    "folded header": (
-        net_chat, b"HTTP/1.1 200 OK\r\nX: y\r\n", b" y\r\n", NET_FAIL),
-    "headers of an interim answer": (
-        net_chat, b"HTTP/1.1 100 Continue\r\n", b"X: y\r\n", NET_FAIL),
-    "body": (net_chat, http_head(), b" ", NET_ODD),
-    "long body": (
-        net_chat, http_head(content_length=10 ** 15), b" ", NET_ODD),
-    "chunks": (net_chat, NET_CHUNKED, chunk(b" " * 999), NET_ODD),
-    "chunk": (net_chat, NET_CHUNKED + b"fffffffffff\r\n", b" ", NET_ODD),
-    "size of a chunk": (net_chat, NET_CHUNKED, b"0", NET_FAIL),
-    "extension of a chunk": (net_chat, NET_CHUNKED + b"1;", b"x", NET_FAIL),
-    "trailer": (net_chat, NET_CHUNKED + b"0\r\n", b"x", NET_FAIL),
-    "error": (net_chat, http_head("500 Oops"), b"x",
-              serv.InternalServerError),
-    "page": (net_read, http_head(kind="text/html"), b"<br>", NET_ODD),
-    "line": (net_read, NET_LONG, b"x", NET_ODD),
-    "data line": (net_read, NET_LONG + b"data: ", b"x", NET_ODD),
-    "data lines": (net_read, NET_LONG, b"data: x\n", NET_ODD),
-    "event lines": (net_read, NET_LONG, b"event: x\n", NET_ODD),
-    "comments": (net_read, STREAM_HEAD, chunk(b": ping\n\n" * 99), NET_ODD),
-    "text": (
-        net_read, STREAM_HEAD, chunk(sse(chat_piece("x" * 999))), NET_ODD),
-    "tool calls": (net_read, STREAM_HEAD, chunk(sse({"choices": [{"delta": {
-        "tool_calls": [{"id": str(turn)} for turn in range(999)]}}]})),
-        NET_ODD)})
+@table("call, head, piece, kind, limit", NET_FLOODS)
 def test_a_flood_is_bounded_by_a_limit_not_by_the_budget(
-        call, head, piece, kind, monkeypatch):
-    monkeypatch.setattr(serv, "MAX_BODY", 1 << 18)
-    monkeypatch.setattr(serv, "MAX_STREAM", 1 << 18)
+        call, head, piece, kind, limit, received, monkeypatch):
+    limits = {"a line": 1 << 16, "MAX_BODY": 1 << 18, "MAX_STREAM": 1 << 19,
+              "MAX_ERROR": 1 << 16}
+    for name in ("MAX_BODY", "MAX_STREAM", "MAX_ERROR"):
+        monkeypatch.setattr(serv, name, limits[name])
     with Server(net_flood(head, piece)) as server:
         error = net_error(kind, call, server)
-    assert len(str(error)) < 2000
-    assert len(getattr(error, "body", "")) <= serv.MAX_ERROR
+    # Ends of lines and sizes of chunks are not counted (1 byte of 9, at
+    # most).  The last read may be too much, and the buffer may be full.
+    assert sum(received) <= limits[limit] * 9 / 8 + (1 << 17)
+    assert len(str(error)) < SHORT
+    assert len(getattr(error, "body", "")) <= limits["MAX_ERROR"]
 
 
 @net_calls
 def test_what_is_within_the_limits_is_taken_whole(call):
     text = "0123456789" * 10 ** 6
-    answer = http_answer(chat_said(text)) if call is net_chat else (
-        stream_answer(chat_piece(text, "stop")))
+    answer = http_answer(bare_answer(text)) if call is net_chat else (
+        stream_answer(bare_chunk(text, "stop")))
     with Server(answer) as server:
         assert net_within(5, lambda: call(server)) == text
 
@@ -5736,14 +5897,14 @@ def work(name, call):
         ends[name] = reply.text or type(reply.tool_calls[0].arguments).__name__
     except serv.ServError as error:
         ends[name] = type(error).__name__
-        assert len(str(error)) < 999
+        assert len(str(error)) < %d
 for name in sys.argv[2:]:
     call = serv.stream if name.startswith("stream") else serv.chat
     thread = threading.Thread(target=work, args=(name, call))
     thread.start()
     thread.join()
 print(json.dumps(ends))
-"""
+""" % SHORT
 
 
 def net_call_of(name, arguments):
@@ -5755,11 +5916,12 @@ def net_call_of(name, arguments):
 
 def net_deep(text):
     """Yield cases of JSON in an answer: a name, its end, the answer."""
-    field = (json.dumps(chat_said("x"))[:-1] + ', "y": ' + text + "}").encode()
+    field = ('%s, "y": %s}' % (json.dumps(bare_answer("x"))[:-1],
+                               text)).encode()
     yield "answer", "APIResponseError", http_answer(text.encode())
     yield "field", "APIResponseError", http_answer(field)
     yield "error", "InternalServerError", http_answer(field, "500 Oops")
-    yield "stream", "APIResponseError", stream_answer(chat_piece("x"), text)
+    yield "stream", "APIResponseError", stream_answer(bare_chunk("x"), text)
     yield "arguments", "str", http_answer(net_call_of("message", text))
     yield "stream of arguments", "str", stream_answer(
         net_call_of("delta", text))
@@ -5775,16 +5937,16 @@ def test_deep_json_ends_no_process_with_a_small_stack():
                 ends[name], answers[name] = end, answer
     # What is not too deep, but nearly; brackets in a text are not counted.
     depth = serv.MAX_DEPTH - 2
-    near = dict(chat_said("x"), y=json.loads("[" * depth + "]" * depth))
-    event = dict(chat_piece("x", "stop"), y=near["y"])
+    near = dict(bare_answer("x"), y=json.loads("[" * depth + "]" * depth))
+    event = dict(bare_chunk("x", "stop"), y=near["y"])
     text = '[{"' * 9999 + "\\" * 3
     for name, end, answer in (
             ("near", "x", http_answer(near)),
             ("stream near", "x", stream_answer(event)),
             ("error near", "InternalServerError", http_answer(near, "500 O")),
-            ("flat", "x", http_answer(dict(chat_said("x"), y=[[]] * 9999))),
-            ("text", text, http_answer(chat_said(text))),
-            ("stream of text", text, stream_answer(chat_piece(text, "stop")))):
+            ("flat", "x", http_answer(dict(bare_answer("x"), y=[[]] * 9999))),
+            ("text", text, http_answer(bare_answer(text))),
+            ("stream of text", text, stream_answer(bare_chunk(text, "stop")))):
         ends[name], answers[name] = end, answer
     with Server(lambda wire, request: wire.sendall(
             answers[net_prompt(request)])) as server:
@@ -5816,7 +5978,7 @@ def test_random_bytes_are_an_answer_or_an_error_of_one_line(head):
     with Server(answer) as server:
         for turn in range(120):
             try:
-                (net_read if turn % 3 else net_chat)(server, str(turn))
+                (net_stream if turn % 3 else net_chat)(server, str(turn))
             except serv.ServError as error:
                 assert "\n" not in str(error)
                 ends.add(type(error))
@@ -5876,47 +6038,54 @@ def net_assert_secret(error, key=KEY):
 
 
 NET_PAGE = b"<html><p>" + b"." * 360 + KEY.encode() + b"</p>"
-NET_TWO_PIECES = chat_piece(KEY[:9]), chat_piece(KEY[9:])
+NET_TWO_PIECES = bare_chunk(KEY[:9]), bare_chunk(KEY[9:])
 NET_ECHOES = {
-    "every field": http_answer({"error": {
+    "error: every field of it": http_answer({"error": {
         "message": "Bad " + KEY, "type": KEY, "code": KEY, "param": KEY,
         KEY: [{"a": [KEY]}]}}, "401 No"),
-    "bare string": http_answer({"error": KEY}, "401 No"),
-    "list": http_answer([[KEY], {KEY: KEY}], "401 No"),
-    "detail": http_answer({"detail": ["x" * 380 + KEY]}, "422 No"),
-    "200": http_answer({"error": {"message": KEY, "type": KEY}}),
-    "no answer": http_answer({"said": KEY}),
-    "header": http_answer({}, "401 No", X_Echo=KEY, X_Request_Id="r" + KEY),
-    "kind": http_answer({}, "401 No", "text/" + KEY),
-    "reason": http_answer({}, "401 " + KEY),
-    "redirect": http_answer({}, "307 Go", location="http://a.test/" + KEY),
-    "encoding": http_answer({}, content_encoding=KEY),
-    "page": http_answer(NET_PAGE, "403 No", "text/html"),
+    "error: a text": http_answer({"error": KEY}, "401 No"),
+    "error: in nested lists": http_answer([[KEY], {KEY: KEY}], "401 No"),
+    "error: in a detail, where the message is cut short": http_answer(
+        {"detail": ["x" * 380 + KEY]}, "422 No"),
+    "error: in a 200": http_answer({"error": {"message": KEY, "type": KEY}}),
+    "200: JSON that is no answer": http_answer({"said": KEY}),
+    "headers: a value, the request id": http_answer(
+        {}, "401 No", X_Echo=KEY, X_Request_Id="r" + KEY),
+    "headers: the content type": http_answer({}, "401 No", "text/" + KEY),
+    "status line: the reason": http_answer({}, "401 " + KEY),
+    "headers: where a redirect leads": http_answer(
+        {}, "307 Go", location="http://a.test/" + KEY),
+    "headers: the content encoding": http_answer({}, content_encoding=KEY),
+    "page of an error": http_answer(NET_PAGE, "403 No", "text/html"),
     "page of a 200": http_answer(NET_PAGE, kind="text/html"),
-    "text": http_answer(KEY.encode()),
-    "folded status": b"HTTP/1.1 401 No\r\n folded " + KEY.encode() +
-                     b"\r\nContent-Length: 2\r\n\r\n{}",
-    "status line": b"HTTP/1.1 " + KEY.encode() + b" No\r\n\r\n",
-    "no status line": KEY.encode() + b"\r\n\r\n",
-    "multipart": b"HTTP/1.1 401 No\r\nContent-Type: multipart/mixed; "
-                 b"boundary=b\r\nno\r\n--b\r\n " + KEY.encode() + b"\r\n\r\n",
-    "size of a chunk": NET_CHUNKED + KEY.encode() + b"\r\n",
-    "length": http_head(content_length=KEY) + b"{}",
-    "cut body": http_head(content_length=999) + KEY.encode(),
-    "error event": stream_answer({"error": {
+    "200: a text": http_answer(KEY.encode()),
+    "status line: a folded header behind it": (
+        b"HTTP/1.1 401 No\r\n folded " + KEY.encode()
+        + b"\r\nContent-Length: 2\r\n\r\n{}"),
+    "status line: in place of the status": (
+        b"HTTP/1.1 " + KEY.encode() + b" No\r\n\r\n"),
+    "status line: in place of all of it": KEY.encode() + b"\r\n\r\n",
+    "headers: the parts of a broken multipart head": (
+        b"HTTP/1.1 401 No\r\nContent-Type: multipart/mixed; "
+        b"boundary=b\r\nno\r\n--b\r\n " + KEY.encode() + b"\r\n\r\n"),
+    "body: the size of a chunk": NET_CHUNKED + KEY.encode() + b"\r\n",
+    "headers: the content length": http_head(content_length=KEY) + b"{}",
+    "body: cut behind it": http_head(content_length=999) + KEY.encode(),
+    "stream: an error event": stream_answer({"error": {
         "message": KEY, "type": KEY, "code": KEY, "param": KEY}}),
-    "broken event": stream_answer('{"a": "%s' % KEY),
-    "event of no text": stream_answer({"choices": KEY}),
-    "cut stream": stream_answer(chat_piece("a" + KEY)),
-    "two pieces": stream_answer(*NET_TWO_PIECES),
-    "two pieces and an error": stream_answer(
+    "stream: a broken event": stream_answer('{"a": "%s' % KEY),
+    "stream: choices that are no list": stream_answer({"choices": KEY}),
+    "stream: text, then a cut": stream_answer(bare_chunk("a" + KEY)),
+    "stream: text in two pieces, then a cut": stream_answer(*NET_TWO_PIECES),
+    "stream: text in two pieces, then an error": stream_answer(
         *NET_TWO_PIECES, {"error": {"message": KEY}}),
-    "arguments": stream_answer(*({"choices": [{"delta": {"tool_calls": [{
-        "index": 0, "id": "a", "function": {
-            "name": "f", "arguments": text}}]}}]}
+    "stream: arguments in two pieces": stream_answer(*(
+        {"choices": [{"delta": {"tool_calls": [{
+            "index": 0, "id": "a", "function": {
+                "name": "f", "arguments": text}}]}}]}
         for text in (KEY[:9], KEY[9:]))),
-    "header of a stream": stream_answer("{", X_Echo=KEY, X_Request_Id=KEY),
-    "name of a header": http_answer({}, "401 No", **{"X-" + KEY: "1"}),
+    "stream: its headers": stream_answer("{", X_Echo=KEY, X_Request_Id=KEY),
+    "headers: a name": http_answer({}, "401 No", **{"X-" + KEY: "1"}),
 }
 
 
@@ -5930,37 +6099,46 @@ def test_the_key_is_in_no_part_of_an_error(call, data):
 
 
 def test_an_error_that_a_stream_raises_again_is_as_clean():
-    with Server(NET_ECHOES["two pieces and an error"]) as server:
+    with Server(NET_ECHOES[
+            "stream: text in two pieces, then an error"]) as server:
         stream = open_stream(server)
         for _ in range(3):
             net_assert_secret(net_error(
                 serv.InternalServerError, list, stream))
 
 
-@pytest.mark.parametrize("options", [
-    {"api_key": "sk-other-%s"}, {"api_key": " sk-other-%s\n"},
-    {"headers": {"Authorization": "Bearer sk-other-%s"}},
-    {"headers": {"authorization": "Bearer\t sk-other-%s "}},
-    {"headers": {"authorization": "sk-other-%s"}}], ids=repr)
+NET_OTHER_KEY = "sk-other-0123456789"
+
+
+@table("options", {
+    "an argument": {"api_key": NET_OTHER_KEY},
+    "an argument with white space": {"api_key": " %s\n" % NET_OTHER_KEY},
+    "a header": {"headers": {"Authorization": "Bearer " + NET_OTHER_KEY}},
+    "a header with white space": {
+        "headers": {"authorization": "Bearer\t %s " % NET_OTHER_KEY}},
+    "a header without a scheme": {
+        "headers": {"authorization": NET_OTHER_KEY}}})
 def test_no_key_of_the_call_is_in_an_error(options, monkeypatch):
-    other = "sk-other-0123456789"
-    options = json.loads(json.dumps(options) % "0123456789")
     monkeypatch.delenv("SERV_API_KEY")
-    with Server(http_answer({"error": {"message": "Bad key " + other}},
+    with Server(http_answer({"error": {"message": "Bad key " + NET_OTHER_KEY}},
                             "401 No")) as server:
         error = net_error(serv.AuthenticationError, net_chat, server,
                           **options)
-    net_assert_secret(error, other)
+    net_assert_secret(error, NET_OTHER_KEY)
     assert "Bad key" in error.message
 
 
-@pytest.mark.parametrize("key", ["chat", "local", "o"])
-def test_a_key_of_less_than_8_characters_is_no_secret(key):
-    with Server(http_answer({"error": "the local chat is off"},
+@table("key, shown", {
+    "1 character": ("o", "the services of chat"),
+    "4, in the URL too": ("chat", "the services of chat"),
+    "7": ("service", "the services of chat"),
+    "8: it is removed": ("services", "the [api key] of chat")})
+def test_a_key_of_less_than_8_characters_is_no_secret(key, shown):
+    with Server(http_answer({"error": "the services of chat"},
                             "401 No")) as server:
         error = net_error(serv.AuthenticationError, net_chat, server,
                           api_key=key)
-    assert error.message == "the local chat is off"
+    assert error.message == shown and shown in str(error)
     assert server.url + CHAT in str(error)
 
 
@@ -6004,8 +6182,8 @@ NET_LOGINS = {
     "user and no password": ("user:@", "user:")}
 
 
-@table("login, sent", NET_LOGINS)
-def test_an_http_proxy_gets_the_whole_url(login, sent, monkeypatch):
+@table("login, decoded", NET_LOGINS)
+def test_an_http_proxy_gets_the_whole_url(login, decoded, monkeypatch):
     with Server(net_echo) as proxy:
         monkeypatch.setenv("http_proxy", "http://%s127.0.0.1:%d" % (
             login, proxy.port))
@@ -6015,22 +6193,22 @@ def test_an_http_proxy_gets_the_whole_url(login, sent, monkeypatch):
         "POST", "http://host.test:81/base/v1/chat/completions")
     assert request.headers["host"] == "host.test:81"
     assert request.headers["authorization"] == "Bearer " + KEY
-    assert request.headers.get("proxy-authorization") == net_basic(sent)
+    assert request.headers.get("proxy-authorization") == net_basic(decoded)
 
 
-@table("login, sent", NET_LOGINS)
+@table("login, decoded", NET_LOGINS)
 def test_an_https_call_goes_through_a_tunnel_that_is_kept(
-        login, sent, net_tls, monkeypatch):
+        login, decoded, net_tls, monkeypatch):
     seen = []
     with Server(net_tunnel(net_tls, seen)) as proxy:
         monkeypatch.setenv("https_proxy", "http://%s127.0.0.1:%d" % (
             login, proxy.port))
         assert net_chat("https://localhost") == "Hi"
-        assert net_read("https://localhost") == "Hi"
+        assert net_stream("https://localhost") == "Hi"
         [connect] = proxy.requests
         serv.close_idle()  # so that the proxy is done with it
     headers = {"host": "localhost:443", "user-agent": serv.USER_AGENT,
-               "proxy-authorization": net_basic(sent)}
+               "proxy-authorization": net_basic(decoded)}
     assert connect[:4] == ("CONNECT", "localhost:443", {
         name: value for name, value in headers.items() if value}, b"")
     assert [(each.target, each.headers["host"], each.headers["authorization"],
@@ -6043,7 +6221,7 @@ def test_a_connection_to_a_proxy_without_a_tunnel_is_not_kept(monkeypatch):
     with Server(net_echo) as proxy:
         monkeypatch.setenv("http_proxy", proxy.url)
         for _ in range(2):
-            net_read("http://host.test")
+            net_stream("http://host.test")
         assert proxy.connections == 2
 
 
@@ -6218,7 +6396,7 @@ def test_a_ca_of_ones_own_is_trusted(setting, certificate, net_ca, tmp_path,
     monkeypatch.setenv(setting, str(
         net_ca if "FILE" in setting else tmp_path))
     with Server(answer, net_context(tmp_path, certificate)) as server:
-        assert [net_chat(server), net_read(server)] == ["Hi", "Hi"]
+        assert [net_chat(server), net_stream(server)] == ["Hi", "Hi"]
         assert server.connections == 1
         assert server.requests[0].headers["host"] == server.url[8:]
     assert protocols == ["http/1.1"] * 2
@@ -6232,7 +6410,7 @@ def test_a_ca_of_ones_own_is_trusted(setting, certificate, net_ca, tmp_path,
     "expired": ("SSL_CERT_DIR", "expired", "127.0.0.1", "expired", False),
     "another host": (
         "SSL_CERT_DIR", "good", "a.test", "a.test", False)})
-def test_a_refused_certificate_is_not_tried_again_and_hinted_at_where_it_helps(
+def test_a_refused_certificate_is_final_and_hints_at_a_ca_if_none_is_set(
         setting, certificate, host, says, hint, net_ca, tmp_path,
         monkeypatch, net_names):
     monkeypatch.delenv("SSL_CERT_FILE")
@@ -6269,7 +6447,7 @@ def test_a_ca_file_that_cannot_be_used_is_named_and_not_kept(
 
 def test_a_ca_is_loaded_once(net_tls, net_ca):
     """It costs tens of milliseconds."""
-    with Server(http_answer(chat_said("Hi"), connection="close"),
+    with Server(http_answer(bare_answer("Hi"), connection="close"),
                 net_tls) as server:
         net_chat(server)
         net_ca.write_text(NET_CERTIFICATES["expired"])
@@ -6385,7 +6563,7 @@ def test_in_an_event_loop_replies_and_errors_come_from(make_pool):
 
     with Server(answer) as server:
         *replies, error = asyncio.run(work())
-    assert replies == [chat_said(text) for text in "abc"]
+    assert replies == [bare_answer(text) for text in "abc"]
     assert {type(reply) for reply in replies} == {serv.Reply}
     assert (type(error), error.message) == (serv.BillingError, "pay")
 
@@ -6436,7 +6614,7 @@ def test_a_lambda_function_keeps_its_connection(tmp_path):
         assert (server.connections, len(server.requests)) == (1, 2)
     assert posted == [
         ("/2018-06-01/runtime/invocation/id-%s/response" % prompt,
-         chat_said(prompt)) for prompt in "AB"]
+         bare_answer(prompt)) for prompt in "AB"]
 
 
 # -- The certificates of the tests of TLS -------------------------------------
@@ -6655,7 +6833,7 @@ def test_only_the_answer_is_printed(endpoint, way, cli, fake):
 @pytest.mark.parametrize("text, out", [
     ("a", "a\n"), ("a\n", "a\n"), ("", ""), (None, "")])
 def test_one_line_end_closes_an_answer(text, out, cli, answering):
-    answering(http_answer(chat_said(text)))
+    answering(http_answer(bare_answer(text)))
     assert cli("--no-stream", "Hi") == (0, out, "")
 
 
@@ -6685,9 +6863,10 @@ def test_an_answer_that_calls_tools_says_how_to_see_them(way, cli):
 
 @table("way, answer, out, err", {
     "an answer": ([], service, 'You said: "d?j?"\n', ""),
-    "an answer as JSON": (["--json"], http_answer(chat_said("d\u00e9j\u00e0")),
+    "an answer as JSON": (["--json"],
+                          http_answer(bare_answer("d\u00e9j\u00e0")),
                           '"d?j?"', ""),
-    "half a character": (["--no-stream"], http_answer(chat_said("a\ud83db")),
+    "half a character": (["--no-stream"], http_answer(bare_answer("a\ud83db")),
                          "a?b\n", ""),
     "an error": ([], error_answer(400, "No \u00e9."), "", "No ?.")})
 def test_what_an_encoding_lacks_is_replaced(way, answer, out, err, cli,
@@ -6784,7 +6963,8 @@ def test_without_a_usable_key_it_ends_with_1(key, cli, fake, monkeypatch):
 
 @table("answer, says", {
     "a message": (error_answer(400, "No such thing."), "No such thing."),
-    "long": (error_answer(400, "\u00e9" * 5000), "\u00e9"),
+    "a long message: cut short": (
+        error_answer(400, "\u00e9" * 5000), "\u00e9" * 300),
     "an echo of the key": (error_answer(401, KEY), "401"),
     "HTML": (http_answer(b"<html>\nSign in\n</html>", kind="text/html"),
              "Sign in"),
@@ -6794,7 +6974,7 @@ def test_a_failed_call_is_told_in_one_line(answer, says, cli, answering):
     answering(answer)
     status, out, err = cli("Hi")
     assert (status, out, is_one_line(err)) == (1, "", True)
-    assert says in err and KEY not in err
+    assert says in err and KEY not in err and len(err) < SHORT
 
 
 @table("end", {
@@ -6802,7 +6982,7 @@ def test_a_failed_call_is_told_in_one_line(answer, says, cli, answering):
     "an error event": sse({"error": {"type": "overloaded_error"}})})
 def test_what_had_come_of_a_failed_stream_is_printed(end, cli, answering):
     head = http_head(kind="text/event-stream")
-    answering(closing(head + sse(chat_piece("Half an")) + end))
+    answering(closing(head + sse(bare_chunk("Half an")) + end))
     status, out, err = cli("Hi")
     assert (status, out, is_one_line(err)) == (1, "Half an\n", True)
 
@@ -6827,7 +7007,7 @@ def test_an_answer_that_is_not_whole_ends_with_3(endpoint, way, argv, text,
     "a request id": (["-v"], http_answer(REPLY, request_id="a\x1b[2J\x9b5mb"),
                      0, "request id a.+b"),
     "why it is blocked": (
-        [], http_answer(chat_said(None, refusal="a%sb" % CONTROLS)), 3,
+        [], http_answer(bare_answer(None, refusal="a%sb" % CONTROLS)), 3,
         "blocked: a.+b"),
     "an error": ([], error_answer(400, "a%s\u2028b" % CONTROLS), 1, "a.+b")})
 def test_a_server_cannot_drive_a_terminal(argv, answer, status, says, cli,
@@ -6966,7 +7146,8 @@ def test_a_line_tells_each_retry(flags, told, answering):
     assert (status, out) == (0, HI) and re.fullmatch(told, err), err
 
 
-def test_only_the_command_with_verbose_tells_retries(cli, answering):
+def test_verbose_of_one_run_does_not_make_the_next_tell_retries(
+        cli, answering):
     busy = error_answer(503)
     answering(service, busy, service)
     assert cli("-v", "Hi")[:2] == (0, HI)
@@ -6991,7 +7172,7 @@ class Pausing:
 
 
 def test_a_piece_is_printed_as_it_comes(answering):
-    model = Pausing(chat_piece("One "), chat_piece("two", "stop"), "[DONE]")
+    model = Pausing(bare_chunk("One "), bare_chunk("two", "stop"), "[DONE]")
     answering(model)
     with cli_start("Hi") as process:
         assert process.stdout.read(4) == b"One "
@@ -7000,7 +7181,7 @@ def test_a_piece_is_printed_as_it_comes(answering):
 
 
 def test_a_pipe_that_closes_midway_ends_it_quietly(answering):
-    model = Pausing(chat_piece("One "), chat_piece("two " * 99999), "[DONE]")
+    model = Pausing(bare_chunk("One "), bare_chunk("two " * 99999), "[DONE]")
     answering(model)
     with cli_start("Hi") as process:
         assert process.stdout.read(4) == b"One "
@@ -7020,23 +7201,26 @@ def test_a_pipe_that_was_closed_ends_it_quietly(argv):
 
 
 @on_posix
-@table("argv, piece", {
-    "before the answer": ([], b""),
-    "before the answer, --no-stream": (["--no-stream"], b""),
-    "while it is streamed": ([], b"One ")})
-def test_an_interrupt_ends_with_130(argv, piece, answering):
-    model = Pausing(piece and chat_piece(piece.decode()))
+@table("argv, piece, rest", {
+    "before the answer": ([], b"", ""),
+    "before the answer, --no-stream": (["--no-stream"], b"", ""),
+    "while it is streamed: the line is ended": ([], b"One ", "\n")})
+def test_an_interrupt_ends_with_130(argv, piece, rest, answering):
+    model = Pausing(piece and bare_chunk(piece.decode()))
     answering(model)
     # A shell's & starts what ignores interrupts, and so would its children.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with cli_start(*argv, "Hi") as process:
-        assert model.came.wait(30)
-        assert process.stdout.read(len(piece)) == piece
-        process.send_signal(signal.SIGINT)
-        status, out, err = cli_end(process)
-    signal.signal(signal.SIGINT, before)
-    model.go_on.set()
-    assert (status, out.strip(), err) == (130, "", "serv: interrupted\n")
+    try:
+        with cli_start(*argv, "Hi") as process:
+            assert model.came.wait(30)
+            assert process.stdout.read(len(piece)) == piece
+            time.sleep(0.05 if piece else 0)  # until it waits for the next
+            process.send_signal(signal.SIGINT)
+            ended = cli_end(process)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        model.go_on.set()
+    assert ended == (130, rest, "serv: interrupted\n")
 
 
 # -- A terminal, 40 columns wide ----------------------------------------------
@@ -7114,7 +7298,7 @@ def test_a_note_says_what_is_waited_for_until_it_comes(model, way, cli,
 @table("argv, answers, status, shown", {
     "refused": ([], [error_answer(400, "No.")], 1, "serv: .*No.*\n"),
     "cut": ([], [closing(http_head(kind="text/event-stream") + sse(
-        chat_piece("Half an")))], 1, "Half an\nserv: .*\n"),
+        bare_chunk("Half an")))], 1, "Half an\nserv: .*\n"),
     "retried": (["-v"], [error_answer(503), service],
                 0, "serv: .*503.*\n%sserv: request id .*\n" % HI)})
 def test_nothing_of_the_note_is_left(argv, answers, status, shown, cli,
@@ -7128,9 +7312,9 @@ def test_nothing_of_the_note_is_left(argv, answers, status, shown, cli,
 
 @table("way, answer", {
     "streamed": ([], stream_answer(
-        *map(chat_piece, CONTROLS), chat_piece(".", "stop"))),
-    "whole": (["--no-stream"], http_answer(chat_said(CONTROLS + "."))),
-    "as JSON": (["--json"], http_answer(chat_said(CONTROLS + ".")))})
+        *map(bare_chunk, CONTROLS), bare_chunk(".", "stop"))),
+    "whole": (["--no-stream"], http_answer(bare_answer(CONTROLS + "."))),
+    "as JSON": (["--json"], http_answer(bare_answer(CONTROLS + ".")))})
 def test_an_answer_cannot_drive_a_terminal(way, answer, cli, answering,
                                            terminal):
     answering(answer)
@@ -7142,7 +7326,7 @@ def test_an_answer_cannot_drive_a_terminal(way, answer, cli, answering,
 
 
 def test_in_a_pipe_an_answer_is_as_it_was_sent(cli, answering):
-    answering(http_answer(chat_said(CONTROLS)))
+    answering(http_answer(bare_answer(CONTROLS)))
     assert cli("--no-stream", "Hi") == (0, CONTROLS + "\n", "")
 
 
@@ -7472,7 +7656,7 @@ def test_readme_lines_at_the_top_lead_to_the_fake_also_with_a_proxy(reader):
 
 def chat_calls_tools(*calls):
     """Return a chat answer with calls of (name, arguments)."""
-    return http_answer(chat_said("", tool_calls=[
+    return http_answer(bare_answer("", tool_calls=[
         {"id": "call_%d" % number, "type": "function", "function": {
             "name": name, "arguments": arguments}}
         for number, (name, arguments) in enumerate(calls)]))
@@ -7530,7 +7714,7 @@ def test_readme_tool_loop_ends_after_ten_turns(number, answer, monkeypatch):
 @needs_readme
 def test_readme_json_recipe_shows_the_model_its_mistake(monkeypatch):
     wrong = '{"name": "Ada", "age": "36"}'
-    with Server([http_answer(chat_said(wrong)), service]) as server:
+    with Server([http_answer(bare_answer(wrong)), service]) as server:
         names = run_here(find_block("JSON by a schema"), server, monkeypatch)
         assert bodies(server)[1]["messages"][-2:] == [
             {"role": "assistant", "content": wrong},
@@ -7541,7 +7725,7 @@ def test_readme_json_recipe_shows_the_model_its_mistake(monkeypatch):
 
 @needs_readme
 def test_readme_json_recipe_gives_up_after_two_answers(monkeypatch):
-    with Server(http_answer(chat_said("no"))) as server:
+    with Server(http_answer(bare_answer("no"))) as server:
         with pytest.raises(SystemExit, match="no person: no"):
             run_here(find_block("JSON by a schema"), server, monkeypatch)
     assert len(server.requests) == 2
@@ -7614,7 +7798,7 @@ def test_readme_batch_stops_where_every_call_fails(status, kind, tmp_path,
     with Server(no) as server:
         with pytest.raises(SystemExit, match="stopped: no call would succeed"):
             run_here(code, server, monkeypatch)
-        assert len(server.requests) < 200
+        assert 1 <= len(server.requests) < 64  # two for each thread
     assert (tmp_path / "answers.jsonl").read_bytes() == b""
 
 
@@ -7628,7 +7812,8 @@ def test_readme_batch_stops_where_there_is_no_server(tmp_path, monkeypatch,
         pass
     with pytest.raises(SystemExit, match="stopped: no call would succeed"):
         run_here(code, server, monkeypatch)
-    assert capsys.readouterr().out.count("failed: no answer: ") < 200
+    failed = capsys.readouterr().out.count("failed: no answer: ")
+    assert 1 <= failed < 64  # two for each thread
 
 
 @needs_readme
@@ -7823,7 +8008,7 @@ def test_readme_shows_an_error_as_it_looks(shared):
 
 
 @needs_readme
-def test_readme_first_screen_answers_the_first_questions():
+def test_readme_first_screen_says_how_to_start_and_the_measured_figures():
     screen = README[:README.index("The tests need pytest")]
     assert len(screen.splitlines()) <= 65
     assert [block.code.split("#")[0].strip()
@@ -7865,7 +8050,7 @@ def test_readme_links_lead_somewhere():
 
 
 @needs_readme
-def test_readme_keeps_to_itself():
+def test_readme_names_no_package_of_others_and_no_path_of_a_machine():
     for text in (README, PYPROJECT):
         assert not re.search(r"pip install (-U |--upgrade )?serv\b(?!-)", text)
         assert not re.search(r"/(home|root|tmp|work|opt|Users)/", text)
@@ -8015,7 +8200,7 @@ def test_file_imports_only_the_standard_library():
         assert STANDARD_LIBRARY <= sys.stdlib_module_names
 
 
-def test_file_imports_on_its_own_and_quickly():
+def test_file_imports_on_its_own_and_loads_no_slow_module():
     """What a call does not need costs its time only where it is used."""
     assert run_alone("""
 import serv
@@ -8041,7 +8226,7 @@ print(*set(sys.modules) - known)""")) <= {
 @pytest.mark.parametrize("words", [
     "eval(", "exec(", "pickle.", "import pickle", "subprocess", "urlopen",
     "verify_mode", "check_hostname", "_create_unverified", "os.system"])
-def test_no_request_goes_out_by_other_ways(words):
+def test_file_runs_no_other_code_and_weakens_no_tls(words):
     assert words not in SOURCE
 
 
