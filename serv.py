@@ -2140,6 +2140,7 @@ class MessagesAssembler:
             block = self.find_block(index, "text")
             if not isinstance(block.get("citations"), list):
                 block["citations"] = []
+            check_number(len(block["citations"]))
             block["citations"].append(delta.get("citation"))
         else:
             self.add_unknown(index, delta)
@@ -3531,8 +3532,8 @@ def print_pieces(pieces: Iterable[str], note: Note) -> None:
             note.erase()
             if sys.stdout.isatty():
                 piece = disarm(piece)
+            last = piece or last    # before it is printed: Ctrl-C may come
             print(piece, end="", flush=True)
-            last = piece or last
     finally:
         if last and not last.endswith("\n"):
             print(flush=True)

@@ -2367,6 +2367,21 @@ def test_json_that_is_too_deep_is_not_decoded(left, middle, right):
             serv.parse_json(nest(depth))
 
 
+def test_json_with_too_many_lists_and_objects_is_not_decoded(monkeypatch):
+    monkeypatch.setattr(serv, "MAX_BRACKETS", 9)
+    assert serv.parse_json("[{},[],{},[],{},[],{},[]]")
+    with pytest.raises(ValueError, match="more than 9 lists and objects"):
+        serv.parse_json("[{},[],{},[],{},[],{},[],{}]")
+
+
+def test_an_escape_may_come_in_two_pieces():
+    nesting = serv.Nesting()
+    for piece, closed in (('{"a\\', False), ('"}', False), ('b\\\\"', False),
+                          (': []', False), ("}", True)):
+        nesting.add(piece)
+        assert nesting.is_closed() is closed
+
+
 def test_the_deepest_json_can_be_copied_pickled_and_dumped():
     text = "[" * serv.MAX_DEPTH + "]" * serv.MAX_DEPTH
     value = serv.parse_json(text)
@@ -3605,16 +3620,32 @@ def test_stream_a_long_tool_call_in_small_pieces(endpoint, length, size):
         serv.ToolCall("x", "f", {"a": "x" * length})]
 
 
-def test_stream_a_name_in_each_piece_of_a_long_call_costs_no_more():
-    """Whether the arguments so far are whole, is not looked at each time."""
-    texts = ['{"a": {}', *[', "a": {}'] * 10000, "}"]
+@table("texts", {
+    "pieces that continue an object": ['{"a": {}', *[', "a": {}'] * 20000,
+                                       "}"],
+    "pieces that could be objects of their own": ['{"a": "', *["{}"] * 20000,
+                                                  '"}'],
+    "pieces of white space": ['{"a": 1', *[" "] * 20000, "}"]})
+def test_stream_a_name_in_each_piece_of_a_long_call_costs_no_more(texts):
+    """Whether the arguments so far are whole, is not read off all of them."""
     begun = time.process_time()  # what other programs do does not count
     answer = stream_build(serv.ChatAssembler(), [
         chat_chunk({"tool_calls": [stream_call("0 - f " + text)]})
         for text in texts])
     [call] = serv.Reply(answer).tool_calls
-    assert call.arguments == {"a": {}}
+    assert call.arguments == json.loads("".join(texts))
     assert time.process_time() - begun < 4
+
+
+def test_stream_a_tools_name_has_at_most_1000_characters():
+    def build_name(pieces):
+        return stream_build(serv.ChatAssembler(), [
+            chat_chunk({"tool_calls": [{"index": 0, "function": {
+                "name": "%05d" % number}}]}) for number in range(pieces)])
+
+    assert len(serv.Reply(build_name(200)).tool_calls[0].name) == 1000
+    with pytest.raises(serv.APIResponseError, match="a name is longer than"):
+        build_name(201)
 
 
 @each_endpoint
@@ -5768,7 +5799,7 @@ LIMITS = {
     "IDLE_SECONDS": 50, "STALE_SECONDS": 1, "LAST_CHUNK_SECONDS": 0.01,
     "MAX_IDLE": 256, "MAX_BODY": 32 << 20, "MAX_STREAM": 64 << 20,
     "MAX_ERROR": 256 << 10, "MIN_SECRET": 8, "MAX_DEPTH": 64,
-    "MAX_PARTS": 2000}
+    "MAX_PARTS": 2000, "MAX_BRACKETS": 2 << 20, "MAX_NAME": 1000}
 
 
 def test_the_limits_are_these():
@@ -7833,8 +7864,27 @@ def web_handler(monkeypatch):
     with Server(service) as server:
         names = run_here(find_block("A web handler in asyncio"), server,
                          monkeypatch)
-    yield names["answer"]
+    yield names
     names["threads"].shutdown(wait=True)
+
+
+async def read_opened(names, prompt):
+    """Yield the pieces as README's web handler opens and reads them."""
+    import asyncio
+    pieces = await asyncio.get_running_loop().run_in_executor(
+        names["threads"], names["ask"], prompt)
+    async for piece in names["read"](pieces):
+        yield piece
+
+
+@needs_readme
+def test_readme_web_handler_turns_a_refusal_into_a_status(
+        web_handler, answering, capsys):
+    import asyncio
+    answering(error_answer(401))
+    capsys.readouterr()
+    asyncio.run(web_handler["handle"]("Hi"))
+    assert capsys.readouterr().out.startswith("502 401 Unauthorized: no. ")
 
 
 @needs_readme
@@ -7844,7 +7894,7 @@ def test_readme_web_handler_ends_the_stream_of_a_client_that_left(
     closed = threading.Event()
 
     async def leave():
-        pieces = web_handler("Hi")
+        pieces = read_opened(web_handler, "Hi")
         assert await pieces.__anext__() == "Hel"
         waiting = asyncio.ensure_future(pieces.__anext__())
         await asyncio.sleep(0.05)  # so that a thread waits for a piece
@@ -7870,7 +7920,8 @@ def test_readme_web_handler_left_before_it_opens_closes_when_it_opens(
 
     async def leave():
         loop = asyncio.get_running_loop()
-        waiting = asyncio.ensure_future(web_handler("Hi").__anext__())
+        waiting = asyncio.ensure_future(
+            read_opened(web_handler, "Hi").__anext__())
         assert await loop.run_in_executor(None, asked.wait, 10)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
