@@ -1601,7 +1601,7 @@ class GrowingList:
         for number, piece in enumerate(pieces):
             if isinstance(piece, dict):
                 entry = self.find_entry(piece, is_first=number == 0)
-                add_fields(entry, piece, shown)
+                add_to_entry(entry, piece, shown)
             else:
                 check_number(len(self.entries))
                 self.entries.append(piece)
@@ -1636,8 +1636,8 @@ class GrowingList:
         return entry
 
 
-def add_fields(entry: JSONDict, piece: JSONDict,
-               shown: ShownText | None) -> None:
+def add_to_entry(entry: JSONDict, piece: JSONDict,
+                 shown: ShownText | None) -> None:
     """Add the fields of a piece to an entry of a list."""
     kind = piece.get("type") or entry.get("type") or "text"
     for name, value in piece.items():
@@ -1947,7 +1947,7 @@ class ChatChoice:
         1    known   new       yes   a new one: some give all calls one id
         2    known   any       any   the one of this id
         3    new     none      any   a new one
-        4    any     new       any   a new one
+        4    any     new       any   a new one (also the very first)
         5    any     known     yes   a new one, if begins_next() says so
         6    none    none      yes   a new one, if begins_next() says so
         7    any     known     any   the newest of this index
