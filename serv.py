@@ -114,20 +114,20 @@ LAST_CHUNK_SECONDS = 0.01   # for the end of a stream's body to come, before
 # once, some calls open a new connection.
 MAX_IDLE = 256
 
-# Sizes, in bytes.  In memory, a usual answer takes 3 to 10 times its size, the
-# worst 500 MiB.  The worst stream, nothing but nested empty dicts, takes 60
-# times its size while its reply is built.
+# Sizes, in bytes.  In memory, an answer takes 3 to 10 times its size, as a
+# rule; the worst one takes 500 MiB.  A stream takes up to 60 times its size
+# while its reply is built, if it is nothing but nested empty dicts.
 READ_SIZE = 1 << 16     # of one read or write
 MAX_BODY = 1 << 25      # of one JSON answer or one event: 32 MiB
 MAX_STREAM = 1 << 26    # of a whole stream: 64 MiB, ten times the longest
 MAX_ERROR = 1 << 18     # of an error's body; the rest is not read
-MAX_HEAD = 1 << 10      # of a body: then it must be clear whether it is JSON
+MAX_HEAD = 1 << 10      # of a body, by which find_body_type() must decide
 MIN_SECRET = 8          # of a key; a shorter one is a common word
 
 # Levels of nested JSON.  The json module, and copying, recurse once a level.
 # A thread on musl has a stack of 128 KiB: there, Python 3.8 crashes at 100.
 MAX_DEPTH = 64
-MAX_BRACKETS = 1 << 21  # that open, in one answer or event, even within texts
+MAX_BRACKETS = 1 << 21  # [ and { in one answer or event, also within its texts
 MAX_PARTS = 2000        # choices, calls, blocks or list entries of a stream
 MAX_NAME = 1000         # characters of a tool's name; OpenAI allows 64
 
@@ -150,8 +150,9 @@ class ServError(Exception):
     request_id: str | None = None
     retries: int = 0
     # Set where the error is made, and read by retry_wait() only.  It is true
-    # for an APIConnectionError, except a timeout, a refused certificate, CA
-    # file or proxy login.  For an APIStatusError see is_worth_a_retry().
+    # for an APIConnectionError.  It is false for a timeout, a certificate that
+    # is refused, a CA file that cannot be used, and a proxy that wants a
+    # login.  For an APIStatusError see is_worth_a_retry().
     _worth_a_retry: bool = False
 
 
@@ -297,9 +298,9 @@ def chat(messages: Messages, *, model: str | None = None,
     :param params: every other parameter goes into the JSON body untouched.
     :return: a ``Reply``: the service's JSON, with ``text`` and more on top.
     :raise ValueError: the input cannot be sent: no model, no system prompt,
-        a bad URL, timeout or ``max_retries``, a ``stream`` parameter, a
-        value that JSON or a header cannot represent, or one of the headers
-        Content-Length, Transfer-Encoding and Host.
+        a bad URL (also of a proxy), a bad timeout or ``max_retries``, a
+        ``stream`` parameter, a value that JSON or a header cannot represent,
+        or one of the headers Content-Length, Transfer-Encoding and Host.
     :raise TypeError: the input is of a wrong type, or ``extra_headers``,
         ``extra_body`` or ``extra_query`` of the SDKs is passed.
     :raise APIStatusError: the server said no; see its subclasses.
@@ -402,6 +403,7 @@ class ToolCall(collections.namedtuple("ToolCall", "id name arguments")):
     """
 
     __slots__ = ()
+    # For type checkers; namedtuple() has made the fields.
     id: str | None
     name: str
     arguments: JSONDict | str
@@ -431,7 +433,8 @@ class Reply(dict):  # type: ignore[type-arg]
     def __str__(self) -> str:
         return self.text
 
-    if not TYPE_CHECKING:   # a type checker finds such mistakes by itself
+    # Not for type checkers, which would then accept any name.
+    if not TYPE_CHECKING:
         def __getattr__(self, name):
             raise AttributeError(
                 f"a Reply has no attribute {name!r}: it is a dict, as in "
@@ -566,7 +569,7 @@ class Stream:
         while True:
             event, text = self._advance()
             if text:
-                return text     # the last one may come without an event
+                return text     # the last one comes without an event
             if event is None:
                 raise StopIteration
 
@@ -600,19 +603,24 @@ class Stream:
         If another thread waits for a piece, its wait ends at once, and its
         loop ends without an error.
         """
+        # If the reading thread replaces this state by "ended" or "failed", it
+        # has let go of the connection before.
         if self._state == "open":
             self._state = "closed"
         if self._reading.acquire(blocking=False):
             self._exchange.close()
             self._reading.release()
         else:
-            # Another thread reads.  It closes when it finds the new state.
             self._exchange.end_wait()
+
+    # Who holds the lock reads and closes.  close() sets the state.  If it does
+    # not get the lock, it only ends the wait of the thread that holds it; that
+    # thread closes in its "finally".
 
     def _advance(self) -> tuple[JSONDict | None, str]:
         """Return the next event, and the text that it adds.
 
-        At the end there is no event; the last text may come then.
+        At the end there is no event, but there may be a last text.
         """
         if not self._reading.acquire(blocking=False):
             if self._state == "closed":
@@ -654,6 +662,7 @@ class Stream:
                 # Its traceback refers to this frame.  If this frame referred
                 # to it, too, both would stay until the garbage collector.
                 del failure
+        # This is the proven end, or a failure that is harmless.
         if self._state == "closed":
             return None, ""
         self._state = "ended"
@@ -662,9 +671,9 @@ class Stream:
     def _fail(self, exc: BaseException) -> BaseException | None:
         """Close, and return what to raise; None if the failure is harmless.
 
-        It is harmless after close().  So is a failure of the network, or
-        silence until the deadline, once the answer is proven whole; except if
-        an event was lost, which had come after the deadline.
+        It is harmless after close().  Once the answer is proven whole, so is
+        a failure of the network, or silence until the deadline.  But if an
+        event came after the deadline, the reply lacks it: that is an error.
         """
         exchange = self._exchange
         exchange.close()
@@ -684,7 +693,8 @@ class Stream:
             error = APIConnectionError("reading was interrupted")
         exchange.complete_error(error)
         error.reply = exchange.build_partial_reply()
-        self._error = copy.copy(error)  # all of it but its traceback
+        # A copy has its text and attributes, but no traceback and no cause.
+        self._error = copy.copy(error)
         return error if is_ours else exc
 
 
@@ -855,7 +865,8 @@ def build_json(body: JSONDict) -> bytes:
             raise TypeError(f"{name}: JSON cannot represent it: {exc}")
         except (ValueError, RecursionError) as exc:
             raise ValueError(f"{name}: JSON cannot represent it: {exc}")
-    raise ValueError("the parameters changed while they were encoded")
+    # They changed meanwhile, or are nested nearly as deep as Python can go.
+    raise ValueError("the parameters cannot be encoded as JSON")
 
 
 @functools.lru_cache(maxsize=32)
@@ -870,7 +881,7 @@ def build_url(text: str) -> Address:
     if not text.lower().startswith(("http://", "https://")):
         raise ValueError("base_url (or SERV_BASE_URL) lacks http:// or "
                          "https:// at its beginning")
-    # urlsplit() drops tabs and line breaks, and accepts the rest.
+    # urlsplit() drops tabs and line breaks, and accepts these characters.
     if not text.isprintable() or any(char in text for char in " \\?#@"):
         raise ValueError(wrong)
     try:
@@ -937,7 +948,7 @@ def build_timeout(timeout: JSON) -> float:
         seconds = float(value)
     except (TypeError, ValueError, OverflowError):
         seconds = 0.0       # which is refused below
-    if not 0 < seconds <= MAX_TIMEOUT:  # which "nan" is not, either
+    if not 0 < seconds <= MAX_TIMEOUT:  # this refuses "nan", too
         raise ValueError("timeout (or SERV_TIMEOUT): expected seconds, above "
                          f"0 and at most {MAX_TIMEOUT:.0f}")
     return seconds
@@ -1000,11 +1011,11 @@ def parse_json(text: str) -> JSON:
     if brackets > MAX_DEPTH and is_too_deep(text):
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     text = text.strip(" \t\r\n")
-    reason = "Extra data"
     try:
         value, end = _decoder.raw_decode(text)
         if end == len(text):
             return value
+        reason = "text after its end"
     except json.JSONDecodeError as exc:
         reason = exc.msg
     except ValueError:      # of int()
@@ -1027,7 +1038,8 @@ def is_too_deep(text: str) -> bool:
 class Nesting:
     """How deep a JSON text is nested, which may come in pieces."""
 
-    # A backslash with the character behind it; or a quote; or a bracket.
+    # A backslash with the character behind it, or alone at the end of a piece;
+    # or a quote; or a bracket.
     TOKEN = re.compile(r'\\.?|["\[\]{}]', re.DOTALL)
 
     def __init__(self) -> None:
@@ -1043,12 +1055,12 @@ class Nesting:
         self.after_backslash = False
         for match in self.TOKEN.finditer(piece):
             token = match.group()
-            if token == '"':
+            if token == "\\":
+                self.after_backslash = True
+            elif token == '"':
                 self.in_string = not self.in_string
-            elif token == "\\":
-                self.after_backslash = True     # at the end of the piece
-            elif self.in_string:
-                pass
+            elif self.in_string or token.startswith("\\"):
+                continue
             elif token in "[{":
                 self.depth += 1
                 self.deepest = max(self.deepest, self.depth)
@@ -1061,22 +1073,24 @@ class Nesting:
 
 
 def parse_arguments(value: JSON, partial: bool) -> JSON:
-    """Return a tool's arguments decoded; as text if they may be partial."""
-    if partial:
-        if isinstance(value, str):
-            return value
-        return json.dumps(value) if value else ""
-    if value is None:
-        return {}
-    if isinstance(value, str):
+    """Return a tool's arguments as a dict; as text if they are no object.
+
+    If they may be partial, they are text, too.
+    """
+    if isinstance(value, str) and not partial:
         try:
             decoded = parse_json(value)
         except ValueError:
             return value
-        if isinstance(decoded, dict):
-            # Escapes in it may hold halves of characters.
-            return map_text(decoded, clean_text)
-    return value
+        if not isinstance(decoded, dict):
+            return value
+        value = decoded
+    if isinstance(value, str):
+        return value
+    if partial or not isinstance(value, (dict, type(None))):
+        return json.dumps(value) if value else ""
+    # Escapes in it may stand for halves of characters: see clean_text().
+    return map_text(value or {}, clean_text)
 
 
 def decode_body(data: bytes) -> str:
@@ -1146,31 +1160,31 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
 
     It is one of these, or anything in an event with the name "error":
 
-        {"error": ...}                  OpenAI, Anthropic, most others
-        [{"error": ...}]                Gemini
-        {"object": "error", ...}        vLLM (others: "type" for "object")
-        {"choices": [{"error": ...}]}                   OpenRouter
-        {"choices": [{"finish_reason": "error"}]}       see FAILED
-        {"errors": ...}, {"message": ...}               see find_bare_error()
+        1.  [{"error": ...}]                    Gemini
+        2.  {"error": ...}                      OpenAI, Anthropic, most others
+        3.  {"object": "error", ...}            vLLM (others: "type")
+        4.  {"errors": ...}, {"message": ...}   see find_bare_error()
+        5.  {"choices": [{"error": ...}]}               OpenRouter
+        6.  {"choices": [{"finish_reason": "error"}]}   see FAILED
     """
-    if isinstance(answer, list) and answer:
+    if isinstance(answer, list) and answer:                         # 1
         return find_error(answer[0], event_name)
     if not isinstance(answer, dict):
         return answer if event_name == "error" else None
-    if answer.get("error"):
+    if answer.get("error"):                                         # 2
         return answer["error"]
     if "error" in (event_name, answer.get("type"), answer.get("object")):
-        return answer
+        return answer                                               # 3
     choices = answer.get("choices")
-    if choices is None and answer.get("content") is None:
-        return find_bare_error(answer)      # it is no answer of either format
+    if choices is None and answer.get("content") is None:           # 4
+        return find_bare_error(answer)
     for choice in choices if isinstance(choices, list) else []:
         if not isinstance(choice, dict):
             continue
-        if choice.get("error"):
+        if choice.get("error"):                                     # 5
             return choice["error"]
         reason = choice.get("finish_reason")
-        if reason and FAILED.search(str(reason)):
+        if reason and FAILED.search(str(reason)):                   # 6
             return {"message": f"the answer ended with {reason}"}
     return None
 
@@ -1184,12 +1198,11 @@ def find_bare_error(answer: JSONDict) -> JSON:
         text = None
     if not errors and not text:
         return None
-    # Without a type it is an error.  With another type it is a notice, such
-    # as {"type": "ping", "message": "still here"}.
-    kind = str(answer.get("type") or "error")
-    if kind.lower().endswith("error") or kind in STATUS_OF_TYPE:
-        return errors or answer
-    return None
+    kind = answer.get("type")
+    if kind and str(kind) not in STATUS_OF_TYPE:
+        if not str(kind).lower().endswith("error"):
+            return None     # a notice: {"type": "ping", "message": "..."}
+    return errors or answer
 
 
 def parse_error(body: JSON) -> JSONDict:
@@ -1224,10 +1237,10 @@ def parse_stream_error(body: JSON) -> JSON:
     """
     if not isinstance(body, str):
         return body
-    events = [event
-              for _, data in iter_events([body.encode("utf-8", "replace")])
-              for event in parse_events("error", data)]
-    return events[0] if events else body
+    for _, data in iter_events([body.encode("utf-8", "replace")]):
+        for event in parse_events("error", data):
+            return event
+    return body
 
 
 def is_answer(answer: JSON, endpoint: str) -> bool:
@@ -1276,7 +1289,7 @@ def is_worth_a_retry(error: APIStatusError, known: bool) -> bool:
     tried again: a retry may be billed.
     """
     # https://github.com/openai/openai-python sends and reads this header.
-    advice = str(error.headers.get("x-should-retry")).lower()
+    advice = str(error.headers.get("x-should-retry", "")).lower()
     if advice in ("true", "false"):
         return advice == "true"
     if not known or "insufficient_quota" in (error.type, error.code):
@@ -1330,7 +1343,7 @@ def shorten(text: str, limit: int = 400) -> str:
 # ---------------------------------------------------------------------------
 
 BOM = b"\xef\xbb\xbf"
-DONE: JSONDict = {"[DONE]": True}   # compared with "is"
+DONE: JSONDict = {"[DONE]": True}   # stands for [DONE]; compared with "is"
 
 
 class EventTooLarge(ValueError):
@@ -1374,8 +1387,9 @@ def iter_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the lines of a stream: they end with LF, CRLF or CR.
 
     A CR at the end of a chunk ends a line at once.  If the next chunk begins
-    with LF, that is the second half of a CRLF, and no other line.  A line in
-    pieces is joined only when its end is here, so that time stays linear.
+    with LF, that is the second half of a CRLF, and no other line: the chunks
+    "a CR" and "LF b LF" have the lines "a" and "b".  A line in pieces is
+    joined only when its end is here, so that time stays linear.
     """
     pieces: list[bytes] = []    # of a line whose end has not come
     size = 0                    # of these pieces
@@ -1388,7 +1402,8 @@ def iter_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         if not chunk:       # it was empty, or only the LF of a CRLF
             continue
         after_cr = chunk.endswith(b"\r")
-        # Unlike those of a str, the lines of bytes end only as said above.
+        # Lines of bytes end only as said above; those of a str also at U+2028
+        # and others.
         lines = chunk.splitlines()
         rest = b""
         if not chunk.endswith((b"\n", b"\r")):
@@ -1445,12 +1460,17 @@ def parse_odd_data(name: str, data: str, reason: str) -> list[JSONDict]:
     lines = [line for line in data.split("\n") if line.strip()]
     if not lines:
         return []       # an event that keeps the connection alive
-    # [DONE]; or several events, whose blank lines were lost.
-    with contextlib.suppress(ValueError):
+    if data.count("[") + data.count("{") > MAX_BRACKETS:
+        raise APIResponseError(f"a broken event: {reason}")
+    try:
+        # [DONE]; or several events, whose blank lines were lost.
         return [parse_line(line) for line in lines]
+    except ValueError:
+        pass
     # Text under a name that is not of the format: a vendor's own event.  An
     # event without a name is called "message".
-    is_of_format = name.startswith(("message", "content_block"))
+    is_of_format = name == "message" or name.startswith(
+        ("message_", "content_block_"))
     if not is_of_format and not data.lstrip().startswith("{"):
         return []
     raise APIResponseError(f"a broken event: {reason}")
@@ -1494,8 +1514,9 @@ def find_body_type(head: bytes) -> str | None:
 #
 # What proves a stream whole.  Chat: [DONE], or a finish_reason for every
 # choice; and as many choices as the request asked for.  Messages: a
-# stop_reason, or message_stop after message_start.  Content that comes later
-# withdraws the proof.  The property `whole` of each class decides it.
+# stop_reason, or message_stop after message_start.  Content that comes behind
+# a reason withdraws that proof; behind [DONE] and message_stop, nothing is
+# read.  The property `whole` of each class decides it.
 #
 # Where servers differ from the two references, a comment names one that does.
 # ---------------------------------------------------------------------------
@@ -1509,8 +1530,8 @@ class GrowingText:
 
     def __init__(self, text: str = "") -> None:
         self.pieces = [text]
-        self.nesting = Nesting()    # of the first pieces, if it is JSON
-        self.looked_at = 0          # how many these are
+        self.nesting = Nesting()    # for is_closed()
+        self.scanned = 0            # how many pieces it has seen
 
     def get(self) -> str:
         """Return the text so far."""
@@ -1518,9 +1539,9 @@ class GrowingText:
 
     def is_closed(self) -> bool:
         """Whether it is JSON with brackets, which are all closed."""
-        for piece in self.pieces[self.looked_at:]:
+        for piece in self.pieces[self.scanned:]:
             self.nesting.add(piece)
-        self.looked_at = len(self.pieces)
+        self.scanned = len(self.pieces)
         return self.nesting.is_closed()
 
 
@@ -1543,9 +1564,9 @@ class ShownText:
             self.end_half()
             self.text = text
         if self.half or not piece.isascii():
-            # Now it is not empty: there is a half, or another character.
             piece = self.half + piece
             self.half = ""
+            # The piece is not empty, so it has a last character.
             if "\ud800" <= piece[-1] <= "\udbff":
                 self.half = piece[-1]
                 piece = piece[:-1]
@@ -1656,7 +1677,7 @@ def add_text(target: JSONDict, name: str, value: JSON,
     :raise APIResponseError: the field was text, and the piece is not.
     """
     old = target.get(name)
-    # "" begins a text, but it replaces nothing.
+    # A text begins or goes on.  "" begins one, but it replaces nothing.
     if isinstance(value, str) and (value or old is None):
         if not isinstance(old, GrowingText):
             old = GrowingText(old if isinstance(old, str) else "")
@@ -1715,7 +1736,11 @@ def add_object(target: JSONDict, name: str, piece: JSONDict) -> None:
 
 
 def put(target: JSONDict, name: str, value: JSON) -> None:
-    """Set a field.  An empty value never erases; objects are merged."""
+    """Set a field.  An empty value never erases; objects are merged.
+
+    The value becomes a part of the target.  No caller has it: events() yields
+    copies.
+    """
     old = target.get(name)
     if is_empty(value):
         target.setdefault(name, value)
@@ -1756,7 +1781,8 @@ class IndexedParts:
         """Add a part and return it."""
         check_number(len(self.by_place))
         key = index if isinstance(index, int) else self.next_place
-        place = self.next_place if key in self.by_place else key
+        is_free = key not in self.by_place
+        place = key if is_free else self.next_place
         self.next_place = max(self.next_place, place + 1)
         self.by_place[place] = part
         self.by_index[key] = part
@@ -1810,7 +1836,8 @@ class ChatAssembler:
         fields.pop("choices", None)
         # OpenAI pads chunks with this; it is no part of the answer.
         fields.pop("obfuscation", None)
-        if fields != self.fields:   # for speed: most chunks repeat them
+        # To put() equal values changes nothing, and most chunks repeat them.
+        if fields != self.fields:
             for name, value in fields.items():
                 put(self.fields, name, value)
         for number, choice in enumerate(expect_list(chunk, "choices")):
@@ -1834,8 +1861,8 @@ class ChatAssembler:
         the first choice, which is known only now.
         """
         if self.choices and 0 not in self.choices:
-            first = self.choices[min(self.choices)]
-            return find_text(map_text(first.message["content"], clean_text))
+            first = self.choices[min(self.choices)].build()
+            return find_text(map_text(first["message"]["content"], clean_text))
         self.shown.end_half()
         return self.shown.take()
 
@@ -1862,13 +1889,14 @@ class ChatChoice:
         self.message: JSONDict = {"role": "assistant", "content": None}
         self.calls = IndexedParts()
         self.call_of_id: dict[str, JSONDict] = {}
-        self.begun = False      # it has content
+        self.unsure: list[JSONDict] = []    # calls that begins_next() began
+        self.has_content = False
         self.finished = False   # it has a finish_reason, and no content since
 
     def add(self, choice: JSONDict) -> None:
         """Add a choice of a chunk."""
         delta = expect_dict(choice, "delta")
-        if not delta and not self.begun:
+        if not delta and not self.has_content:
             # A whole message as one chunk.  Beside or behind deltas, it only
             # repeats them (Perplexity).
             delta = expect_dict(choice, "message")
@@ -1878,7 +1906,7 @@ class ChatChoice:
             fields.pop(name, None)
         if isinstance(fields.get("logprobs"), dict):
             self.add_logprobs(fields.pop("logprobs"))
-        if fields != self.fields:   # for speed, as above
+        if fields != self.fields:   # as above
             for name, value in fields.items():
                 put(self.fields, name, value)
         # A finish_reason covers the content beside it: so this comes last.
@@ -1891,7 +1919,7 @@ class ChatChoice:
         """Add to the message."""
         for name, value in delta.items():
             if value and name != "role":
-                self.begun = True
+                self.has_content = True
                 self.finished = False
             if name == "content":
                 add_text_or_list(self.message, name, value, self.shown)
@@ -1924,7 +1952,10 @@ class ChatChoice:
         """Add a piece of a tool call."""
         call = self.find_call(piece)
         if call is None:
+            before = self.calls.get(piece.get("index"))
             call = self.calls.begin(piece.get("index"), {})
+            if before is not None:
+                self.unsure.append(call)
         id = piece.get("id")
         if isinstance(id, str) and id:
             self.call_of_id[id] = call
@@ -1939,20 +1970,19 @@ class ChatChoice:
     def find_call(self, piece: JSONDict) -> JSONDict | None:
         """Return the call that a piece continues; None if it begins one.
 
+        Known are the ids and the indexes of the calls so far; others are new.
         The first row that fits decides:
 
-        ===  ======  ========  ====  ====================================
-        row  its id  index     name  the call
-        ===  ======  ========  ====  ====================================
-        1    known   new       yes   a new one: some give all calls one id
-        2    known   any       any   the one of this id
-        3    new     none      any   a new one
-        4    any     new       any   a new one (also the very first)
-        5    any     known     yes   a new one, if begins_next() says so
-        6    none    none      yes   a new one, if begins_next() says so
-        7    any     known     any   the newest of this index
-        8    none    none      any   the last one
-        ===  ======  ========  ====  ====================================
+        ===  ======  ==========  ====  ==================================
+        row  its id  index       name  the call
+        ===  ======  ==========  ====  ==================================
+        1    known   new         yes   a new one: some give all one id
+        2    known   any         any   the one of this id
+        3    new     none        any   a new one
+        4    any     new         any   a new one (also the very first)
+        5    any     known/none  yes   a new one, if begins_next() says so
+        6    any     known/none  any   the newest of the index; the last
+        ===  ======  ==========  ====  ==================================
         """
         id, index = piece.get("id"), piece.get("index")
         name = get_dict(piece, "function").get("name")
@@ -1965,56 +1995,53 @@ class ChatChoice:
             return None
         if call is None:                                            # row 4
             return None
-        if name and begins_next(piece, call):                       # 5, 6
+        if name and begins_next(piece, call):                       # row 5
             return None
-        return call                                                 # 7, 8
+        return call                                                 # row 6
 
     def build(self) -> JSONDict:
         """Return the choice; a call without a name is none."""
         message = dict(self.message)
         calls: list[JSONDict] = []
-        last_name = None
         for call in self.calls.in_order():
             function = get_dict(call, "function") or get_dict(call, "custom")
-            name = function.get("name")
-            is_only_a_name = (not call.get("id")
-                              and is_blank(function.get("arguments")))
-            if name == last_name and is_only_a_name:
-                continue    # the name of the last call, said again at its end
-            last_name = name
             kind = "custom" if "custom" in call else "function"
-            if name:
+            if function.get("name") and not self.is_echo(call):
                 calls.append({**call, "type": call.get("type") or kind})
         if calls:
             message["tool_calls"] = calls
         return {**self.fields, "message": message}
+
+    def is_echo(self, call: JSONDict) -> bool:
+        """Whether a call is none: only its name, which came twice.
+
+        Some servers say the name of a call once more behind its arguments.
+        """
+        is_unsure = any(call is other for other in self.unsure)
+        arguments = get_dict(call, "function").get("arguments")
+        if isinstance(arguments, GrowingText):
+            arguments = arguments.get().strip()
+        return is_unsure and not call.get("id") and not arguments
 
 
 def begins_next(piece: JSONDict, call: JSONDict) -> bool:
     """Whether a piece with a name begins the call behind this one.
 
     Some servers repeat the name in every piece of a call.  But Gemini counts
-    all its calls as 0, often without ids; its next call has a new id and
-    another name, or it comes when the arguments so far are whole.
+    all its calls as 0, often without ids.
     """
     function, begun = get_dict(piece, "function"), get_dict(call, "function")
     has_other_name = function.get("name") != begun.get("name")
     if piece.get("id") and call.get("id") and has_other_name:
-        return True
+        return True     # Gemini, with ids
     given = function.get("arguments")
     if isinstance(given, str) and given.strip()[:1] not in ("", "{"):
         return False    # they continue arguments: they do not begin an object
+    # Gemini, without ids: the arguments so far are whole.
     arguments = begun.get("arguments")
     if isinstance(arguments, GrowingText):
         return arguments.is_closed()
     return isinstance(arguments, dict)
-
-
-def is_blank(arguments: JSON) -> bool:
-    """Whether there are no arguments, or only white space."""
-    if isinstance(arguments, GrowingText):
-        arguments = arguments.get()
-    return not arguments or str(arguments).isspace()
 
 
 class MessagesAssembler:
@@ -2096,10 +2123,10 @@ class MessagesAssembler:
 
         1. The newest block of its index, if that is of this kind.
         2. For the input of a tool: the newest tool of its index.
-        3. Some gateways count every delta as 0.  So, if its index is known:
-           the newest block of all, if that is of this kind.
-        4. A new block.  But an index below 0 must be known: a gateway that
-           says -1 means one of the blocks, and who knows which.
+        3. If its index names a block of another kind (some gateways count
+           every delta as 0): the newest block of all, if that fits.
+        4. A new block.  But an index below 0 must be that of a block: a
+           gateway that says -1 means one of them, and who knows which.
         """
         block = self.blocks.get(index)
         if block is not None and fits(block, kind):                 # 1
@@ -2112,8 +2139,9 @@ class MessagesAssembler:
         if block is not None and last is not None:                  # 3
             if fits(last, kind):
                 return last
-        if block is None and isinstance(index, int) and index < 0:  # 4
-            raise APIResponseError("a broken event: a delta for no block")
+        if block is None:                                           # 4
+            if isinstance(index, int) and index < 0:
+                raise APIResponseError("a broken event: a delta for no block")
         return self.begin_block(index, {"type": kind})
 
     def add_delta(self, index: JSON, delta: JSONDict) -> None:
@@ -2146,7 +2174,10 @@ class MessagesAssembler:
             self.add_unknown(index, delta)
 
     def add_unknown(self, index: JSON, delta: JSONDict) -> None:
-        """Add a delta of a type yet unknown: no text that the others own."""
+        """Add a delta of a type yet unknown.
+
+        Only the known types change text, thinking and input.
+        """
         block = self.blocks.get(index)
         if block is None:
             return
@@ -2179,7 +2210,8 @@ class MessagesAssembler:
 
 def fits(block: JSONDict, kind: str) -> bool:
     """Whether a delta of a kind belongs into a block."""
-    if kind == "tool_use":      # or server_tool_use, mcp_tool_use, ...
+    if kind == "tool_use":
+        # Others have an input too: server_tool_use, mcp_tool_use, ...
         return "input" in block or str(block["type"]).endswith(kind)
     return bool(block["type"] == kind)
 
@@ -2210,7 +2242,7 @@ class WholeAnswer:
 
     def add(self, event: JSONDict) -> str:
         """Return the answer's text; the event is the answer itself."""
-        self.done = True
+        self.done = True    # no other event follows
         return Reply(self.answer).text
 
     def end(self) -> str:
@@ -2267,9 +2299,9 @@ SOCKET_OPTIONS = [
 class DeadlineSocket(socket.socket):
     """A socket in which every wait ends with a deadline.
 
-    Beneath, it does not block, and waits by poll().  So no timeout of the
-    socket module can be mistaken for an exception that a caller's signal
-    handler raised.
+    Beneath, it does not block, and waits by poll().  With settimeout(), the
+    socket module would raise a TimeoutError, as a caller's signal handler may
+    do in the middle of a call; nobody could tell them apart.
     """
 
     # They are set after construction: SSLContext.wrap_socket() makes sockets
@@ -2365,8 +2397,8 @@ class DeadlineSocket(socket.socket):
 class TLSSocket(DeadlineSocket, ssl.SSLSocket):  # type: ignore[misc]
     """The same with TLS.
 
-    In the methods above, super() of a TLSSocket is SSLSocket, the next class
-    in its method resolution order.
+    Its method resolution order is TLSSocket, DeadlineSocket, SSLSocket,
+    socket.  So in the methods above, super() is SSLSocket here.
     """
 
 
@@ -2404,6 +2436,7 @@ def open_socket(host: str, port: int, deadline: float) -> DeadlineSocket:
             sock.close()
             if to_try == 1 or not is_network_failure(exc):
                 raise
+            # Else the next address is tried.
     raise OSError(errno.ENOENT, "the host has no address")
 
 
@@ -2422,7 +2455,8 @@ def start_tls(sock: DeadlineSocket, host: str, context: ssl.SSLContext,
     # This takes over the descriptor; the old socket is of no more use.
     secure = context.wrap_socket(sock, server_hostname=host,
                                  do_handshake_on_connect=False)
-    if not isinstance(secure, TLSSocket):   # not by get_tls_context()
+    # Not Python's own SSLContext: it ignored sslsocket_class.
+    if not isinstance(secure, TLSSocket):
         secure.close()
         error = APIConnectionError("ssl.SSLContext was replaced (by truststore"
                                    "?): its sockets know no deadline")
@@ -2449,7 +2483,8 @@ def get_tls_context(ca_file: str | None,
                     ca_dir: str | None) -> ssl.SSLContext:
     """Return a TLS context: of a CA file, or of what the system trusts.
 
-    Without a CA file, OpenSSL reads SSL_CERT_DIR by itself.
+    With a CA file, nothing else is trusted, except what is in the folder.
+    Without one, OpenSSL reads SSL_CERT_DIR by itself.
 
     :raise APIConnectionError: the file cannot be loaded; that is not kept.
     """
@@ -2472,6 +2507,7 @@ def get_tls_context(ca_file: str | None,
         # Python 3.13 added checks that many a company's own CA fails.  Chain,
         # date and host name are checked all the same.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    context.minimum_version = ssl.TLSVersion.TLSv1_2    # the default from 3.10
     context.set_alpn_protocols(["http/1.1"])
     context.sslsocket_class = TLSSocket
     _tls_contexts[ca_file, ca_dir] = context
@@ -2512,12 +2548,12 @@ def find_proxy(address: Address) -> Proxy | None:
     """
     name = "https_proxy" if address.tls else "http_proxy"
     text = os.environ.get(name)
-    # A web server puts a client's "Proxy" header into HTTP_PROXY of its CGI
-    # programs: https://httpoxy.org
-    is_cgi = "REQUEST_METHOD" in os.environ and not address.tls
-    if is_cgi and os.name == "nt":
-        text = None     # there, both names are one variable
-    if text is None and not is_cgi:
+    if "REQUEST_METHOD" in os.environ and not address.tls:
+        # In a CGI program, HTTP_PROXY is the "Proxy" header of a client:
+        # https://httpoxy.org.  On Windows, http_proxy is the same variable.
+        if os.name == "nt":
+            text = None
+    elif text is None:
         text = os.environ.get(name.upper())
     excluded = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     if not text or is_excluded(address.host, address.port, excluded):
@@ -2578,9 +2614,9 @@ def is_network_failure(exc: BaseException) -> bool:
     """Whether an exception comes from the network.
 
     A caller's signal handler may raise an OSError or a TimeoutError in the
-    middle of a call.  Such an exception has no errno.  Those of the system,
-    of getaddrinfo() and of OpenSSL have one.  Of http.client's exceptions,
-    one is an OSError without it.
+    middle of a call.  Such an exception has no errno, as in OSError("mine").
+    Those of the system, of getaddrinfo() and of OpenSSL have one.  Of
+    http.client's exceptions, one is an OSError without it.
     """
     if isinstance(exc, OSError):
         return exc.errno is not None or isinstance(
@@ -2644,7 +2680,7 @@ class Connection(http.client.HTTPConnection):
                 raise
             # The server may have said why it stopped reading (413): we read
             # its answer, and do not use the connection again.  http.client
-            # lets us, because for it the request is sent.
+            # lets us: it counts a request as sent when it begins to send it.
             self.upload_broke = True
         try:
             self.response = self.getresponse()
@@ -2655,7 +2691,8 @@ class Connection(http.client.HTTPConnection):
         skip_interim_answers(self.response)
         if self.wire.ended:
             # http.client takes the end of the connection inside the head for
-            # the end of the head.  After a whole head it has not read on.
+            # the end of the head.  After a whole head it does not read on, so
+            # that it would not have seen the end.
             raise http.client.HTTPException("closed inside the header")
         return self.response
 
@@ -2663,8 +2700,9 @@ class Connection(http.client.HTTPConnection):
         """Whether the last answer is at its end and nothing has come since.
 
         A stream is left at [DONE]; the last chunk of its body may come later,
-        until the limit.  What has come since is, as a rule, the end of the
-        connection.
+        until the limit: read1() reads it and returns b"".  What has come since
+        is, as a rule, the end of the connection.  (What http.client has read
+        together with the end of the answer is not seen; it is lost.)
         """
         assert self.wire is not None and self.response is not None
         self.wire.deadline = limit
@@ -2680,8 +2718,8 @@ class Connection(http.client.HTTPConnection):
 
     def keep(self) -> None:
         """Leave it to the next call, if there can be one."""
-        # After "Connection: close", http.client has closed `sock`.  If an
-        # interim answer came before it, only will_close says so.
+        # After "Connection: close", http.client has closed `sock`.  For this it
+        # looks at the first head only; so will_close counts, too.
         is_last = (self.sock is None or self.response is None
                    or self.response.will_close)
         # A stream that was opened before a fork is the parent's to keep.
@@ -2734,7 +2772,8 @@ def open_tunnel(sock: DeadlineSocket, proxy: Proxy, address: Address) -> None:
     target = f"{host}:{address.port}"
     tunnel = http.client.HTTPConnection(proxy.host, proxy.port)
     # http.client closes its socket after an answer without a length, as this
-    # one is.  So it gets another descriptor of the same connection.
+    # one is.  So it gets another descriptor of the same connection.  Nothing
+    # is lost in its buffer: with TLS, the client speaks first.
     duplicate = sock.dup()      # a DeadlineSocket, too
     duplicate.owner = sock.owner
     duplicate.deadline = sock.deadline
@@ -2839,7 +2878,8 @@ class Exchange:
         else:
             self.assembler = MessagesAssembler()
         self.events: Iterator[tuple[JSONDict, str]] = iter(())
-        self.lost_an_event = False      # it came after the deadline
+        # An event came after the deadline: so even a proven end is a timeout.
+        self.lost_an_event = False
 
     def run(self) -> ServError | None:
         """Send the request and read the answer; of a stream, its head.
@@ -2863,7 +2903,7 @@ class Exchange:
                 raise
             error = self.explain(exc)
         self.complete_error(error)
-        if self.at_end:
+        if self.at_end:     # see iter_body()
             self.keep_connection()
         else:
             self.close()
@@ -2972,6 +3012,8 @@ class Exchange:
                     if find_error(event, name) is not None:
                         raise self.build_status_error(event)
                     yield event, assembler.add(event)
+                    # Proven whole or not, we read on, for the usage, until
+                    # [DONE], message_stop or the end.
                     if assembler.done:
                         return
         except EventTooLarge as exc:
@@ -2999,7 +3041,8 @@ class Exchange:
                                        "bytes")
             yield data
         # http.client does not report a body shorter than its Content-Length.
-        # `length` is what is left of that; None if the body is chunked.
+        # `length` is what is left of that: read1() counts it down.  It is
+        # None if the body is chunked.
         if response.length:
             raise http.client.IncompleteRead(b"", response.length)
         self.at_end = True
@@ -3156,8 +3199,8 @@ class Exchange:
     def end_wait(self) -> None:
         """End a wait in another thread, which then finds the end.
 
-        That thread may be in keep_connection().  Who gets the lock first
-        decides, without waiting, whether the connection is kept or ended.
+        That thread may be in keep_connection().  Who gets the lock decides
+        whether the connection is kept or ended; nobody waits for it.
         """
         if self.ending.acquire(blocking=False):
             if self.connection.wire is not None and not self.released:
@@ -3231,6 +3274,8 @@ SERV_MODEL and SERV_TIMEOUT (seconds) are read too.
 Exit status: 0 a whole answer, 1 the call failed or the output was closed,
 2 wrong usage, 3 blocked or cut off by the token limit, 130 interrupted.
 """
+
+KEY_OF_SHELL = "$SERV_API_KEY"      # stands for the key in a dry run
 
 # What -o cannot set, and what sets it instead.
 INSTEAD = {
@@ -3349,6 +3394,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     # What is behind "--" is cut off first: argparse treats it in another way
     # in each Python.
     end = argv.index("--") if "--" in argv else len(argv)
+    # "Intermixed": options may stand between the words of the prompt.
     args, unknown = parser.parse_known_intermixed_args(argv[:end])
     if unknown:
         # Of --name=VALUE and -xVALUE, only the name.
@@ -3399,7 +3445,7 @@ def build_command_request(args: argparse.Namespace) -> Request:
     return build_request(
         args.endpoint, prompt, streaming=streaming, model=args.model,
         system=args.system, params=params,
-        api_key="$SERV_API_KEY" if args.dry_run else None,
+        api_key=KEY_OF_SHELL if args.dry_run else None,
         headers=headers)
 
 
@@ -3435,17 +3481,18 @@ def parse_value(text: str) -> JSON:
 
 
 def build_curl(request: Request) -> str:
-    """Return the curl command of a request; the shell puts the key in."""
+    """Return the curl command of a request of a dry run."""
     from shlex import quote
     lines = ["curl -gsSN --path-as-is " + quote(request.url)]
     for name, value in request.headers.items():
-        # Of a dry run; in double quotes the shell puts the key in.
-        if f"{name}: {value}" == "Authorization: Bearer $SERV_API_KEY":
-            lines.append(f'-H "{name}: {value}"')
-        elif name != "Host":
-            # curl takes "Name;" for an empty header.
-            lines.append("-H " + quote(f"{name}: {value}" if value
-                                       else name + ";"))
+        if name == "Host":
+            continue    # curl sends its own
+        # curl takes "Name;" for an empty header.
+        header = f"{name}: {value}" if value else f"{name};"
+        if header == f"Authorization: Bearer {KEY_OF_SHELL}":
+            lines.append(f'-H "{header}"')  # the shell puts the key in
+        else:
+            lines.append("-H " + quote(header))
     lines.append("--data-raw " + quote(request.body.decode()))
     return " \\\n  ".join(lines)
 

@@ -1662,6 +1662,13 @@ TOOL_CALLS = {
         [("1", "f", {"a": [1]}), ("2", "g", {})]),
     "messages: a call without a name is none": (
         message_reply({"type": "tool_use", "id": "1", "input": {}}), []),
+    "messages: input that is no object is text": (
+        message_reply({"type": "tool_use", "id": "1", "name": "f",
+                       "input": [1]}), [("1", "f", "[1]")]),
+    "messages: half a character in the input": (
+        message_reply({"type": "tool_use", "id": "1", "name": "f",
+                       "input": {"a": "\ud83d"}}),
+        [("1", "f", {"a": "\ufffd"})]),
     "messages: no input is an empty one": (
         message_reply({"type": "tool_use", "id": "1", "name": "f"}),
         [("1", "f", {})]),
@@ -2372,6 +2379,13 @@ def test_json_with_too_many_lists_and_objects_is_not_decoded(monkeypatch):
     assert serv.parse_json("[{},[],{},[],{},[],{},[]]")
     with pytest.raises(ValueError, match="more than 9 lists and objects"):
         serv.parse_json("[{},[],{},[],{},[],{},[],{}]")
+
+
+def test_lines_of_one_event_have_one_limit_together(monkeypatch):
+    monkeypatch.setattr(serv, "MAX_BRACKETS", 9)
+    assert len(serv.parse_events("message", '{"a": [{}]}\n' * 3)) == 3
+    with pytest.raises(serv.APIResponseError):
+        serv.parse_events("message", '{"a": [{}]}\n' * 4)
 
 
 def test_an_escape_may_come_in_two_pieces():
@@ -3131,6 +3145,8 @@ STREAM_CALLS = {  # the pieces, the calls
     "in pieces": ('0 x f | 0 - - {"a" | 0 - - : 1}', '- x f {"a": 1}'),
     "one after the other": ('0 x f | 0 - - {"a": 1} | 1 y g | 1 - - {}',
                             '- x f {"a": 1} & - y g {}'),
+    "two without id or arguments, at two indexes": (
+        "0 - f | 1 - f", "- - f & - - f"),
     "mixed": ("0 x f & 1 y g | 1 - - { & 0 - - { | 0 - - } | 1 - - }",
               "- x f {} & - y g {}"),
     "the second first": ("1 y g {} | 0 x f {}", "- x f {} & - y g {}"),
