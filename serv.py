@@ -127,7 +127,7 @@ MIN_SECRET = 8          # of a key; a shorter one is a common word
 # Levels of nested JSON.  The json module, and copying, recurse once a level.
 # A thread on musl has a stack of 128 KiB: there, Python 3.8 crashes at 100.
 MAX_DEPTH = 64
-MAX_BRACKETS = 1 << 21  # [ and { in one answer or event, also within its texts
+MAX_BRACKETS = 1 << 21  # [ and { in one answer or event, and within its texts
 MAX_PARTS = 2000        # choices, calls, blocks or list entries of a stream
 MAX_NAME = 1000         # characters of a tool's name; OpenAI allows 64
 
@@ -2201,7 +2201,10 @@ class MessagesAssembler:
         for block in self.blocks.in_order():
             block = map_text(block, clean)
             if "input" in block:
-                block["input"] = parse_arguments(block["input"] or {}, partial)
+                given = block["input"] or {}
+                if partial or isinstance(given, str):
+                    given = parse_arguments(given, partial)
+                block["input"] = given
             if block["type"] != "text" or block.get("text"):
                 content.append(block)
         fields = map_text({"role": "assistant", **self.fields}, clean)
@@ -2718,7 +2721,7 @@ class Connection(http.client.HTTPConnection):
 
     def keep(self) -> None:
         """Leave it to the next call, if there can be one."""
-        # After "Connection: close", http.client has closed `sock`.  For this it
+        # http.client closes `sock` after "Connection: close".  For this it
         # looks at the first head only; so will_close counts, too.
         is_last = (self.sock is None or self.response is None
                    or self.response.will_close)
