@@ -608,37 +608,38 @@ class Stream:
         if self._state == "open":
             self._state = "closed"
         if self._reading.acquire(blocking=False):
-            self._exchange.close()
-            self._reading.release()
+            try:
+                self._exchange.close()
+            finally:
+                self._reading.release()
         else:
             self._exchange.end_wait()
 
-    # Who holds the lock reads and closes.  close() sets the state.  If it does
-    # not get the lock, it only ends the wait of the thread that holds it; that
-    # thread closes in its "finally".
+    # Who holds the lock reads, or closes.  close() does not wait for it: if
+    # another thread reads, close() only ends the wait of that thread, which
+    # then finds the new state and closes.
 
     def _advance(self) -> tuple[JSONDict | None, str]:
         """Return the next event, and the text that it adds.
 
         At the end there is no event, but there may be a last text.
         """
-        if not self._reading.acquire(blocking=False):
-            if self._state == "closed":
-                return None, ""     # close() is at it
-            raise ValueError("another thread is reading this stream")
-        try:
-            if self._error is not None:
-                # Each further step raises again: an end would look as if the
-                # answer were whole.  A copy, because the traceback of an
-                # exception that was raised keeps this stream alive.
-                raise copy.copy(self._error)
-            if self._state == "open":
-                return self._read()
-            return None, ""
-        finally:
-            self._reading.release()
-            if self._state == "closed":     # by another thread, meanwhile
-                self._exchange.close()
+        if self._state == "open":
+            if self._reading.locked():
+                raise ValueError("another thread is reading this stream")
+            try:
+                with self._reading:
+                    if self._state == "open":   # still
+                        return self._read()
+            finally:
+                if self._state == "closed":
+                    self.close()
+        if self._error is not None:
+            # Each further step raises again: an end would look as if the
+            # answer were whole.  A copy, because the traceback of an exception
+            # that was raised keeps this stream alive.
+            raise copy.copy(self._error)
+        return None, ""
 
     def _read(self) -> tuple[JSONDict | None, str]:
         """Do what _advance() says; the one place where a stream ends."""
@@ -1130,8 +1131,9 @@ def find_text(content: JSON) -> str:
 
 def is_text_part(part: JSON) -> bool:
     """Whether an entry of a content list is a part of the answer's text."""
-    return (isinstance(part, dict) and isinstance(part.get("text"), str)
-            and part.get("type", "text") in ("text", "output_text"))
+    if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        return False
+    return (part.get("type") or "text") in ("text", "output_text")
 
 
 def clean_text(text: str) -> str:
@@ -1674,7 +1676,8 @@ def add_text(target: JSONDict, name: str, value: JSON,
              shown: ShownText | None = None) -> None:
     """Add a piece to a text field.
 
-    :raise APIResponseError: the field was text, and the piece is not.
+    :raise APIResponseError: the field was text, or a list of texts, and the
+        piece is not.
     """
     old = target.get(name)
     # A text begins or goes on.  "" begins one, but it replaces nothing.
@@ -1685,7 +1688,7 @@ def add_text(target: JSONDict, name: str, value: JSON,
         old.pieces.append(value)
         if shown is not None:
             shown.add(old, value)
-    elif isinstance(old, GrowingText) and not is_empty(value):
+    elif isinstance(old, (GrowingText, GrowingList)) and not is_empty(value):
         raise APIResponseError(f"a broken event: {name} was text and is now "
                                f"{type(value).__name__}")
     else:
@@ -2710,7 +2713,7 @@ class Connection(http.client.HTTPConnection):
         assert self.wire is not None and self.response is not None
         self.wire.deadline = limit
         try:
-            if self.response.read1(1) or self.wire.has_input():
+            if read_some(self.response, 1) or self.wire.has_input():
                 return False
         except Exception as exc:
             if not is_network_failure(exc):
@@ -2762,6 +2765,15 @@ def skip_interim_answers(response: http.client.HTTPResponse) -> None:
     while response.status < 200:
         response.headers = None     # type: ignore[assignment]
         response.begin()
+
+
+def read_some(response: http.client.HTTPResponse, size: int) -> bytes:
+    """Return what comes next of a body; b"" at its end."""
+    try:
+        return response.read1(size)
+    except OverflowError:
+        pass    # http.client takes "-f" for the size of a chunk
+    raise http.client.HTTPException("the size of a chunk is negative")
 
 
 def open_tunnel(sock: DeadlineSocket, proxy: Proxy, address: Address) -> None:
@@ -3004,11 +3016,7 @@ class Exchange:
         try:
             for name, data in iter_events(chunks):
                 for event in parse_events(name, data):
-                    now = time.monotonic()
-                    if now >= self.deadline:
-                        self.lost_an_event = True
-                        raise APITimeoutError("an event came too late")
-                    self.elapsed = now - self.started
+                    self.check_time(event)
                     if event is DONE:
                         assembler.add(DONE)
                         return      # what stands behind it does not count
@@ -3021,6 +3029,18 @@ class Exchange:
                         return
         except EventTooLarge as exc:
             raise APIResponseError(f"a broken event: {exc}")
+
+    def check_time(self, event: JSONDict) -> None:
+        """Raise an APITimeoutError if an event of a stream comes too late.
+
+        An end that is proven already is never too late.
+        """
+        now = time.monotonic()
+        is_end = event is DONE or event.get("type") == "message_stop"
+        if now >= self.deadline and not (is_end and self.assembler.whole):
+            self.lost_an_event = True
+            raise APITimeoutError("an event came too late")
+        self.elapsed = now - self.started
 
     def iter_body(self) -> Iterator[bytes]:
         """Yield the bytes of the body as they come, up to its proven end."""
@@ -3035,7 +3055,7 @@ class Exchange:
             limit = MAX_ERROR
         size = 0
         while True:
-            data = response.read1(READ_SIZE)
+            data = read_some(response, READ_SIZE)
             if not data:
                 break
             size += len(data)
