@@ -1537,6 +1537,9 @@ CHAT_TEXTS = {
     "no text": ({"content": ""}, "", ""),
     "null": ({"content": None}, "", ""),
     "no content": ({}, "", ""),
+    "a part without a type is text": (
+        {"content": [{"type": None, "text": "A"}, {"type": "", "text": "B"}]},
+        "AB", ""),
     "parts are joined, but for those of another type": (
         {"content": [text_block("A"), {"type": "image_url"}, {"text": "B"},
                      {"type": "output_text", "text": "C"}]}, "ABC", ""),
@@ -3653,6 +3656,17 @@ def test_stream_a_name_in_each_piece_of_a_long_call_costs_no_more(texts):
     assert time.process_time() - begun < 4
 
 
+@pytest.mark.parametrize("first", ["Hi", [{"type": "text", "text": "Hi"}]],
+                         ids=["text", "parts"])
+@pytest.mark.parametrize("then", [5, {"a": 1}, True], ids=repr)
+def test_stream_what_was_text_is_not_replaced_by_something_else(first, then):
+    assembler = serv.ChatAssembler()
+    assert assembler.add(chat_chunk({"content": first})) == "Hi"
+    with pytest.raises(serv.APIResponseError, match="content was text and is"):
+        assembler.add(chat_chunk({"content": then}))
+    assert serv.Reply(assembler.build()).text == "Hi"
+
+
 def test_stream_a_tools_name_has_at_most_1000_characters():
     def build_name(pieces):
         return stream_build(serv.ChatAssembler(), [
@@ -5046,6 +5060,22 @@ def test_the_budget_runs_on_while_the_caller_holds_a_piece(reason, clock):
     assert (error.reply.text, error.reply.partial) == ("Hel", True)
 
 
+@pytest.mark.parametrize("endpoint, events", [
+    ("chat", [bare_chunk("Hel", "stop"), "[DONE]"]),
+    ("messages", [*stream_said("Hel"), *stream_end()])],
+    ids=["chat: [DONE]", "messages: message_stop"])
+def test_an_end_that_is_proven_already_is_never_too_late(
+        endpoint, events, clock):
+    with Server(stream_answer(*events)) as server:
+        stream = open_stream(server, endpoint, timeout=20)
+        seen = stream.events()
+        while not stream.reply.stop_reason:
+            next(seen)
+        clock(20)
+        assert len(list(seen)) == (endpoint == "messages")
+    assert (stream.reply.text, stream.reply.partial) == ("Hel", False)
+
+
 # -- Retries ------------------------------------------------------------------
 #
 # That max_retries is 2 if it is not given: test_the_arguments_of_a_call, and
@@ -5192,6 +5222,8 @@ def test_twenty_calls_share_one_connection():
     "a stream that is to be closed": (NET_STREAM.replace(
         b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1), False),
     "no last chunk": (NET_STREAM[:-len(NET_END)], False),
+    "a chunk far below 0 in its place": (
+        NET_STREAM[:-len(NET_END)] + b"-" + b"f" * 24 + b"\r\n", False),
     "an error event": (stream_answer({"error": {"message": "no"}}), False),
     "an unknown encoding": (http_head(
         transfer_encoding="gzip, chunked", content_length=0) + NET_OK,
@@ -5655,6 +5687,8 @@ def test_a_failed_try_is_not_left_to_the_collector():
     "no chunk": (NET_CHUNKED, NET_FAIL, "cut"),
     "the size zz": (NET_CHUNKED + b"zz\r\n{}\r\n", NET_FAIL, "cut"),
     "the size -5": (NET_CHUNKED + b"-5\r\n{}\r\n", NET_FAIL, "cut"),
+    "a size far below 0": (
+        NET_CHUNKED + b"-" + b"f" * 24 + b"\r\n{}\r\n", NET_FAIL, "negative"),
     "no size": (NET_CHUNKED + b"\r\n{}\r\n", NET_FAIL, "cut"),
     "nothing": (b"", NET_FAIL, "clos"),
     "a cut status line": (b"HTTP/1.1 2", NET_FAIL, "no answer"),
