@@ -678,14 +678,14 @@ class Stream:
         """
         exchange = self._exchange
         exchange.close()
-        if self._state == "closed":
-            return None
         is_network = is_network_failure(exc)
+        is_ours = is_network or isinstance(exc, ServError)
+        if self._state == "closed":
+            return None if is_ours else exc
         if (is_network and exchange.assembler.whole
-                and not exchange.lost_an_event):    # see iter_decoded()
+                and not exchange.lost_an_event):    # see check_time()
             return None
         self._state = "failed"
-        is_ours = is_network or isinstance(exc, ServError)
         if is_ours:
             error = exchange.explain(exc)
         else:
