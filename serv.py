@@ -115,19 +115,19 @@ LAST_CHUNK_SECONDS = 0.01   # for the end of a stream's body to come, before
 MAX_IDLE = 256
 
 # Sizes, in bytes.  In memory, an answer takes 3 to 10 times its size, as a
-# rule; the worst one takes 500 MiB.  A stream takes up to 60 times its size
-# while its reply is built, if it is nothing but nested empty dicts.
+# rule; the worst one takes 500 MiB.  The worst stream, 64 MiB of nested empty
+# dicts, takes 4 GiB while its reply is built.
 READ_SIZE = 1 << 16     # of one read or write
 MAX_BODY = 1 << 25      # of one JSON answer or one event: 32 MiB
 MAX_STREAM = 1 << 26    # of a whole stream: 64 MiB, ten times the longest
 MAX_ERROR = 1 << 18     # of an error's body; the rest is not read
-MAX_HEAD = 1 << 10      # of a body, by which find_body_type() must decide
+MAX_HEAD = 1 << 10      # of a body, to tell JSON from an event stream
 MIN_SECRET = 8          # of a key; a shorter one is a common word
 
 # Levels of nested JSON.  The json module, and copying, recurse once a level.
 # A thread on musl has a stack of 128 KiB: there, Python 3.8 crashes at 100.
 MAX_DEPTH = 64
-MAX_BRACKETS = 1 << 21  # [ and { in one answer or event, and within its texts
+MAX_BRACKETS = 1 << 21  # [ and { in an answer or event, also in its strings
 MAX_PARTS = 2000        # choices, calls, blocks or list entries of a stream
 MAX_NAME = 1000         # characters of a tool's name; OpenAI allows 64
 
@@ -625,13 +625,14 @@ class Stream:
         At the end there is no event, but there may be a last text.
         """
         if self._state == "open":
-            if self._reading.locked():
+            if self._reading.locked() and self._state == "open":
                 raise ValueError("another thread is reading this stream")
             try:
                 with self._reading:
                     if self._state == "open":   # still
                         return self._read()
             finally:
+                # By another thread, which has left the closing to this one.
                 if self._state == "closed":
                     self.close()
         if self._error is not None:
@@ -1078,7 +1079,9 @@ def parse_arguments(value: JSON, partial: bool) -> JSON:
 
     If they may be partial, they are text, too.
     """
-    if isinstance(value, str) and not partial:
+    if isinstance(value, str):
+        if partial:
+            return value
         try:
             decoded = parse_json(value)
         except ValueError:
@@ -1086,12 +1089,12 @@ def parse_arguments(value: JSON, partial: bool) -> JSON:
         if not isinstance(decoded, dict):
             return value
         value = decoded
-    if isinstance(value, str):
-        return value
-    if partial or not isinstance(value, (dict, type(None))):
+    if value is None:
+        value = {}
+    if partial or not isinstance(value, dict):
         return json.dumps(value) if value else ""
     # Escapes in it may stand for halves of characters: see clean_text().
-    return map_text(value or {}, clean_text)
+    return map_text(value, clean_text)
 
 
 def decode_body(data: bytes) -> str:
@@ -1441,12 +1444,11 @@ def parse_events(name: str, data: str) -> list[JSONDict]:
     else:
         if isinstance(value, dict):
             events = [value]
-        elif name == "error":
-            events = [{"error": value}]
-        elif find_error(value) is not None:             # [{"error": ...}]
-            events = [{"error": find_error(value)}]
         else:
-            events = []     # JSON that is not an object is noise
+            # JSON that is not an object is noise, except [{"error": ...}] and
+            # whatever is in an event named "error".
+            error = find_error(value, name)
+            events = [] if error is None else [{"error": error}]
     if name != "message":
         for event in events:
             # A chunk of chat has no type, and gets none.
@@ -1462,6 +1464,7 @@ def parse_odd_data(name: str, data: str, reason: str) -> list[JSONDict]:
     lines = [line for line in data.split("\n") if line.strip()]
     if not lines:
         return []       # an event that keeps the connection alive
+    # parse_json() would look at each line by itself.
     if data.count("[") + data.count("{") > MAX_BRACKETS:
         raise APIResponseError(f"a broken event: {reason}")
     try:
@@ -1469,8 +1472,9 @@ def parse_odd_data(name: str, data: str, reason: str) -> list[JSONDict]:
         return [parse_line(line) for line in lines]
     except ValueError:
         pass
-    # Text under a name that is not of the format: a vendor's own event.  An
-    # event without a name is called "message".
+    # Text under a name that is not of the format is a vendor's own event; but
+    # text that begins as an object is a broken one.  An event without a name
+    # is called "message".
     is_of_format = name == "message" or name.startswith(
         ("message_", "content_block_"))
     if not is_of_format and not data.lstrip().startswith("{"):
@@ -1680,7 +1684,7 @@ def add_text(target: JSONDict, name: str, value: JSON,
         piece is not.
     """
     old = target.get(name)
-    # A text begins or goes on.  "" begins one, but it replaces nothing.
+    # "" begins a text, but it replaces nothing.
     if isinstance(value, str) and (value or old is None):
         if not isinstance(old, GrowingText):
             old = GrowingText(old if isinstance(old, str) else "")
@@ -1688,7 +1692,9 @@ def add_text(target: JSONDict, name: str, value: JSON,
         old.pieces.append(value)
         if shown is not None:
             shown.add(old, value)
-    elif isinstance(old, (GrowingText, GrowingList)) and not is_empty(value):
+    elif is_empty(value):
+        target.setdefault(name, value)
+    elif isinstance(old, (GrowingText, GrowingList)):
         raise APIResponseError(f"a broken event: {name} was text and is now "
                                f"{type(value).__name__}")
     else:
@@ -1783,9 +1789,9 @@ class IndexedParts:
     def begin(self, index: JSON, part: JSONDict) -> JSONDict:
         """Add a part and return it."""
         check_number(len(self.by_place))
+        # Deltas name the index (the key); the order is that of the places.
         key = index if isinstance(index, int) else self.next_place
-        is_free = key not in self.by_place
-        place = key if is_free else self.next_place
+        place = key if key not in self.by_place else self.next_place
         self.next_place = max(self.next_place, place + 1)
         self.by_place[place] = part
         self.by_index[key] = part
@@ -1909,7 +1915,7 @@ class ChatChoice:
             fields.pop(name, None)
         if isinstance(fields.get("logprobs"), dict):
             self.add_logprobs(fields.pop("logprobs"))
-        if fields != self.fields:   # as above
+        if fields != self.fields:   # most chunks repeat them
             for name, value in fields.items():
                 put(self.fields, name, value)
         # A finish_reason covers the content beside it: so this comes last.
@@ -2037,8 +2043,8 @@ def begins_next(piece: JSONDict, call: JSONDict) -> bool:
     has_other_name = function.get("name") != begun.get("name")
     if piece.get("id") and call.get("id") and has_other_name:
         return True     # Gemini, with ids
-    given = function.get("arguments")
-    if isinstance(given, str) and given.strip()[:1] not in ("", "{"):
+    given = get_str(function, "arguments") or ""
+    if given.strip() and not given.strip().startswith("{"):
         return False    # they continue arguments: they do not begin an object
     # Gemini, without ids: the arguments so far are whole.
     arguments = begun.get("arguments")
@@ -2430,8 +2436,9 @@ def open_socket(host: str, port: int, deadline: float) -> DeadlineSocket:
         to_try = len(found) - number
         now = time.monotonic()
         share = max(deadline - now, 0.0) / to_try
-        sock = DeadlineSocket(family, kind, protocol)
+        sock = None
         try:
+            sock = DeadlineSocket(family, kind, protocol)
             sock.setblocking(False)
             sock.owner = os.getpid()
             sock.deadline = now + min(share, CONNECT_TIMEOUT)
@@ -2439,7 +2446,8 @@ def open_socket(host: str, port: int, deadline: float) -> DeadlineSocket:
             set_options(sock)
             return sock
         except BaseException as exc:
-            sock.close()
+            if sock is not None:
+                sock.close()
             if to_try == 1 or not is_network_failure(exc):
                 raise
             # Else the next address is tried.
@@ -2461,7 +2469,7 @@ def start_tls(sock: DeadlineSocket, host: str, context: ssl.SSLContext,
     # This takes over the descriptor; the old socket is of no more use.
     secure = context.wrap_socket(sock, server_hostname=host,
                                  do_handshake_on_connect=False)
-    # Not Python's own SSLContext: it ignored sslsocket_class.
+    # A package has replaced ssl.SSLContext by its own.
     if not isinstance(secure, TLSSocket):
         secure.close()
         error = APIConnectionError("ssl.SSLContext was replaced (by truststore"
@@ -2554,12 +2562,12 @@ def find_proxy(address: Address) -> Proxy | None:
     """
     name = "https_proxy" if address.tls else "http_proxy"
     text = os.environ.get(name)
-    if "REQUEST_METHOD" in os.environ and not address.tls:
-        # In a CGI program, HTTP_PROXY is the "Proxy" header of a client:
-        # https://httpoxy.org.  On Windows, http_proxy is the same variable.
-        if os.name == "nt":
-            text = None
-    elif text is None:
+    # In a CGI program, HTTP_PROXY is the "Proxy" header of a client:
+    # https://httpoxy.org.  On Windows, http_proxy is the same variable.
+    is_cgi = "REQUEST_METHOD" in os.environ and not address.tls
+    if is_cgi and os.name == "nt":
+        text = None
+    if text is None and not is_cgi:
         text = os.environ.get(name.upper())
     excluded = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     if not text or is_excluded(address.host, address.port, excluded):
@@ -2707,8 +2715,9 @@ class Connection(http.client.HTTPConnection):
 
         A stream is left at [DONE]; the last chunk of its body may come later,
         until the limit: read1() reads it and returns b"".  What has come since
-        is, as a rule, the end of the connection.  (What http.client has read
-        together with the end of the answer is not seen; it is lost.)
+        is, as a rule, the end of the connection.  What http.client has read
+        together with the end of the answer is not seen.  It is dropped: no
+        later answer can be taken from it.
         """
         assert self.wire is not None and self.response is not None
         self.wire.deadline = limit
@@ -2845,8 +2854,9 @@ def close_old() -> None:
     """Close what has been idle too long, and what is too many."""
     oldest = time.monotonic() - IDLE_SECONDS
     for connection in _idle[:]:     # the oldest first
-        is_old = connection.idle_since < oldest
-        if not is_old and len(_idle) <= MAX_IDLE:
+        is_too_old = connection.idle_since < oldest
+        are_too_many = len(_idle) > MAX_IDLE
+        if not is_too_old and not are_too_many:
             break
         if take_out(connection):
             connection.discard()
@@ -3193,7 +3203,7 @@ class Exchange:
             error.request_id = self.redact_text(request_id)
             where += ", request id " + shorten(error.request_id)
         # The key goes before it is cut short: half a key would not be found.
-        text = shorten(self.redact_text(str(error.args[0])))
+        text = shorten(self.redact_text(str(error)))
         error.args = (f"{text} ({self.redact_text(where)})",)
 
     def redact_text(self, text: str) -> str:
@@ -3247,14 +3257,14 @@ def send_request(request: Request) -> Exchange:
             del error
             continue
         wait = retry_wait(error, failed)
-        failed += 1
         # Without room for the wait there is no use in waiting.
-        if (wait is None or failed > request.max_retries
+        if (wait is None or failed == request.max_retries
                 or time.monotonic() + wait >= exchange.deadline):
             try:
                 raise error
             finally:
                 del error   # it refers to this frame, and this to it
+        failed += 1
         warn(f"retry {failed} of {request.max_retries} in {wait:.1f} s: "
              f"{error}")
         del error
