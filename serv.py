@@ -1269,7 +1269,8 @@ def find_status(fields: JSONDict) -> int | None:
 
 
 ADVICE = {401: "Check the key.", 402: "Add credits.",
-          404: "Check the model and the URL."}
+          403: "The key may not do this.",
+          404: "Check the model and the URL.", 413: "Send less."}
 
 
 def add_advice(status: int, fields: JSONDict,
@@ -1278,7 +1279,7 @@ def add_advice(status: int, fields: JSONDict,
     message: str = fields["message"] or "no message"
     advice = ADVICE.get(status)
     if "insufficient_quota" in (fields["type"], fields["code"]):
-        advice = "To wait does not help."
+        advice = "Waiting does not help; get quota."
     elif retry_after:
         advice = f"Wait {retry_after:g} s."
     if not advice:
@@ -3107,8 +3108,8 @@ class Exchange:
         if not isinstance(answer, str) and find_error(answer) is not None:
             raise self.build_status_error(answer)
         if not is_answer(answer, self.request.endpoint):
-            raise APIResponseError("not the JSON of an answer: "
-                                   + (text or "nothing"))
+            raise APIResponseError("not the JSON of an answer; check base_url "
+                                   "and the proxy: " + (text or "nothing"))
         return answer   # type: ignore[no-any-return]
 
     def build_status_error(self, body: JSON) -> APIStatusError:
@@ -3183,6 +3184,9 @@ class Exchange:
         """Return what would help against a failure of the network."""
         if isinstance(exc, (ConnectionRefusedError, socket.gaierror)):
             return "; check base_url, the proxy and the network"
+        if isinstance(exc, ssl.SSLError) and not isinstance(
+                exc, ssl.SSLCertVerificationError):
+            return "; does the server speak https?  Check base_url"
         # OpenSSL's numbers for: nobody trusted has signed it (18 and 19: it
         # has signed itself; 20 and 21: its issuer is not known).
         unknown = getattr(exc, "verify_code", 0) in (18, 19, 20, 21)
@@ -3327,7 +3331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_streams()
     try:
         if sys.stdout is None:
-            raise OSError("standard output is closed")
+            raise OSError("it is closed")
         return run_command(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         say("interrupted")
@@ -3340,7 +3344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         closed = isinstance(exc, BrokenPipeError) or (
             os.name == "nt" and exc.errno == errno.EINVAL)
         if not closed:
-            say(str(exc))
+            say(f"cannot write the output: {exc}")
         return 1
     except (ValueError, TypeError) as exc:
         say(str(exc))
@@ -3433,12 +3437,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         # Of --name=VALUE and -xVALUE, only the name.
         match = re.match("--[A-Za-z_-]+|-[A-Za-z]", unknown[0])
         name = match.group() if match else ""
-        raise ValueError(f"unrecognized option {name}; see --help")
+        raise ValueError(f"unrecognized option {name}; see --help (for a "
+                         "parameter of the request: -o NAME=VALUE)")
     if args.endpoint not in PATHS:
         raise ValueError("-e: expected chat or messages")
     if args.max_tokens is not None:
-        if not args.max_tokens.isdecimal():
-            raise ValueError("-n: expected a whole number")
+        if not re.fullmatch("[0-9]+", args.max_tokens):
+            raise ValueError("-n: expected a whole number, 0 or more")
         args.max_tokens = int(args.max_tokens)
     args.use_stdin = "-" in args.prompt
     args.prompt = [word for word in args.prompt if word != "-"]
@@ -3451,7 +3456,8 @@ def build_command_request(args: argparse.Namespace) -> Request:
     texts = [" ".join(args.prompt), read_stdin(args.use_stdin)]
     prompt = "\n\n".join(text for text in texts if text)
     if not prompt:
-        raise ValueError("no prompt; see --help")
+        raise ValueError("no prompt; give it as an argument, or pipe it in; "
+                         "see --help")
     if not args.system.strip():
         raise ValueError("-s: the system prompt is empty; SERV requires one")
     streaming = not (args.no_stream or args.json)

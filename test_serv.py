@@ -245,6 +245,11 @@ def closing(answer):
 # ---------------------------------------------------------------------------
 
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+# What the SDKs, or other calls of serv, take as an argument; no server knows
+# it, but whoever moves to serv may leave it in a call.
+CLIENT_ARGUMENTS = ("endpoint", "http_client", "betas", "auth_token",
+                    "default_headers", "organization", "project")
+CHAT_PARTS = ("text", "image_url", "input_audio", "file", "refusal")
 REQUEST_ID = "req-%d"  # of a request by its number
 BAD_REQUEST = ("400 Bad Request", "invalid_request_error")
 
@@ -332,6 +337,8 @@ def parse_body(data):
         value = body.get(name)
         check(value is None or type(value) in (int, float),
               name + ": expected a number")
+    for name in CLIENT_ARGUMENTS:
+        check(name not in body, "Unrecognized request argument: " + name)
     return body
 
 
@@ -346,6 +353,7 @@ def check_chat(body):
         check(isinstance(tool.get("function"), dict)
               and isinstance(tool["function"].get("name"), str),
               "tools: function.name: Field required")
+    check_parts(body, lambda kind: kind in CHAT_PARTS)
     choice = body.get("tool_choice", "auto")
     check(choice in ("none", "auto", "required") or isinstance(choice, dict),
           "tool_choice: expected none, auto, required or an object")
@@ -369,6 +377,7 @@ def check_messages(body):
     check(body.get("system") and is_content(body["system"]),
           "A system prompt is required. Set the system field.")
     check("max_tokens" in body, "max_tokens: Field required")
+    check_parts(body, lambda kind: kind not in CHAT_PARTS[1:])
     for tool in body.get("tools") or []:
         check(isinstance(tool.get("name"), str), "tools: name: Field required")
     check(isinstance(body.get("tool_choice", {}), dict),
@@ -387,6 +396,19 @@ def check_messages(body):
         check_results(calls, find_ids(entry, "tool_result", "tool_use_id"),
                       "tool_use_id")
         calls = find_ids(entry, "tool_use", "id")
+
+
+def check_parts(body, is_known):
+    """Raise Refusal for a part of a message whose type is not known."""
+    for entry in body["messages"]:
+        for part in find_parts(entry.get("content")):
+            kind = part.get("type")
+            check(isinstance(kind, str) and is_known(kind),
+                  "content: unknown type of a part")
+
+
+def find_parts(content):
+    return [] if content is None or isinstance(content, str) else content
 
 
 def find_ids(entry, kind, name):
@@ -470,9 +492,12 @@ def make_up(body, schema_of):
     choice = body.get("tool_choice", "auto")
     wanted = (body.get("response_format") or {}).get("type", "text")
     limit = body.get("max_completion_tokens", body.get("max_tokens", 99))
+    is_forced = choice == "required" or (
+        isinstance(choice, dict)
+        and choice.get("type") in ("any", "tool", "function"))
     if "blocked" in prompt:
         text, stop = "I can't share that.", "content_filter"
-    elif has_result(entry):
+    elif has_result(entry) and not is_forced:
         text = 'The tool says: "%s"' % prompt
     elif body.get("tools") and choice not in ("none", {"type": "none"}):
         called = body["tools"] if "parallel" in prompt else body["tools"][:1]
@@ -682,6 +707,18 @@ FAKE_REFUSES = {
     "a response_format that is text": (
         CHAT, {"response_format": "json"},
         "response_format: expected an object"),
+    "an argument of a client": (
+        CHAT, {"http_client": {}},
+        "Unrecognized request argument: http_client"),
+    "chat: a part of the Messages format": (
+        CHAT, {"messages": [{"role": "system", "content": "s"},
+                            {"role": "user", "content": [
+                                {"type": "image", "source": {}}]}]},
+        "content: unknown type of a part"),
+    "messages: a part of the chat format": (
+        MESSAGES, {"messages": [{"role": "user", "content": [
+            {"type": "image_url", "image_url": {}}]}]},
+        "content: unknown type of a part"),
     "messages: thinking without a budget": (
         MESSAGES, {"thinking": {"type": "enabled"}},
         "thinking: budget_tokens: Field required"),
@@ -1353,7 +1390,8 @@ def test_a_call_from_its_request_to_its_answer(call, fake):
 
 
 @each_call
-def test_any_parameter_is_sent_as_it_is(call, fake):
+def test_any_parameter_is_sent_as_it_is(call, fake, monkeypatch):
+    monkeypatch.setitem(globals(), "CLIENT_ARGUMENTS", ())  # none is refused
     params = {"temperature": 0.2, "stop": None, "n": 1, "seed": 0, "user": "",
               "serv_new": {"a": [1, None, False, "\u00e9 \U0001f600"]},
               "metadata": {}, "logit_bias": {"50256": -100},
@@ -7196,7 +7234,8 @@ FULL = (1, "", "serv: .*No space left on device.*\n")
     "nohup opens it for writing": (
         "0>/dev/null", ["Hi"], {}, (0, HI, ""), 1),
     "standard output is closed: nothing is asked": (
-        ">&-", ["Hi"], {}, (1, "", "serv: standard output is closed\n"), 0),
+        ">&-", ["Hi"], {},
+        (1, "", "serv: cannot write the output: it is closed\n"), 0),
     "a full disk": (">/dev/full", ["Hi"], {}, FULL, 1),
     "a full disk, unbuffered": (
         ">/dev/full", ["Hi"], {"PYTHONUNBUFFERED": "1"}, FULL, 1),
