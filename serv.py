@@ -1899,7 +1899,8 @@ class ChatChoice:
         self.message: JSONDict = {"role": "assistant", "content": None}
         self.calls = IndexedParts()
         self.call_of_id: dict[str, JSONDict] = {}
-        self.unsure: list[JSONDict] = []    # calls that begins_next() began
+        # What begins_next() began: each call with the one before it.
+        self.unsure: list[tuple[JSONDict, JSONDict]] = []
         self.has_content = False
         self.finished = False   # it has a finish_reason, and no content since
 
@@ -1965,7 +1966,7 @@ class ChatChoice:
             before = self.calls.get(piece.get("index"))
             call = self.calls.begin(piece.get("index"), {})
             if before is not None:
-                self.unsure.append(call)
+                self.unsure.append((call, before))
         id = piece.get("id")
         if isinstance(id, str) and id:
             self.call_of_id[id] = call
@@ -2023,15 +2024,23 @@ class ChatChoice:
         return {**self.fields, "message": message}
 
     def is_echo(self, call: JSONDict) -> bool:
-        """Whether a call is none: only its name, which came twice.
+        """Whether a call is none: only the name of the one before, again.
 
         Some servers say the name of a call once more behind its arguments.
         """
-        is_unsure = any(call is other for other in self.unsure)
-        arguments = get_dict(call, "function").get("arguments")
+        if call.get("id"):
+            return False
+        function = get_dict(call, "function")
+        arguments = function.get("arguments")
         if isinstance(arguments, GrowingText):
             arguments = arguments.get().strip()
-        return is_unsure and not call.get("id") and not arguments
+        if arguments:
+            return False
+        for unsure, before in self.unsure:
+            if unsure is call:
+                said = get_dict(before, "function").get("name")
+                return bool(function.get("name") == said)
+        return False
 
 
 def begins_next(piece: JSONDict, call: JSONDict) -> bool:
