@@ -3170,7 +3170,7 @@ class Exchange:
         if late and not is_answer_error:
             error = APITimeoutError(
                 f"timed out: not within {self.request.timeout:g} s; raise "
-                "timeout, or ask for less")
+                "timeout (or SERV_TIMEOUT), or ask for less")
         elif isinstance(exc, ServError):
             error = exc.with_traceback(None)
         else:
@@ -3192,7 +3192,7 @@ class Exchange:
     def find_hint(self, exc: BaseException) -> str:
         """Return what would help against a failure of the network."""
         if isinstance(exc, (ConnectionRefusedError, socket.gaierror)):
-            return "; check base_url, the proxy and the network"
+            return "; check base_url (or SERV_BASE_URL) and the network"
         if isinstance(exc, ssl.SSLError) and not isinstance(
                 exc, ssl.SSLCertVerificationError):
             return "; does the server speak https?  Check base_url"
