@@ -106,8 +106,8 @@ DEAD_SECONDS = 30       # without acknowledgement of what was sent
 IDLE_SECONDS = 50.0     # of keeping a connection: load balancers drop it at 60
 STALE_SECONDS = 1.0     # if a reused connection ends sooner, before a byte of
                         # the answer, we take it that the request never came
-LAST_CHUNK_SECONDS = 0.01   # for the end of a stream's body to come, before
-                            # the next call uses its connection
+LAST_CHUNK_SECONDS = 0.01   # a call waits so long for the end of the body of
+                            # an earlier stream, whose connection it would use
 
 # Idle connections; the oldest are closed first.  Each takes one descriptor,
 # of which a process often has 1,024.  If more threads than this make calls at
@@ -569,7 +569,7 @@ class Stream:
         while True:
             event, text = self._advance()
             if text:
-                return text     # the last one comes without an event
+                return text     # at the end, there may be one without an event
             if event is None:
                 raise StopIteration
 
@@ -603,8 +603,9 @@ class Stream:
         If another thread waits for a piece, its wait ends at once, and its
         loop ends without an error.
         """
-        # If the reading thread replaces this state by "ended" or "failed", it
-        # has let go of the connection before.
+        # The reading thread may set "ended" or "failed" at the same time, and
+        # either may replace the other.  That is harmless: by then, it has let
+        # go of the connection.
         if self._state == "open":
             self._state = "closed"
         if self._reading.acquire(blocking=False):
@@ -1052,6 +1053,8 @@ class Nesting:
 
     def add(self, piece: str) -> None:
         """Add a piece."""
+        if not piece:
+            return
         if self.after_backslash:
             piece = piece[1:]
         self.after_backslash = False
@@ -1183,7 +1186,9 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
     choices = answer.get("choices")
     if choices is None and answer.get("content") is None:           # 4
         return find_bare_error(answer)
-    for choice in choices if isinstance(choices, list) else []:
+    if not isinstance(choices, list):
+        return None
+    for choice in choices:
         if not isinstance(choice, dict):
             continue
         if choice.get("error"):                                     # 5
@@ -1203,10 +1208,10 @@ def find_bare_error(answer: JSONDict) -> JSON:
         text = None
     if not errors and not text:
         return None
-    kind = answer.get("type")
-    if kind and str(kind) not in STATUS_OF_TYPE:
-        if not str(kind).lower().endswith("error"):
-            return None     # a notice: {"type": "ping", "message": "..."}
+    kind = str(answer.get("type") or "error")
+    is_error_type = kind.lower().endswith("error") or kind in STATUS_OF_TYPE
+    if not is_error_type:
+        return None         # a notice: {"type": "ping", "message": "..."}
     return errors or answer
 
 
@@ -1405,8 +1410,8 @@ def iter_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         if after_cr and chunk.startswith(b"\n"):
             chunk = chunk[1:]
             after_cr = False
-        if not chunk:       # it was empty, or only the LF of a CRLF
-            continue
+        if not chunk:       # it was empty, which changes nothing; or the LF
+            continue        # of a CRLF
         after_cr = chunk.endswith(b"\r")
         # Lines of bytes end only as said above; those of a str also at U+2028
         # and others.
@@ -1573,7 +1578,7 @@ class ShownText:
         if self.half or not piece.isascii():
             piece = self.half + piece
             self.half = ""
-            # The piece is not empty, so it has a last character.
+            # The piece is not empty: it has a half, or another character.
             if "\ud800" <= piece[-1] <= "\udbff":
                 self.half = piece[-1]
                 piece = piece[:-1]
@@ -1614,9 +1619,9 @@ class GrowingList:
 
     1. A piece with an index belongs to the entry of its type and index.
     2. Without an index, the first piece of an event may continue the last
-       entry: if that has the same type, no other id, and one of ENTRY_TEXTS.
-       So {"type": "text", "text": "He"} and, in the next event, {"type":
-       "text", "text": "llo"} are one entry; but two citations stay two.
+       entry: if this entry has the same type, no other id, and already one of
+       ENTRY_TEXTS.  So {"type": "text", "text": "He"} and, in the next event,
+       {"type": "text", "text": "llo"} are one entry; two citations stay two.
     3. Any other piece is an entry of its own.
     """
 
@@ -1685,7 +1690,7 @@ def add_text(target: JSONDict, name: str, value: JSON,
         piece is not.
     """
     old = target.get(name)
-    # "" begins a text, but it replaces nothing.
+    # "" begins a text where there is nothing; else it adds nothing.
     if isinstance(value, str) and (value or old is None):
         if not isinstance(old, GrowingText):
             old = GrowingText(old if isinstance(old, str) else "")
@@ -1714,6 +1719,7 @@ def add_text_or_list(target: JSONDict, name: str, value: JSON,
     if isinstance(value, list) and value:
         if not isinstance(old, GrowingList):
             target[name] = GrowingList()
+            # What was text becomes the first part.
             if isinstance(old, GrowingText) and old.get():
                 target[name].entries.append({"type": "text", "text": old})
         target[name].add(value, shown)
@@ -2715,8 +2721,8 @@ class Connection(http.client.HTTPConnection):
         skip_interim_answers(self.response)
         if self.wire.ended:
             # http.client takes the end of the connection inside the head for
-            # the end of the head.  After a whole head it does not read on, so
-            # that it would not have seen the end.
+            # the end of the head.  For a whole head it need not read so far:
+            # then the end has not been seen yet.
             raise http.client.HTTPException("closed inside the header")
         return self.response
 
@@ -2791,7 +2797,7 @@ def read_some(response: http.client.HTTPResponse, size: int) -> bytes:
     try:
         return response.read1(size)
     except OverflowError:
-        pass    # http.client takes "-f" for the size of a chunk
+        pass    # http.client takes -fff... for the size of a chunk
     raise http.client.HTTPException("the size of a chunk is negative")
 
 
