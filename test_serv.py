@@ -5041,6 +5041,15 @@ def test_an_address_that_does_not_answer(
         assert net_within(1.5, call) == end or net_within(1.5, call) == end
 
 
+def test_an_address_of_a_family_that_the_system_lacks_gives_way(monkeypatch):
+    with Server(NET_OK) as server:
+        live = (socket.AF_INET, socket.SOCK_STREAM, 0, "",
+                ("127.0.0.1", server.port))
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [
+            (250, socket.SOCK_STREAM, 0, "", ("x", 1)), live])
+        assert net_chat(server) == "Hello!"
+
+
 def test_a_timeout_is_not_tried_again(clock):
     """The budget is the whole call's, and it is spent."""
     def answer(wire, request):
@@ -6523,6 +6532,12 @@ def test_a_ca_of_ones_own_is_trusted(setting, certificate, net_ca, tmp_path,
         assert server.connections == 1
         assert server.requests[0].headers["host"] == server.url[8:]
     assert protocols == ["http/1.1"] * 2
+
+
+def test_tls_is_1_2_or_newer():
+    """Python's own default from 3.10; older ones take what OpenSSL takes."""
+    context = serv.get_tls_context(None, None)
+    assert context.minimum_version == ssl.TLSVersion.TLSv1_2
 
 
 @table("setting, certificate, host, says, hint", {
