@@ -1006,7 +1006,8 @@ _decoder = json.JSONDecoder(strict=False)
 def parse_json(text: str) -> JSON:
     """Return the value of a JSON text.
 
-    :raise ValueError: it is not JSON, or is nested deeper than MAX_DEPTH.
+    :raise ValueError: it is not JSON, is nested deeper than MAX_DEPTH, or has
+        more than MAX_BRACKETS lists and objects.
     """
     brackets = text.count("[") + text.count("{")
     if brackets > MAX_BRACKETS:
@@ -2083,8 +2084,8 @@ class MessagesAssembler:
         self.shown = ShownText()
         self.started = False            # message_start has come
         self.done = False               # message_stop has come
-        # What has arrived is proven whole.  Content that comes later withdraws
-        # the proof.
+        # Whether what has arrived is proven whole.  Content that comes later
+        # withdraws the proof.
         self.whole = False
 
     def add(self, event: JSONDict) -> str:
@@ -2485,8 +2486,8 @@ def start_tls(sock: DeadlineSocket, host: str, context: ssl.SSLContext,
     # This takes over the descriptor; the old socket is of no more use.
     secure = context.wrap_socket(sock, server_hostname=host,
                                  do_handshake_on_connect=False)
-    # A package has replaced ssl.SSLContext by its own.
     if not isinstance(secure, TLSSocket):
+        # A package has replaced ssl.SSLContext by its own.
         secure.close()
         error = APIConnectionError("ssl.SSLContext was replaced (by truststore"
                                    "?): its sockets know no deadline")
@@ -3345,7 +3346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr = open(os.devnull, "w")
     prepare_streams()
     try:
-        if sys.stdout is None:
+        if sys.stdout is None:      # said below: cannot write the output
             raise OSError("it is closed")
         return run_command(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
