@@ -115,8 +115,8 @@ LAST_CHUNK_SECONDS = 0.01   # a call waits so long for the end of the body of
 MAX_IDLE = 256
 
 # Sizes, in bytes.  In memory, an answer takes 3 to 10 times its size, as a
-# rule; the worst one takes 500 MiB.  The worst stream, 64 MiB of nested empty
-# dicts, takes 4 GiB while its reply is built.
+# rule; the worst, 32 MiB of nested empty dicts, takes 1 GiB.  The worst stream,
+# 64 MiB of them, takes 4 GiB while its reply is built.
 READ_SIZE = 1 << 16     # of one read or write
 MAX_BODY = 1 << 25      # of one JSON answer or one event: 32 MiB
 MAX_STREAM = 1 << 26    # of a whole stream: 64 MiB, ten times the longest
@@ -127,8 +127,6 @@ MIN_SECRET = 8          # of a key; a shorter one is a common word
 # Levels of nested JSON.  The json module, and copying, recurse once a level.
 # A thread on musl has a stack of 128 KiB: there, Python 3.8 crashes at 100.
 MAX_DEPTH = 64
-MAX_BRACKETS = 1 << 21  # [ and { in an answer or event, also in its strings
-MAX_PARTS = 2000        # choices, calls, blocks or list entries of a stream
 MAX_NAME = 1000         # characters of a tool's name; OpenAI allows 64
 
 
@@ -550,7 +548,10 @@ class Stream:
         # "closed" (by close()).
         self._state = "open"
         self._error: ServError | None = None    # why it failed
-        self._reading = threading.Lock()        # held by the thread that reads
+        self._reader: int | None = None         # the thread that reads now
+        # Held while the two fields above change, never during a wait.  A
+        # signal handler may call close() while its own thread holds it.
+        self._lock = threading.RLock()
 
     def __iter__(self) -> Stream:
         return self
@@ -562,7 +563,9 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        # Nobody else refers to it, so that this needs no lock.
+        if self._state == "open":
+            self._exchange.close()
 
     def __next__(self) -> str:
         """Return the next piece of text; raise as ``events()`` does."""
@@ -603,102 +606,94 @@ class Stream:
         If another thread waits for a piece, its wait ends at once, and its
         loop ends without an error.
         """
-        # The reading thread may set "ended" or "failed" at the same time, and
-        # either may replace the other.  That is harmless: by then, it has let
-        # go of the connection.
-        if self._state == "open":
+        with self._lock:
+            if self._state != "open":
+                return
             self._state = "closed"
-        if self._reading.acquire(blocking=False):
-            try:
+            if self._reader is None:
                 self._exchange.close()
-            finally:
-                self._reading.release()
-        else:
-            self._exchange.end_wait()
-
-    # Who holds the lock reads, or closes.  close() does not wait for it: if
-    # another thread reads, close() only ends the wait of that thread, which
-    # then finds the new state and closes.
+            else:       # the reader closes it, see _advance()
+                self._exchange.end_wait()
 
     def _advance(self) -> tuple[JSONDict | None, str]:
         """Return the next event, and the text that it adds.
 
         At the end there is no event, but there may be a last text.
         """
-        if self._state == "open":
-            if self._reading.locked() and self._state == "open":
-                raise ValueError("another thread is reading this stream")
-            try:
-                with self._reading:
-                    if self._state == "open":   # still
-                        return self._read()
-            finally:
-                # By another thread, which has left the closing to this one.
-                if self._state == "closed":
-                    self.close()
+        me = threading.get_ident()
+        try:
+            with self._lock:
+                if self._reader not in (None, me):
+                    raise ValueError("another thread is reading this stream")
+                self._reader = me
+            if self._state == "open":
+                step = self._read()
+                if step is not None:
+                    return step
+        finally:
+            with self._lock:
+                if self._reader == me:
+                    self._reader = None
+                    if self._state == "closed":     # by another thread
+                        self._exchange.close()
         if self._error is not None:
-            # Each further step raises again: an end would look as if the
-            # answer were whole.  A copy, because the traceback of an exception
-            # that was raised keeps this stream alive.
-            raise copy.copy(self._error)
+            # Each further step raises it again: an end would look as if the
+            # answer were whole.  A copy, because the traceback of what is
+            # raised refers to this stream, and would keep it alive.
+            raise copy.copy(self._error) from self._error.__cause__
+        if self._state == "ended":
+            return None, self._exchange.assembler.end()
         return None, ""
 
-    def _read(self) -> tuple[JSONDict | None, str]:
-        """Do what _advance() says; the one place where a stream ends."""
+    def _read(self) -> tuple[JSONDict, str] | None:
+        """Return the next event and its text; None at the end, whatever it is.
+
+        The one place where a stream ends, except close().
+        """
         exchange = self._exchange
-        failure: BaseException | None = None
         try:
             step = next(exchange.events, None)
             if step is not None:
                 return step
             if not exchange.assembler.whole:
                 raise APIConnectionError("the answer was cut")
-            exchange.keep_connection()
+            self._leave("ended", keep=True)
         except BaseException as exc:
-            failure = self._fail(exc)
-        if failure is not None:
-            # It is raised here, because inside of "except" the exception of
-            # http.client, which may quote the key, would become its context.
-            try:
-                raise failure
-            finally:
-                # Its traceback refers to this frame.  If this frame referred
-                # to it, too, both would stay until the garbage collector.
-                del failure
-        # This is the proven end, or a failure that is harmless.
-        if self._state == "closed":
-            return None, ""
-        self._state = "ended"
-        return None, exchange.assembler.end()
+            is_network = is_network_failure(exc)
+            is_ours = is_network or isinstance(exc, ServError)
+            if is_network and exchange.assembler.whole:
+                # Nothing is missing, even if the connection broke after it.
+                self._leave("ended")
+            elif self._leave("failed"):
+                self._error = self._build_error(exc, is_ours)
+            if not is_ours:
+                raise       # an interrupt, or what a signal handler raised
+        return None
 
-    def _fail(self, exc: BaseException) -> BaseException | None:
-        """Close, and return what to raise; None if the failure is harmless.
+    def _leave(self, state: str, keep: bool = False) -> bool:
+        """Go from "open" to another state; False if close() was faster.
 
-        It is harmless after close().  Once the answer is proven whole, so is
-        a failure of the network, or silence until the deadline.  But if an
-        event came after the deadline, the reply lacks it: that is an error.
+        The connection is closed, or kept for the next call.
         """
-        exchange = self._exchange
-        exchange.close()
-        is_network = is_network_failure(exc)
-        is_ours = is_network or isinstance(exc, ServError)
-        if self._state == "closed":
-            return None if is_ours else exc
-        if (is_network and exchange.assembler.whole
-                and not exchange.lost_an_event):    # see check_time()
-            return None
-        self._state = "failed"
+        with self._lock:
+            if self._state != "open":
+                return False
+            self._state = state
+            if keep:
+                self._exchange.keep_connection()
+            else:
+                self._exchange.close()
+            return True
+
+    def _build_error(self, exc: BaseException, is_ours: bool) -> ServError:
+        """Return the error that this stream raises from now on."""
         if is_ours:
-            error = exchange.explain(exc)
+            error = self._exchange.explain(exc)
         else:
-            # An interrupt, or what a signal handler raised.  It is raised as
-            # it is; this error is what a later loop over this stream gets.
             error = APIConnectionError("reading was interrupted")
-        exchange.complete_error(error)
-        error.reply = exchange.build_partial_reply()
-        # A copy has its text and attributes, but no traceback and no cause.
-        self._error = copy.copy(error)
-        return error if is_ours else exc
+        self._exchange.complete_error(error)
+        error.reply = self._exchange.build_partial_reply()
+        return error
 
 
 # ---------------------------------------------------------------------------
@@ -1006,12 +1001,9 @@ _decoder = json.JSONDecoder(strict=False)
 def parse_json(text: str) -> JSON:
     """Return the value of a JSON text.
 
-    :raise ValueError: it is not JSON, is nested deeper than MAX_DEPTH, or has
-        more than MAX_BRACKETS lists and objects.
+    :raise ValueError: it is not JSON, or is nested deeper than MAX_DEPTH.
     """
     brackets = text.count("[") + text.count("{")
-    if brackets > MAX_BRACKETS:
-        raise ValueError(f"more than {MAX_BRACKETS} lists and objects")
     if brackets > MAX_DEPTH and is_too_deep(text):
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     text = text.strip(" \t\r\n")
@@ -1471,9 +1463,6 @@ def parse_odd_data(name: str, data: str, reason: str) -> list[JSONDict]:
     lines = [line for line in data.split("\n") if line.strip()]
     if not lines:
         return []       # an event that keeps the connection alive
-    # parse_json() would look at each line by itself.
-    if data.count("[") + data.count("{") > MAX_BRACKETS:
-        raise APIResponseError(f"a broken event: {reason}")
     try:
         # [DONE]; or several events, whose blank lines were lost.
         return [parse_line(line) for line in lines]
@@ -1598,6 +1587,11 @@ class ShownText:
         self.pieces.clear()
         return shown
 
+    def end(self) -> str:
+        """Return what is still to be shown at the end."""
+        self.end_half()
+        return self.take()
+
 
 def map_text(value: JSON, change: Callable[[str], str]) -> JSON:
     """Return a copy of a JSON value in which a function changed each text."""
@@ -1618,12 +1612,10 @@ def map_text(value: JSON, change: Callable[[str], str]) -> JSON:
 class GrowingList:
     """A list whose entries come in pieces, as content parts do.
 
-    1. A piece with an index belongs to the entry of its type and index.
-    2. Without an index, the first piece of an event may continue the last
-       entry: if this entry has the same type, no other id, and already one of
-       ENTRY_TEXTS.  So {"type": "text", "text": "He"} and, in the next event,
-       {"type": "text", "text": "llo"} are one entry; two citations stay two.
-    3. Any other piece is an entry of its own.
+    A piece with an index belongs to the entry of its type and index.  Without
+    an index, it continues the last entry if both are texts of one type and of
+    one id.  So {"type": "text", "text": "He"} and, in the next event,
+    {"type": "text", "text": "llo"} are one entry; two citations stay two.
     """
 
     def __init__(self) -> None:
@@ -1637,37 +1629,37 @@ class GrowingList:
                 entry = self.find_entry(piece, is_first=number == 0)
                 add_to_entry(entry, piece, shown)
             else:
-                check_number(len(self.entries))
                 self.entries.append(piece)
 
     def find_entry(self, piece: JSONDict, is_first: bool) -> JSONDict:
-        """Return the entry that a piece continues, or a new one."""
+        """Return the entry that a piece continues, or a new one.
+
+        The pieces of one event are entries of their own: only the first may
+        continue the last entry.
+        """
         index = piece.get("index")
-        if isinstance(index, int):                              # 1
+        key = None
+        if isinstance(index, int):
             key = (str(piece.get("type")), index)
-            if key not in self.by_key:
-                self.by_key[key] = self.begin()
-            return self.by_key[key]
-        if is_first and self.can_continue_last(piece):          # 2
+            if key in self.by_key:
+                return self.by_key[key]
+        elif is_first and self.can_continue_last(piece):
             last: JSONDict = self.entries[-1]
             return last
-        return self.begin()                                     # 3
+        entry: JSONDict = {}
+        self.entries.append(entry)
+        if key is not None:
+            self.by_key[key] = entry
+        return entry
 
     def can_continue_last(self, piece: JSONDict) -> bool:
-        """Whether a piece without an index may belong to the last entry."""
+        """Whether the last entry is a text of the same type and id."""
         last = self.entries[-1] if self.entries else None
         if not isinstance(last, dict) or last.get("type") != piece.get("type"):
             return False
         if piece.get("id") not in (None, last.get("id")):
             return False
         return any(last.get(name) is not None for name in ENTRY_TEXTS)
-
-    def begin(self) -> JSONDict:
-        """Add an empty entry and return it."""
-        check_number(len(self.entries))
-        entry: JSONDict = {}
-        self.entries.append(entry)
-        return entry
 
 
 def add_to_entry(entry: JSONDict, piece: JSONDict,
@@ -1678,54 +1670,42 @@ def add_to_entry(entry: JSONDict, piece: JSONDict,
         if name == "text" and kind in ("text", "output_text"):
             add_text(entry, name, value, shown)
         elif name in ENTRY_TEXTS or isinstance(value, list):
-            add_text_or_list(entry, name, value)
+            add_text(entry, name, value)
         else:
             put(entry, name, value)
 
 
 def add_text(target: JSONDict, name: str, value: JSON,
              shown: ShownText | None = None) -> None:
-    """Add a piece to a text field.
+    """Add a piece to a field that is a text, or a list of parts.
 
-    :raise APIResponseError: the field was text, or a list of texts, and the
-        piece is not.
+    Magistral sends a list of parts, then texts: such a text is one more part.
+
+    :raise APIResponseError: the field was one of both, and the piece is none.
     """
     old = target.get(name)
-    # "" begins a text where there is nothing; else it adds nothing.
-    if isinstance(value, str) and (value or old is None):
+    if is_empty(value):
+        put(target, name, value)
+    elif isinstance(value, list):
+        if not isinstance(old, GrowingList):
+            target[name] = GrowingList()
+            if isinstance(old, GrowingText):    # it becomes the first part
+                target[name].entries.append({"type": "text", "text": old})
+        target[name].add(value, shown)
+    elif isinstance(value, str) and isinstance(old, GrowingList):
+        old.add([{"type": "text", "text": value}], shown)
+    elif isinstance(value, str):
         if not isinstance(old, GrowingText):
             old = GrowingText(old if isinstance(old, str) else "")
             target[name] = old
         old.pieces.append(value)
         if shown is not None:
             shown.add(old, value)
-    elif is_empty(value):
-        target.setdefault(name, value)
     elif isinstance(old, (GrowingText, GrowingList)):
         raise APIResponseError(f"a broken event: {name} was text and is now "
                                f"{type(value).__name__}")
     else:
         put(target, name, value)
-
-
-def add_text_or_list(target: JSONDict, name: str, value: JSON,
-                     shown: ShownText | None = None) -> None:
-    """Add to a text field, or to a list that some servers send in its place.
-
-    Magistral sends a list of parts, then texts: such a text is one more part.
-    """
-    old = target.get(name)
-    if isinstance(old, GrowingList) and isinstance(value, str) and value:
-        value = [{"type": "text", "text": value}]
-    if isinstance(value, list) and value:
-        if not isinstance(old, GrowingList):
-            target[name] = GrowingList()
-            # What was text becomes the first part.
-            if isinstance(old, GrowingText) and old.get():
-                target[name].entries.append({"type": "text", "text": old})
-        target[name].add(value, shown)
-    else:
-        add_text(target, name, value, shown)
 
 
 def add_object(target: JSONDict, name: str, piece: JSONDict) -> None:
@@ -1753,14 +1733,15 @@ def add_object(target: JSONDict, name: str, piece: JSONDict) -> None:
 
 
 def put(target: JSONDict, name: str, value: JSON) -> None:
-    """Set a field.  An empty value never erases; objects are merged.
+    """Set a field.  An empty value replaces only None; objects are merged.
 
     The value becomes a part of the target.  No caller has it: events() yields
     copies.
     """
     old = target.get(name)
     if is_empty(value):
-        target.setdefault(name, value)
+        if old is None:
+            target[name] = value
     elif isinstance(old, dict) and isinstance(value, dict):
         for key, entry in value.items():
             put(old, key, entry)
@@ -1771,13 +1752,6 @@ def put(target: JSONDict, name: str, value: JSON) -> None:
 def is_empty(value: JSON) -> bool:
     """Whether a value is None, "", {} or []; 0 and False are values."""
     return not value and not isinstance(value, (int, float))
-
-
-def check_number(count: int) -> None:
-    """Refuse one more part of an answer that has too many."""
-    if count >= MAX_PARTS:
-        raise APIResponseError(f"more than {MAX_PARTS} choices, calls or "
-                               "blocks in one answer")
 
 
 class IndexedParts:
@@ -1796,7 +1770,6 @@ class IndexedParts:
 
     def begin(self, index: JSON, part: JSONDict) -> JSONDict:
         """Add a part and return it."""
-        check_number(len(self.by_place))
         # Deltas name the index (the key); the order is that of the places.
         key = index if isinstance(index, int) else self.next_place
         place = key if key not in self.by_place else self.next_place
@@ -1865,23 +1838,14 @@ class ChatAssembler:
             if not isinstance(index, int):
                 index = number
             if index not in self.choices:
-                check_number(len(self.choices))
                 self.choices[index] = ChatChoice(
                     self.shown if index == 0 else None)
             self.choices[index].add(choice)
         return self.shown.take()
 
     def end(self) -> str:
-        """Return the text that is still to be shown at the end.
-
-        Some servers count choices from 1.  Then the answer's text is that of
-        the first choice, which is known only now.
-        """
-        if self.choices and 0 not in self.choices:
-            first = self.choices[min(self.choices)].build()
-            return find_text(map_text(first["message"]["content"], clean_text))
-        self.shown.end_half()
-        return self.shown.take()
+        """Return the text that is still to be shown at the end."""
+        return self.shown.end()
 
     def build(self, partial: bool = False,
               clean: Callable[[str], str] = clean_text) -> JSONDict:
@@ -1906,8 +1870,6 @@ class ChatChoice:
         self.message: JSONDict = {"role": "assistant", "content": None}
         self.calls = IndexedParts()
         self.call_of_id: dict[str, JSONDict] = {}
-        # What begins_next() began: each call with the one before it.
-        self.unsure: list[tuple[JSONDict, JSONDict]] = []
         self.has_content = False
         self.finished = False   # it has a finish_reason, and no content since
 
@@ -1940,15 +1902,14 @@ class ChatChoice:
                 self.has_content = True
                 self.finished = False
             if name == "content":
-                add_text_or_list(self.message, name, value, self.shown)
+                add_text(self.message, name, value, self.shown)
             elif name == "tool_calls":
                 for piece in expect_list(delta, name):
                     if isinstance(piece, dict):
                         self.add_call(piece)
-            elif name == "refusal" or name in REASONING_TEXTS:
-                add_text_or_list(self.message, name, value)
-            elif isinstance(value, list):
-                add_text_or_list(self.message, name, value)
+            elif (name == "refusal" or name in REASONING_TEXTS
+                    or isinstance(value, list)):
+                add_text(self.message, name, value)
             elif name in ("audio", "function_call") and isinstance(value,
                                                                    dict):
                 add_object(self.message, name, value)
@@ -1970,10 +1931,7 @@ class ChatChoice:
         """Add a piece of a tool call."""
         call = self.find_call(piece)
         if call is None:
-            before = self.calls.get(piece.get("index"))
             call = self.calls.begin(piece.get("index"), {})
-            if before is not None:
-                self.unsure.append((call, before))
         id = piece.get("id")
         if isinstance(id, str) and id:
             self.call_of_id[id] = call
@@ -1988,34 +1946,21 @@ class ChatChoice:
     def find_call(self, piece: JSONDict) -> JSONDict | None:
         """Return the call that a piece continues; None if it begins one.
 
-        Known are the ids and the indexes of the calls so far; others are new.
-        The first row that fits decides:
-
-        ===  ======  ==========  ====  ==================================
-        row  its id  index       name  the call
-        ===  ======  ==========  ====  ==================================
-        1    known   new         yes   a new one: some give all one id
-        2    known   any         any   the one of this id
-        3    new     none        any   a new one
-        4    any     new         any   a new one (also the very first)
-        5    any     known/none  yes   a new one, if begins_next() says so
-        6    any     known/none  any   the newest of the index; the last
-        ===  ======  ==========  ====  ==================================
+        A call is known by its id, else by its index.  What has neither
+        belongs to the last call.
         """
         id, index = piece.get("id"), piece.get("index")
         name = get_dict(piece, "function").get("name")
         call = self.calls.get(index)    # without an index, the last one
+        if name and call is None:
+            return None     # the first of this index: some give all one id
         if isinstance(id, str) and id in self.call_of_id:
-            if name and call is None:                               # row 1
-                return None
-            return self.call_of_id[id]                              # row 2
-        if id and not isinstance(index, int):                       # row 3
+            return self.call_of_id[id]
+        if id and not isinstance(index, int):
+            return None     # a new id, and nothing else to go by
+        if name and call is not None and begins_next(piece, call):
             return None
-        if call is None:                                            # row 4
-            return None
-        if name and begins_next(piece, call):                       # row 5
-            return None
-        return call                                                 # row 6
+        return call
 
     def build(self) -> JSONDict:
         """Return the choice; a call without a name is none."""
@@ -2024,50 +1969,34 @@ class ChatChoice:
         for call in self.calls.in_order():
             function = get_dict(call, "function") or get_dict(call, "custom")
             kind = "custom" if "custom" in call else "function"
-            if function.get("name") and not self.is_echo(call):
+            if function.get("name"):
                 calls.append({**call, "type": call.get("type") or kind})
         if calls:
             message["tool_calls"] = calls
         return {**self.fields, "message": message}
 
-    def is_echo(self, call: JSONDict) -> bool:
-        """Whether a call is none: only the name of the one before, again.
-
-        Some servers say the name of a call once more behind its arguments.
-        """
-        if call.get("id"):
-            return False
-        function = get_dict(call, "function")
-        arguments = function.get("arguments")
-        if isinstance(arguments, GrowingText):
-            arguments = arguments.get().strip()
-        if arguments:
-            return False
-        for unsure, before in self.unsure:
-            if unsure is call:
-                said = get_dict(before, "function").get("name")
-                return bool(function.get("name") == said)
-        return False
-
 
 def begins_next(piece: JSONDict, call: JSONDict) -> bool:
     """Whether a piece with a name begins the call behind this one.
 
-    Some servers repeat the name in every piece of a call.  But Gemini counts
-    all its calls as 0, often without ids.
+    Gemini counts all its calls as 0, often without ids.  Then a call begins
+    where the arguments so far are whole, as the second one here:
+    {"name": "f", "arguments": "{}"}, {"name": "f", "arguments": "{}"}.
+    But others repeat the name in every piece of one call, as in
+    {"name": "f", "arguments": "{"}, {"name": "f", "arguments": "}"}.
     """
     function, begun = get_dict(piece, "function"), get_dict(call, "function")
     has_other_name = function.get("name") != begun.get("name")
-    if piece.get("id") and call.get("id") and has_other_name:
-        return True     # Gemini, with ids
-    given = get_str(function, "arguments") or ""
-    if given.strip() and not given.strip().startswith("{"):
-        return False    # they continue arguments: they do not begin an object
-    # Gemini, without ids: the arguments so far are whole.
-    arguments = begun.get("arguments")
-    if isinstance(arguments, GrowingText):
-        return arguments.is_closed()
-    return isinstance(arguments, dict)
+    if has_other_name and piece.get("id") and call.get("id"):
+        return True     # the id is another one, too, or it would be known
+    so_far, arguments = begun.get("arguments"), function.get("arguments")
+    if isinstance(so_far, GrowingText):
+        is_whole = so_far.is_closed()
+    else:
+        is_whole = isinstance(so_far, dict)
+    begins_arguments = isinstance(arguments, dict) or (
+        isinstance(arguments, str) and arguments.lstrip().startswith("{"))
+    return is_whole and (has_other_name or begins_arguments)
 
 
 class MessagesAssembler:
@@ -2194,7 +2123,6 @@ class MessagesAssembler:
             block = self.find_block(index, "text")
             if not isinstance(block.get("citations"), list):
                 block["citations"] = []
-            check_number(len(block["citations"]))
             block["citations"].append(delta.get("citation"))
         else:
             self.add_unknown(index, delta)
@@ -2213,8 +2141,7 @@ class MessagesAssembler:
 
     def end(self) -> str:
         """Return the text that is still to be shown at the end."""
-        self.shown.end_half()
-        return self.shown.take()
+        return self.shown.end()
 
     def build(self, partial: bool = False,
               clean: Callable[[str], str] = clean_text) -> JSONDict:
@@ -2497,9 +2424,6 @@ def start_tls(sock: DeadlineSocket, host: str, context: ssl.SSLContext,
     secure.deadline = min(deadline, time.monotonic() + CONNECT_TIMEOUT)
     try:
         secure.when_ready(secure.do_handshake)
-        # An interpreter in a browser (Pyodide) checks nothing.
-        if not secure.getpeercert():
-            raise APIConnectionError("the server showed no certificate")
     except BaseException:
         secure.close()
         raise
@@ -2577,18 +2501,20 @@ def find_proxy(address: Address) -> Proxy | None:
 
     :raise ValueError: its URL is wrong.
     """
-    name = "https_proxy" if address.tls else "http_proxy"
-    text = os.environ.get(name)
-    # In a CGI program, HTTP_PROXY is the "Proxy" header of a client:
-    # https://httpoxy.org.  On Windows, http_proxy is the same variable.
-    is_cgi = "REQUEST_METHOD" in os.environ and not address.tls
-    if is_cgi and os.name == "nt":
-        text = None
-    if text is None and not is_cgi:
-        text = os.environ.get(name.upper())
-    excluded = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    if not text or is_excluded(address.host, address.port, excluded):
+    scheme = "https" if address.tls else "http"
+    name = scheme + "_proxy"
+    if not os.environ.get(name) and not os.environ.get(name.upper()):
         return None
+    # Imported only here: it is slow to load, and most calls have no proxy.
+    import urllib.request
+    text = urllib.request.getproxies().get(scheme)
+    # Two spellings: NO_PROXY may name an IPv6 host with and without brackets.
+    for host in (address.host, f"[{address.host}]"):
+        # This function is public, though undocumented, in every Python 3.
+        if urllib.request.proxy_bypass(f"{host}:{address.port}"):
+            return None
+    if not text:
+        return None     # HTTP_PROXY in a CGI program, see getproxies()
     proxy = parse_proxy(text.strip())
     if proxy is None:
         raise ValueError(f"{name}: expected "
@@ -2620,25 +2546,6 @@ def parse_proxy(text: str) -> Proxy | None:
         words = f"{user}:{password}".encode()
         login = "Basic " + base64.b64encode(words).decode()
     return Proxy(ascii_host, port or 80, login)
-
-
-def is_excluded(host: str, port: int, excluded: str) -> bool:
-    """Whether NO_PROXY names a host.
-
-    Its entries are separated by commas: a host (with all below it) or an
-    address, with or without a port; or * for all.
-    """
-    with_port = f"{host}:{port}"
-    spellings = (host, with_port, f"[{host}]", f"[{host}]:{port}")
-    for entry in excluded.lower().split(","):
-        name = entry.strip().lstrip(".")
-        if name == "*" or name in spellings:
-            return True
-        if name and host.endswith("." + name):
-            return True
-        if name and with_port.endswith("." + name):
-            return True
-    return False
 
 
 def is_network_failure(exc: BaseException) -> bool:
@@ -2905,8 +2812,6 @@ class Exchange:
         self.route = Route(request.address)
         self.connection = (take_connection(self.route) if reuse
                            else Connection(self.route))
-        self.released = False           # the connection is another call's
-        self.ending = threading.Lock()  # see end_wait()
         self.sent = time.monotonic()
         self.response: http.client.HTTPResponse | None = None
         self.at_end = False             # the body was read to its end
@@ -2920,8 +2825,6 @@ class Exchange:
         else:
             self.assembler = MessagesAssembler()
         self.events: Iterator[tuple[JSONDict, str]] = iter(())
-        # An event came after the deadline: so even a proven end is a timeout.
-        self.lost_an_event = False
 
     def run(self) -> ServError | None:
         """Send the request and read the answer; of a stream, its head.
@@ -3043,7 +2946,7 @@ class Exchange:
         try:
             for name, data in iter_events(chunks):
                 for event in parse_events(name, data):
-                    self.check_time(event)
+                    self.check_time()
                     if event is DONE:
                         assembler.add(DONE)
                         return      # what stands behind it does not count
@@ -3057,15 +2960,14 @@ class Exchange:
         except EventTooLarge as exc:
             raise APIResponseError(f"a broken event: {exc}")
 
-    def check_time(self, event: JSONDict) -> None:
-        """Raise an APITimeoutError if an event of a stream comes too late.
+    def check_time(self) -> None:
+        """Raise an APITimeoutError after the deadline.
 
-        An end that is proven already is never too late.
+        The caller may have held a piece so long, while the next events were
+        already here.  If these only follow a proven end, they are welcome.
         """
         now = time.monotonic()
-        is_end = event is DONE or event.get("type") == "message_stop"
-        if now >= self.deadline and not (is_end and self.assembler.whole):
-            self.lost_an_event = True
+        if now >= self.deadline and not self.assembler.whole:
             raise APITimeoutError("an event came too late")
         self.elapsed = now - self.started
 
@@ -3236,29 +3138,17 @@ class Exchange:
     def keep_connection(self) -> None:
         """Leave the connection to the next call."""
         self.events = iter(())      # its frame refers to this object: a cycle
-        if self.ending.acquire(blocking=False):
-            self.released = True
-            self.ending.release()
-            self.connection.keep()
-        else:
-            self.connection.discard()   # end_wait() is at it
+        self.connection.keep()
 
     def close(self) -> None:
-        """Close the connection, unless it is left to another call."""
+        """Close the connection."""
         self.events = iter(())      # its frame refers to this object: a cycle
-        if not self.released:
-            self.connection.discard()
+        self.connection.discard()
 
     def end_wait(self) -> None:
-        """End a wait in another thread, which then finds the end.
-
-        That thread may be in keep_connection().  Who gets the lock decides
-        whether the connection is kept or ended; nobody waits for it.
-        """
-        if self.ending.acquire(blocking=False):
-            if self.connection.wire is not None and not self.released:
-                self.connection.wire.shut_down()
-            self.ending.release()
+        """End a wait in another thread, which then finds the end."""
+        if self.connection.wire is not None:
+            self.connection.wire.shut_down()
 
 
 def send_request(request: Request) -> Exchange:
@@ -3274,20 +3164,17 @@ def send_request(request: Request) -> Exchange:
         if exchange.was_stale(error) and not resent:
             # Once a call, sent again on a new connection: not a retry.
             resent = True
-            del error
             continue
         wait = retry_wait(error, failed)
         # Without room for the wait there is no use in waiting.
         if (wait is None or failed == request.max_retries
                 or time.monotonic() + wait >= exchange.deadline):
-            try:
-                raise error
-            finally:
-                del error   # it refers to this frame, and this to it
+            # A copy: the traceback of `error` would refer to this frame, which
+            # refers to `error`, and keep both in memory.
+            raise copy.copy(error) from error.__cause__
         failed += 1
         warn(f"retry {failed} of {request.max_retries} in {wait:.1f} s: "
              f"{error}")
-        del error
         time.sleep(wait)
 
 
