@@ -115,8 +115,8 @@ LAST_CHUNK_SECONDS = 0.01   # a call waits so long for the end of the body of
 MAX_IDLE = 256
 
 # Sizes, in bytes.  In memory, an answer takes 3 to 10 times its size, as a
-# rule; the worst, 32 MiB of nested empty dicts, takes 1 GiB.  The worst stream,
-# 64 MiB of them, takes 4 GiB while its reply is built.
+# rule; the worst, 32 MiB of nested empty dicts, takes 1 GiB.  The worst
+# stream, 64 MiB of them, takes 4 GiB while its reply is built.
 READ_SIZE = 1 << 16     # of one read or write
 MAX_BODY = 1 << 25      # of one JSON answer or one event: 32 MiB
 MAX_STREAM = 1 << 26    # of a whole stream: 64 MiB, ten times the longest
@@ -740,8 +740,9 @@ def build_request(endpoint: str, messages: Messages, *,
                   base_url: str | None = None, timeout: float | None = None,
                   max_retries: int = 2,
                   headers: Mapping[str, str] | None = None,
-                  params: Mapping[str, JSON] = {}) -> Request:
+                  params: Mapping[str, JSON] | None = None) -> Request:
     """Check everything and return the request; raise what chat() raises."""
+    params = params or {}
     if endpoint not in PATHS:
         raise ValueError('endpoint: expected "chat" or "messages"')
     if type(max_retries) is not int or max_retries < 0:
@@ -1757,9 +1758,9 @@ def is_empty(value: JSON) -> bool:
 class IndexedParts:
     """The calls or the blocks of an answer, in order.
 
-    The index of a part is its place, whatever number it is.  If the place is
-    taken, or there is no index, the part comes behind all others: parts with
-    the indexes 0, 0, 5 and none are at the places 0, 1, 5 and 6.
+    A part stands at the place that its index names, whatever number that is.
+    Without an index, or if the place is taken, it stands behind all others:
+    parts with the indexes 0, 0, 5 and none stand at 0, 1, 5 and 6.
     """
 
     def __init__(self) -> None:
@@ -1770,12 +1771,14 @@ class IndexedParts:
 
     def begin(self, index: JSON, part: JSONDict) -> JSONDict:
         """Add a part and return it."""
-        # Deltas name the index (the key); the order is that of the places.
-        key = index if isinstance(index, int) else self.next_place
-        place = key if key not in self.by_place else self.next_place
+        if not isinstance(index, int):
+            index = self.next_place
+        place = index
+        if place in self.by_place:
+            place = self.next_place
         self.next_place = max(self.next_place, place + 1)
         self.by_place[place] = part
-        self.by_index[key] = part
+        self.by_index[index] = part
         self.last = part
         return part
 
@@ -2008,8 +2011,7 @@ class MessagesAssembler:
     def __init__(self) -> None:
         self.fields: JSONDict = {}      # of the message, except its blocks
         self.blocks = IndexedParts()
-        # The newest tool of each index, for rule 2 of find_block().
-        self.tools: dict[int, JSONDict] = {}
+        self.tools: dict[int | None, JSONDict] = {}   # newest of each index
         self.shown = ShownText()
         self.started = False            # message_start has come
         self.done = False               # message_stop has come
@@ -2023,6 +2025,8 @@ class MessagesAssembler:
         :raise APIResponseError: the event breaks the format.
         """
         kind, index = event.get("type"), event.get("index")
+        if not isinstance(index, int):
+            index = None
         if kind == "message_start":
             self.started = True
             self.add_message(expect_dict(event, "message"))
@@ -2060,7 +2064,7 @@ class MessagesAssembler:
         if fields.get("stop_reason"):
             self.whole = True
 
-    def begin_block(self, index: JSON, fields: JSONDict) -> JSONDict:
+    def begin_block(self, index: int | None, fields: JSONDict) -> JSONDict:
         """Begin a block with the fields that it has, and return it."""
         block = self.blocks.begin(index, {"type": "text"})
         put(block, "type", fields.get("type"))
@@ -2069,37 +2073,33 @@ class MessagesAssembler:
                 add_text(block, name, value, self.shown)
             elif name != "type":
                 put(block, name, value)
-        if isinstance(index, int) and fits(block, "tool_use"):
+        if fits(block, "tool_use"):
             self.tools[index] = block
         return block
 
-    def find_block(self, index: JSON, kind: str) -> JSONDict:
-        """Return the block that a delta of a kind goes to.
+    def find_block(self, index: int | None, kind: str) -> JSONDict:
+        """Return the block of an index, if a delta of a kind fits into it.
 
-        1. The newest block of its index, if that is of this kind.
-        2. For the input of a tool: the newest tool of its index.
-        3. If its index names a block of another kind (some gateways count
-           every delta as 0): the newest block of all, if that fits.
-        4. A new block.  But an index below 0 must be that of a block: a
-           gateway that says -1 means one of them, and who knows which.
+        Some gateways mix up the indexes: then the kind decides.
         """
-        block = self.blocks.get(index)
-        if block is not None and fits(block, kind):                 # 1
-            return block
-        if kind == "tool_use" and isinstance(index, int):           # 2
-            tool = self.tools.get(index)
-            if tool is not None:
-                return tool
-        last = self.blocks.last
-        if block is not None and last is not None:                  # 3
-            if fits(last, kind):
-                return last
-        if block is None:                                           # 4
-            if isinstance(index, int) and index < 0:
+        block = self.blocks.get(index)      # without an index, the last one
+        if block is None:
+            if index is not None and index < 0:
+                # A gateway that says -1 means a block; who knows which.
                 raise APIResponseError("a broken event: a delta for no block")
+            return self.begin_block(index, {"type": kind})
+        if fits(block, kind):
+            return block
+        # A text came into the middle of a tool's input, which now goes on.
+        if kind == "tool_use" and index in self.tools:
+            return self.tools[index]
+        # All deltas have the index 0: this one is for the last block.
+        last = self.blocks.last
+        if last is not None and fits(last, kind):
+            return last
         return self.begin_block(index, {"type": kind})
 
-    def add_delta(self, index: JSON, delta: JSONDict) -> None:
+    def add_delta(self, index: int | None, delta: JSONDict) -> None:
         """Add a delta to its block."""
         kind = delta.get("type") or "text_delta"
         # Some gateways send "" for a block of another kind: we ignore it, so
@@ -2127,7 +2127,7 @@ class MessagesAssembler:
         else:
             self.add_unknown(index, delta)
 
-    def add_unknown(self, index: JSON, delta: JSONDict) -> None:
+    def add_unknown(self, index: int | None, delta: JSONDict) -> None:
         """Add a delta of a type yet unknown.
 
         Only the known types change text, thinking and input.
@@ -2829,9 +2829,8 @@ class Exchange:
     def run(self) -> ServError | None:
         """Send the request and read the answer; of a stream, its head.
 
-        Return the error, if there is one: raised, its traceback would keep
-        the request and the connection of this try in memory.  After an error
-        answer that was read to its end, the connection is kept.
+        Return the error, if there is one.  The connection is kept after an
+        error answer that was read to its end; else it is closed.
         """
         try:
             self.response = self.connection.post(self.request, self.deadline)
@@ -3072,16 +3071,18 @@ class Exchange:
         Only an exception of the system becomes its cause: those of
         http.client quote the server, which may have echoed the key.
         """
-        late = time.monotonic() >= self.deadline - CLOCK_ERROR
-        is_answer_error = isinstance(exc, ServError) and not isinstance(
-            exc, APIConnectionError)
         error: ServError
-        if late and not is_answer_error:
+        is_late = time.monotonic() >= self.deadline - CLOCK_ERROR
+        is_connection_error = isinstance(exc, APIConnectionError)
+        if isinstance(exc, ServError) and not (
+                is_late and is_connection_error):
+            # A copy has neither its traceback, which refers to the request,
+            # nor its context.
+            return copy.copy(exc)
+        if is_late:
             error = APITimeoutError(
                 f"timed out: not within {self.request.timeout:g} s; raise "
                 "timeout (or SERV_TIMEOUT), or ask for less")
-        elif isinstance(exc, ServError):
-            error = exc.with_traceback(None)
         else:
             what = "no answer"
             if self.response is not None:
@@ -3090,12 +3091,10 @@ class Exchange:
             error = APIConnectionError(f"{what}: {text}{self.find_hint(exc)}")
             if isinstance(exc, ssl.SSLCertVerificationError):
                 error._worth_a_retry = False
+        # http.client's RemoteDisconnected is an OSError, too.
         if isinstance(exc, OSError) and not isinstance(
                 exc, http.client.HTTPException):
-            # (RemoteDisconnected is both.)  Without its frames: they hold the
-            # request.
             error.__cause__ = exc.with_traceback(None)
-        error.__context__ = None
         return error
 
     def find_hint(self, exc: BaseException) -> str:
