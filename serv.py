@@ -548,9 +548,12 @@ class Stream:
         # "closed" (by close()).
         self._state = "open"
         self._error: ServError | None = None    # why it failed
-        self._reader: int | None = None         # the thread that reads now
-        # Held while the two fields above change, never during a wait.  A
-        # signal handler may call close() while its own thread holds it.
+        # The thread that reads now.  It first sets this, then looks at the
+        # state; close() first sets the state, then looks at this.  So at least
+        # one of two threads sees the other.
+        self._reader: int | None = None
+        # Held while the stream ends, never during a wait.  (A signal handler
+        # may call close() while its own thread holds it.)
         self._lock = threading.RLock()
 
     def __iter__(self) -> Stream:
@@ -621,21 +624,19 @@ class Stream:
         At the end there is no event, but there may be a last text.
         """
         me = threading.get_ident()
+        if self._reader not in (None, me):
+            raise ValueError("another thread is reading this stream")
         try:
-            with self._lock:
-                if self._reader not in (None, me):
-                    raise ValueError("another thread is reading this stream")
-                self._reader = me
+            self._reader = me
             if self._state == "open":
                 step = self._read()
                 if step is not None:
                     return step
         finally:
-            with self._lock:
-                if self._reader == me:
-                    self._reader = None
-                    if self._state == "closed":     # by another thread
-                        self._exchange.close()
+            self._reader = None
+            if self._state == "closed":     # by another thread
+                with self._lock:
+                    self._exchange.close()
         if self._error is not None:
             # Each further step raises it again: an end would look as if the
             # answer were whole.  A copy, because the traceback of what is
@@ -1685,24 +1686,22 @@ def add_text(target: JSONDict, name: str, value: JSON,
     :raise APIResponseError: the field was one of both, and the piece is none.
     """
     old = target.get(name)
-    if is_empty(value):
-        put(target, name, value)
-    elif isinstance(value, list):
-        if not isinstance(old, GrowingList):
-            target[name] = GrowingList()
-            if isinstance(old, GrowingText):    # it becomes the first part
-                target[name].entries.append({"type": "text", "text": old})
-        target[name].add(value, shown)
-    elif isinstance(value, str) and isinstance(old, GrowingList):
-        old.add([{"type": "text", "text": value}], shown)
-    elif isinstance(value, str):
+    if isinstance(old, GrowingList) and isinstance(value, str) and value:
+        value = [{"type": "text", "text": value}]
+    if isinstance(value, str) and value:
         if not isinstance(old, GrowingText):
             old = GrowingText(old if isinstance(old, str) else "")
             target[name] = old
         old.pieces.append(value)
         if shown is not None:
             shown.add(old, value)
-    elif isinstance(old, (GrowingText, GrowingList)):
+    elif isinstance(value, list) and value:
+        if not isinstance(old, GrowingList):
+            target[name] = GrowingList()
+            if isinstance(old, GrowingText):    # it becomes the first part
+                target[name].entries.append({"type": "text", "text": old})
+        target[name].add(value, shown)
+    elif isinstance(old, (GrowingText, GrowingList)) and not is_empty(value):
         raise APIResponseError(f"a broken event: {name} was text and is now "
                                f"{type(value).__name__}")
     else:
@@ -2637,22 +2636,22 @@ class Connection(http.client.HTTPConnection):
     def is_usable(self, limit: float) -> bool:
         """Whether the last answer is at its end and nothing has come since.
 
-        A stream is left at [DONE]; the last chunk of its body may come later,
-        until the limit: read1() reads it and returns b"".  What has come since
-        is, as a rule, the end of the connection.  What http.client has read
-        together with the end of the answer is not seen.  It is dropped: no
-        later answer can be taken from it.
+        A stream is left at [DONE].  The last chunk of its body may come a
+        little later: this waits for it until the limit.  If anything has come
+        behind the answer, as a rule it is the end of the connection.
         """
         assert self.wire is not None and self.response is not None
         self.wire.deadline = limit
         try:
-            if read_some(self.response, 1) or self.wire.has_input():
+            if read_some(self.response, 1):
+                return False    # more of the body
+            if self.wire.has_input():
                 return False
         except Exception as exc:
             if not is_network_failure(exc):
                 raise
             return False
-        self.response.close()
+        self.response.close()   # with what it has read beyond its end
         return True
 
     def keep(self) -> None:
