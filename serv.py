@@ -1991,14 +1991,17 @@ def begins_next(piece: JSONDict, call: JSONDict) -> bool:
     has_other_name = function.get("name") != begun.get("name")
     if has_other_name and piece.get("id") and call.get("id"):
         return True     # the id is another one, too, or it would be known
-    so_far, arguments = begun.get("arguments"), function.get("arguments")
+    so_far = begun.get("arguments")
     if isinstance(so_far, GrowingText):
         is_whole = so_far.is_closed()
     else:
         is_whole = isinstance(so_far, dict)
-    begins_arguments = isinstance(arguments, dict) or (
-        isinstance(arguments, str) and arguments.lstrip().startswith("{"))
-    return is_whole and (has_other_name or begins_arguments)
+    if not is_whole:
+        return False
+    if has_other_name or get_dict(function, "arguments"):
+        return True
+    arguments = get_str(function, "arguments") or ""
+    return arguments.lstrip().startswith("{")
 
 
 class MessagesAssembler:

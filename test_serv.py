@@ -3132,21 +3132,19 @@ def test_stream_of_chat_what_grows_and_what_replaces(deltas, message):
 
 # -- Chat: which call a piece belongs to --------------------------------------
 #
-# 1. A piece with an id that has come continues the call of that id; but with
-#    a new index and a name it begins a call: some give all calls one id.
-# 2. A piece with a new id and no index begins a call.
-# 3. A piece with a new index begins a call.
+# 1. A piece with a name and a new index begins a call.
+# 2. A piece with an id that has come continues the call of that id.
+# 3. A piece with a new id and no index begins a call.
 # 4. Any other piece continues the newest call of its index; without an index,
 #    the last call.  But if it has a name, it begins a call where both have
 #    ids and the names differ; or where the arguments so far are a whole
-#    object, and the piece does not go on with them: it has none yet, or they
-#    begin with "{".
+#    object, and the piece brings another name or the beginning of another
+#    object.
 # 5. A call keeps its first id.  A name that differs from the call's goes on
 #    with it.
 # 6. In the end, the calls are in the order of their indexes; one without an
 #    index, or whose index was taken, is behind those before it.  A call
-#    without a name is none; nor is one that was begun by rule 4 and has
-#    nothing but the name of the call before it.
+#    without a name is none.
 #
 # A piece is written "index id name arguments", with "-" for what it lacks;
 # " | " stands between chunks, and " & " between the pieces of one chunk.  So
