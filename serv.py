@@ -1122,12 +1122,16 @@ def get_str(data: JSON, name: str) -> str | None:
 
 def find_text(content: JSON) -> str:
     """Return the text of a str, or of a list of parts or blocks."""
+    return clean_text(find_raw_text(content))
+
+
+def find_raw_text(content: JSON) -> str:
+    """Do what find_text() does, but leave halves of characters in it."""
     if isinstance(content, str):
-        return clean_text(content)
+        return content
     if not isinstance(content, list):
         return ""
-    return "".join(clean_text(part["text"]) for part in content
-                   if is_text_part(part))
+    return "".join(part["text"] for part in content if is_text_part(part))
 
 
 def is_text_part(part: JSON) -> bool:
@@ -1528,6 +1532,9 @@ def find_body_type(head: bytes) -> str | None:
 # The texts that come in pieces in an entry of a list, such as a text part.
 ENTRY_TEXTS = ("text", "thinking", "summary")
 
+# The same in a message of chat.
+MESSAGE_TEXTS = ("content", "refusal", *REASONING_TEXTS)
+
 
 class GrowingText:
     """A text that comes in pieces.  They are joined when it is asked for."""
@@ -1549,50 +1556,34 @@ class GrowingText:
         return self.nesting.is_closed()
 
 
-class ShownText:
-    """The answer's text, piece by piece, as the caller sees it.
+class HalfCharacter:
+    """Joins a character whose halves come in two pieces of the text.
 
-    A piece can end with half a character: an emoji may come in two pieces.
-    The half waits for its other half.  If another text comes first, U+FFFD
-    stands for it.
+    JSON can hold halves ("surrogates"), and some servers cut an emoji in two.
+    A half at the end of a piece waits for the next piece.
     """
 
     def __init__(self) -> None:
-        self.pieces: list[str] = []     # since the last take()
-        self.text: GrowingText | None = None    # what has grown last
-        self.half = ""                  # its last, half character
+        self.half = ""
 
-    def add(self, text: GrowingText, piece: str) -> None:
-        """Add a piece by which a text has grown."""
-        if text is not self.text:
-            self.end_half()
-            self.text = text
+    def join(self, piece: str) -> str:
+        """Return what can be shown now."""
+        if not piece:
+            return ""
         if self.half or not piece.isascii():
             piece = self.half + piece
             self.half = ""
-            # The piece is not empty: it has a half, or another character.
             if "\ud800" <= piece[-1] <= "\udbff":
                 self.half = piece[-1]
                 piece = piece[:-1]
             piece = clean_text(piece)
-        self.pieces.append(piece)
-
-    def end_half(self) -> None:
-        """Wait no longer for the other half of a character."""
-        if self.half:
-            self.half = ""
-            self.pieces.append("\ufffd")
-
-    def take(self) -> str:
-        """Return what has been added since the last time."""
-        shown = "".join(self.pieces)
-        self.pieces.clear()
-        return shown
+        return piece
 
     def end(self) -> str:
-        """Return what is still to be shown at the end."""
-        self.end_half()
-        return self.take()
+        """Return what stands for a half that waited in vain."""
+        rest = clean_text(self.half)
+        self.half = ""
+        return rest
 
 
 def map_text(value: JSON, change: Callable[[str], str]) -> JSON:
@@ -1624,12 +1615,12 @@ class GrowingList:
         self.entries: list[JSON] = []
         self.by_key: dict[tuple[str, int], JSONDict] = {}
 
-    def add(self, pieces: list[JSON], shown: ShownText | None) -> None:
-        """Add the pieces of one event; their text is shown, if any is."""
+    def add(self, pieces: list[JSON]) -> None:
+        """Add the pieces of one event."""
         for number, piece in enumerate(pieces):
             if isinstance(piece, dict):
                 entry = self.find_entry(piece, is_first=number == 0)
-                add_to_entry(entry, piece, shown)
+                add_to_entry(entry, piece)
             else:
                 self.entries.append(piece)
 
@@ -1664,21 +1655,16 @@ class GrowingList:
         return any(last.get(name) is not None for name in ENTRY_TEXTS)
 
 
-def add_to_entry(entry: JSONDict, piece: JSONDict,
-                 shown: ShownText | None) -> None:
+def add_to_entry(entry: JSONDict, piece: JSONDict) -> None:
     """Add the fields of a piece to an entry of a list."""
-    kind = piece.get("type") or entry.get("type") or "text"
     for name, value in piece.items():
-        if name == "text" and kind in ("text", "output_text"):
-            add_text(entry, name, value, shown)
-        elif name in ENTRY_TEXTS or isinstance(value, list):
+        if name in ENTRY_TEXTS or isinstance(value, list):
             add_text(entry, name, value)
         else:
             put(entry, name, value)
 
 
-def add_text(target: JSONDict, name: str, value: JSON,
-             shown: ShownText | None = None) -> None:
+def add_text(target: JSONDict, name: str, value: JSON) -> None:
     """Add a piece to a field that is a text, or a list of parts.
 
     Magistral sends a list of parts, then texts: such a text is one more part.
@@ -1693,14 +1679,12 @@ def add_text(target: JSONDict, name: str, value: JSON,
             old = GrowingText(old if isinstance(old, str) else "")
             target[name] = old
         old.pieces.append(value)
-        if shown is not None:
-            shown.add(old, value)
     elif isinstance(value, list) and value:
         if not isinstance(old, GrowingList):
             target[name] = GrowingList()
             if isinstance(old, GrowingText):    # it becomes the first part
                 target[name].entries.append({"type": "text", "text": old})
-        target[name].add(value, shown)
+        target[name].add(value)
     elif isinstance(old, (GrowingText, GrowingList)) and not is_empty(value):
         raise APIResponseError(f"a broken event: {name} was text and is now "
                                f"{type(value).__name__}")
@@ -1803,7 +1787,7 @@ class ChatAssembler:
         self.asked = choices            # how many the request asked for
         self.fields: JSONDict = {}      # of the answer, except its choices
         self.choices: dict[int, ChatChoice] = {}
-        self.shown = ShownText()
+        self.half = HalfCharacter()
         self.done = False               # [DONE] has come
 
     @property
@@ -1832,6 +1816,7 @@ class ChatAssembler:
         if fields != self.fields:
             for name, value in fields.items():
                 put(self.fields, name, value)
+        text = ""
         for number, choice in enumerate(expect_list(chunk, "choices")):
             if not isinstance(choice, dict):
                 raise APIResponseError("a broken event: a choice is not an "
@@ -1840,14 +1825,15 @@ class ChatAssembler:
             if not isinstance(index, int):
                 index = number
             if index not in self.choices:
-                self.choices[index] = ChatChoice(
-                    self.shown if index == 0 else None)
-            self.choices[index].add(choice)
-        return self.shown.take()
+                self.choices[index] = ChatChoice()
+            added = self.choices[index].add(choice)
+            if index == 0:
+                text += added
+        return self.half.join(text)
 
     def end(self) -> str:
         """Return the text that is still to be shown at the end."""
-        return self.shown.end()
+        return self.half.end()
 
     def build(self, partial: bool = False,
               clean: Callable[[str], str] = clean_text) -> JSONDict:
@@ -1866,8 +1852,7 @@ class ChatAssembler:
 class ChatChoice:
     """One choice of a chat answer."""
 
-    def __init__(self, shown: ShownText | None) -> None:
-        self.shown = shown      # if this choice's text is the answer's
+    def __init__(self) -> None:
         self.fields: JSONDict = {"finish_reason": None}
         self.message: JSONDict = {"role": "assistant", "content": None}
         self.calls = IndexedParts()
@@ -1875,8 +1860,8 @@ class ChatChoice:
         self.has_content = False
         self.finished = False   # it has a finish_reason, and no content since
 
-    def add(self, choice: JSONDict) -> None:
-        """Add a choice of a chunk."""
+    def add(self, choice: JSONDict) -> str:
+        """Add a choice of a chunk; return what it adds to the text."""
         delta = expect_dict(choice, "delta")
         if not delta and not self.has_content:
             # A whole message as one chunk.  Beside or behind deltas, it only
@@ -1896,6 +1881,7 @@ class ChatChoice:
         reason = fields.get("finish_reason")
         if reason and reason != "null":
             self.finished = True
+        return find_raw_text(delta.get("content"))
 
     def add_delta(self, delta: JSONDict) -> None:
         """Add to the message."""
@@ -1903,14 +1889,11 @@ class ChatChoice:
             if value and name != "role":
                 self.has_content = True
                 self.finished = False
-            if name == "content":
-                add_text(self.message, name, value, self.shown)
-            elif name == "tool_calls":
+            if name == "tool_calls":
                 for piece in expect_list(delta, name):
                     if isinstance(piece, dict):
                         self.add_call(piece)
-            elif (name == "refusal" or name in REASONING_TEXTS
-                    or isinstance(value, list)):
+            elif name in MESSAGE_TEXTS or isinstance(value, list):
                 add_text(self.message, name, value)
             elif name in ("audio", "function_call") and isinstance(value,
                                                                    dict):
@@ -2014,7 +1997,7 @@ class MessagesAssembler:
         self.fields: JSONDict = {}      # of the message, except its blocks
         self.blocks = IndexedParts()
         self.tools: dict[int | None, JSONDict] = {}   # newest of each index
-        self.shown = ShownText()
+        self.half = HalfCharacter()
         self.started = False            # message_start has come
         self.done = False               # message_stop has come
         # Whether what has arrived is proven whole.  Content that comes later
@@ -2029,17 +2012,20 @@ class MessagesAssembler:
         kind, index = event.get("type"), event.get("index")
         if not isinstance(index, int):
             index = None
+        text = ""
         if kind == "message_start":
             self.started = True
-            self.add_message(expect_dict(event, "message"))
-        elif kind == "message":
-            self.add_message(event)     # a whole message as one event
+            text = self.add_message(expect_dict(event, "message"))
+        elif kind == "message":     # a whole message as one event
+            text = self.add_message(event)
         elif kind == "content_block_start":
             self.whole = False
-            self.begin_block(index, expect_dict(event, "content_block"))
+            block = expect_dict(event, "content_block")
+            self.begin_block(index, block)
+            text = find_raw_text([block])
         elif kind == "content_block_delta":
             self.whole = False
-            self.add_delta(index, expect_dict(event, "delta"))
+            text = self.add_delta(index, expect_dict(event, "delta"))
         elif kind == "message_delta":
             self.add_fields(expect_dict(event, "delta"))
             self.add_fields({name: value for name, value in event.items()
@@ -2049,15 +2035,16 @@ class MessagesAssembler:
             if self.started:
                 self.whole = True
         # Nothing to do for content_block_stop, ping and events yet unknown.
-        return self.shown.take()
+        return self.half.join(text)
 
-    def add_message(self, message: JSONDict) -> None:
-        """Add a message with the blocks that it has."""
-        for block in expect_list(message, "content"):
-            if isinstance(block, dict):
-                self.begin_block(None, block)
+    def add_message(self, message: JSONDict) -> str:
+        """Add a message with the blocks that it has; return their text."""
+        blocks = get_dicts(message, "content")
+        for block in blocks:
+            self.begin_block(None, block)
         self.add_fields({name: value for name, value in message.items()
                          if name != "content"})
+        return find_raw_text(blocks)
 
     def add_fields(self, fields: JSONDict) -> None:
         """Set fields of the message; counts replace the earlier ones."""
@@ -2071,8 +2058,8 @@ class MessagesAssembler:
         block = self.blocks.begin(index, {"type": "text"})
         put(block, "type", fields.get("type"))
         for name, value in fields.items():
-            if name == "text" and block["type"] == "text":
-                add_text(block, name, value, self.shown)
+            if name == "text":
+                add_text(block, name, value)
             elif name != "type":
                 put(block, name, value)
         if fits(block, "tool_use"):
@@ -2101,15 +2088,16 @@ class MessagesAssembler:
             return last
         return self.begin_block(index, {"type": kind})
 
-    def add_delta(self, index: int | None, delta: JSONDict) -> None:
-        """Add a delta to its block."""
+    def add_delta(self, index: int | None, delta: JSONDict) -> str:
+        """Add a delta to its block; return what it adds to the text."""
         kind = delta.get("type") or "text_delta"
         # Some gateways send "" for a block of another kind: we ignore it, so
         # that it begins no block.
         if kind == "text_delta":
             if delta.get("text"):
                 block = self.find_block(index, "text")
-                add_text(block, "text", delta["text"], self.shown)
+                add_text(block, "text", delta["text"])
+                return get_str(delta, "text") or ""
         elif kind == "thinking_delta":
             if delta.get("thinking"):
                 block = self.find_block(index, "thinking")
@@ -2128,6 +2116,7 @@ class MessagesAssembler:
             block["citations"].append(delta.get("citation"))
         else:
             self.add_unknown(index, delta)
+        return ""
 
     def add_unknown(self, index: int | None, delta: JSONDict) -> None:
         """Add a delta of a type yet unknown.
@@ -2143,7 +2132,7 @@ class MessagesAssembler:
 
     def end(self) -> str:
         """Return the text that is still to be shown at the end."""
-        return self.shown.end()
+        return self.half.end()
 
     def build(self, partial: bool = False,
               clean: Callable[[str], str] = clean_text) -> JSONDict:

@@ -3984,13 +3984,6 @@ def test_stream_a_half_waits_for_its_other_half():
         assert list(stream) == ["\U0001f600"]
 
 
-def test_stream_halves_in_two_blocks_are_not_joined():
-    events = stream_said("a\ud83d") + stream_blocks(
-        "1 begin text | 1 text \ude00b") + stream_end()
-    pieces, reply = stream_result(stream_answer(*events), "messages")
-    assert "".join(pieces) == reply.text == "a\ufffd\ufffdb"
-
-
 # -- Stream, JSON or page: told by the first bytes ----------------------------
 
 STREAM_LABELS = ["text/event-stream", "TEXT/Event-Stream; charset=utf-8",
