@@ -1292,17 +1292,50 @@ def add_advice(status: int, fields: JSONDict,
     return f"{message}{end} {advice}"
 
 
-def is_worth_a_retry(error: APIStatusError, known: bool) -> bool:
+def build_status_error(status: int, headers: Headers,
+                       body: JSON) -> APIStatusError:
+    """Return the error that an answer is, by its status or by its body."""
+    fields = parse_error(body)
+    is_known = True
+    if 200 <= status < 300:
+        # If nothing in the body stands for a status, 500 is a guess.
+        stands_for = find_status(fields)
+        is_known = stands_for is not None
+        status = stands_for or 500
+    what = fields["type"] or http.client.responses.get(status, "")
+    if not is_known:
+        what = "error in a 200 answer"
+    retry_after = parse_retry_after(headers, time.time())
+    why = add_advice(status, fields, retry_after)
+    if 300 <= status < 400:
+        why = f"not following to {headers.get('location')}; set base_url"
+    kind: type[APIStatusError] = (
+        InternalServerError if status >= 500
+        else STATUS_ERRORS.get(status, APIStatusError))
+    error = kind(f"{status} {what}: {why}")
+    error.status = status
+    error.type = fields["type"]
+    error.code = fields["code"]
+    error.param = fields["param"]
+    error.message = fields["message"]
+    error.body = body
+    error.headers = headers
+    error.retry_after = retry_after
+    error._worth_a_retry = is_worth_a_retry(error, is_known)
+    return error
+
+
+def is_worth_a_retry(error: APIStatusError, is_known: bool) -> bool:
     """Whether an answer with an error may go better another time.
 
-    ``known`` is false where the status is only our guess.  Then it is not
+    ``is_known`` is false where the status is only our guess.  Then it is not
     tried again: a retry may be billed.
     """
     # https://github.com/openai/openai-python sends and reads this header.
     advice = str(error.headers.get("x-should-retry", "")).lower()
     if advice in ("true", "false"):
         return advice == "true"
-    if not known or "insufficient_quota" in (error.type, error.code):
+    if not is_known or "insufficient_quota" in (error.type, error.code):
         return False
     return error.status in (408, 409, 429) or error.status >= 500
 
@@ -1631,18 +1664,20 @@ class GrowingList:
         continue the last entry.
         """
         index = piece.get("index")
-        key = None
         if isinstance(index, int):
             key = (str(piece.get("type")), index)
-            if key in self.by_key:
-                return self.by_key[key]
-        elif is_first and self.can_continue_last(piece):
+            if key not in self.by_key:
+                self.by_key[key] = self.begin()
+            return self.by_key[key]
+        if is_first and self.can_continue_last(piece):
             last: JSONDict = self.entries[-1]
             return last
+        return self.begin()
+
+    def begin(self) -> JSONDict:
+        """Add an empty entry and return it."""
         entry: JSONDict = {}
         self.entries.append(entry)
-        if key is not None:
-            self.by_key[key] = entry
         return entry
 
     def can_continue_last(self, piece: JSONDict) -> bool:
@@ -3023,38 +3058,8 @@ class Exchange:
     def build_status_error(self, body: JSON) -> APIStatusError:
         """Return the error for a status, or for an error object in a 200."""
         assert self.response is not None
-        body = map_text(body, self.redact_text)
-        fields = parse_error(body)
-        status = self.response.status
-        known = True
-        if self.is_good():
-            # An error in a 200.  If nothing in it stands for a status, 500 is
-            # a guess.
-            stands_for = find_status(fields)
-            known = stands_for is not None
-            status = stands_for or 500
-        headers = self.clean_headers()
-        what = fields["type"] or http.client.responses.get(status, "")
-        if not known:
-            what = "error in a 200 answer"
-        retry_after = parse_retry_after(headers, time.time())
-        why = add_advice(status, fields, retry_after)
-        if 300 <= status < 400:
-            why = f"not following to {headers.get('location')}; set base_url"
-        kind: type[APIStatusError] = (
-            InternalServerError if status >= 500
-            else STATUS_ERRORS.get(status, APIStatusError))
-        error = kind(f"{status} {what}: {why}")
-        error.status = status
-        error.type = fields["type"]
-        error.code = fields["code"]
-        error.param = fields["param"]
-        error.message = fields["message"]
-        error.body = body
-        error.headers = headers
-        error.retry_after = retry_after
-        error._worth_a_retry = is_worth_a_retry(error, known)
-        return error
+        return build_status_error(self.response.status, self.clean_headers(),
+                                  map_text(body, self.redact_text))
 
     def explain(self, exc: BaseException) -> ServError:
         """Return what was raised as an error of this call.
