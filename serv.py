@@ -32,7 +32,7 @@ together; network; command line.  Only the last two open sockets and files.
 
 Errors::
 
-    ServError                       the base; by itself: no usable key
+    ServError                       the base of all; itself: no usable key
         APIConnectionError          no whole answer
             APITimeoutError         the time budget ran out
         APIResponseError            the answer breaks the format
@@ -104,10 +104,10 @@ KEEPALIVE = 60          # of silence before TCP probes the other side: some
                         # NATs forget a connection after 350 s
 DEAD_SECONDS = 30       # without acknowledgement of what was sent
 IDLE_SECONDS = 50.0     # of keeping a connection: load balancers drop it at 60
-STALE_SECONDS = 1.0     # if a reused connection ends sooner, before a byte of
-                        # the answer, we take it that the request never came
-LAST_CHUNK_SECONDS = 0.01   # a call waits so long for the end of the body of
-                            # an earlier stream, whose connection it would use
+STALE_SECONDS = 1.0     # if a reused connection ends sooner, and no byte of
+                        # the answer has come, the server never saw the request
+LAST_CHUNK_SECONDS = 0.01   # to reuse the connection of a stream, whose last
+                            # chunk may come behind [DONE]; see is_usable()
 
 # Idle connections; the oldest are closed first.  Each takes one descriptor,
 # of which a process often has 1,024.  If more threads than this make calls at
@@ -136,7 +136,7 @@ MAX_NAME = 1000         # characters of a tool's name; OpenAI allows 64
 # ---------------------------------------------------------------------------
 
 class ServError(Exception):
-    """The base of every error about a call.  By itself: no usable API key.
+    """The base of every error about a call.  Itself: no API key is usable.
 
     ``str(error)`` is one line: what happened, the URL and the request id.
     ``reply`` holds what had arrived of a stream (a ``Reply``), else ``None``.
@@ -275,8 +275,9 @@ def chat(messages: Messages, *, model: str | None = None,
     :param messages: a ``str`` (one user message) or a list of message
         dicts, which are sent as they are.
     :param model: default SERV_MODEL.
-    :param system: the system prompt.  It is put first.  It is required
-        unless ``messages`` holds a ``system`` or ``developer`` entry.
+    :param system: the system prompt.  It is put first.  It is required,
+        because SERV refuses a request without one, unless ``messages`` holds
+        a ``system`` or ``developer`` entry.
     :param api_key: default SERV_API_KEY.
     :param base_url: default SERV_BASE_URL, else the service; with or
         without ``/v1``.
@@ -288,9 +289,9 @@ def chat(messages: Messages, *, model: str | None = None,
         connection failures (except a refused certificate or proxy login),
         408, 409, 429 (except ``insufficient_quota``) and 5xx.  If an answer
         has the header ``x-should-retry: true`` or ``false``, that decides.
-        A retry may be billed.  Even with 0, a request is sent once more if
-        it went out on a reused connection that turns out to be closed,
-        within a second and before a byte of the answer.
+        A retry may be billed.  One resend is not counted, and happens even
+        with 0: if a reused connection turns out to be closed, within a
+        second and before a byte of the answer.
     :param headers: added to the request; they replace ours of the same
         name, in any case.  With an ``Authorization`` no key is needed.
     :param params: every other parameter goes into the JSON body untouched.
@@ -482,6 +483,7 @@ class Reply(dict):  # type: ignore[type-arg]
         calls = []
         for call in get_dicts(self.message, "tool_calls"):
             function = get_dict(call, "function") or get_dict(call, "custom")
+            # A custom tool has an input instead.
             given = function.get("arguments", function.get("input"))
             calls.append((call.get("id"), function.get("name"), given))
         for block in get_dicts(self.message, "content"):
@@ -548,13 +550,15 @@ class Stream:
         # "closed" (by close()).
         self._state = "open"
         self._error: ServError | None = None    # why it failed
-        # The thread that reads now.  It first sets this, then looks at the
-        # state; close() first sets the state, then looks at this.  So at least
-        # one of two threads sees the other.
-        self._reader: int | None = None
-        # Held while the stream ends, never during a wait.  (A signal handler
-        # may call close() while its own thread holds it.)
+        self._is_reading = False
+        # Held while the stream ends, never during a wait.  A signal handler
+        # may call close() while its own thread holds it: so it is an RLock.
         self._lock = threading.RLock()
+
+        # close() may come from another thread.  It sets _state, then looks at
+        # _is_reading; the reader sets _is_reading, then looks at _state.  So
+        # whoever comes second sees the other: a reader does not begin, or
+        # closes when it has ended; close() closes only if nobody reads.
 
     def __iter__(self) -> Stream:
         return self
@@ -575,7 +579,7 @@ class Stream:
         while True:
             event, text = self._advance()
             if text:
-                return text     # at the end, there may be one without an event
+                return text
             if event is None:
                 raise StopIteration
 
@@ -613,30 +617,31 @@ class Stream:
             if self._state != "open":
                 return
             self._state = "closed"
-            if self._reader is None:
-                self._exchange.close()
-            else:       # the reader closes it, see _advance()
+            if self._is_reading:
                 self._exchange.end_wait()
+            else:
+                self._exchange.close()
 
     def _advance(self) -> tuple[JSONDict | None, str]:
         """Return the next event, and the text that it adds.
 
-        At the end there is no event, but there may be a last text.
+        At the end there is no event.  But the last half of a character may
+        still wait to be shown: it is the text, once.
         """
-        me = threading.get_ident()
-        if self._reader not in (None, me):
-            raise ValueError("another thread is reading this stream")
+        if self._is_reading:
+            raise ValueError("this stream is being read already, by another "
+                             "thread or by what a signal interrupted")
         try:
-            self._reader = me
+            self._is_reading = True
             if self._state == "open":
                 step = self._read()
                 if step is not None:
                     return step
         finally:
-            self._reader = None
-            if self._state == "closed":     # by another thread
+            self._is_reading = False
+            if self._state == "closed":
                 with self._lock:
-                    self._exchange.close()
+                    self._exchange.close()  # does nothing the second time
         if self._error is not None:
             # Each further step raises it again: an end would look as if the
             # answer were whole.  A copy, because the traceback of what is
@@ -660,15 +665,14 @@ class Stream:
                 raise APIConnectionError("the answer was cut")
             self._leave("ended", keep=True)
         except BaseException as exc:
-            is_network = is_network_failure(exc)
-            is_ours = is_network or isinstance(exc, ServError)
-            if is_network and exchange.assembler.whole:
-                # Nothing is missing, even if the connection broke after it.
-                self._leave("ended")
-            elif self._leave("failed"):
-                self._error = self._build_error(exc, is_ours)
-            if not is_ours:
-                raise       # an interrupt, or what a signal handler raised
+            if not is_call_failure(exc):
+                # An interrupt, or what a signal handler raised.
+                self._fail(APIConnectionError("reading was interrupted"))
+                raise
+            if exchange.assembler.whole and is_network_failure(exc):
+                self._leave("ended")    # nothing is missing
+            else:
+                self._fail(exchange.explain(exc))
         return None
 
     def _leave(self, state: str, keep: bool = False) -> bool:
@@ -686,15 +690,12 @@ class Stream:
                 self._exchange.close()
             return True
 
-    def _build_error(self, exc: BaseException, is_ours: bool) -> ServError:
-        """Return the error that this stream raises from now on."""
-        if is_ours:
-            error = self._exchange.explain(exc)
-        else:
-            error = APIConnectionError("reading was interrupted")
-        self._exchange.complete_error(error)
-        error.reply = self._exchange.build_partial_reply()
-        return error
+    def _fail(self, error: ServError) -> None:
+        """End with an error, unless close() was faster."""
+        if self._leave("failed"):
+            self._exchange.complete_error(error)
+            error.reply = self._exchange.build_partial_reply()
+            self._error = error
 
 
 # ---------------------------------------------------------------------------
@@ -719,7 +720,7 @@ class Request:
         self.timeout = timeout          # seconds
         self.max_retries = max_retries
         self.streaming = streaming
-        self.choices = choices          # how many were asked for
+        self.choices = choices          # how many answers were asked for
 
 
 class Address(collections.namedtuple("Address", "url tls host port")):
@@ -754,9 +755,9 @@ def build_request(endpoint: str, messages: Messages, *,
     address = build_url(base_url or os.environ.get("SERV_BASE_URL")
                         or BASE_URL)
     seconds = build_timeout(timeout)
-    asked = params.get("n")
-    if type(asked) is not int or asked < 1:
-        asked = 1
+    choices = params.get("n")
+    if type(choices) is not int or choices < 1:
+        choices = 1     # if it is wrong, the server says so
     own_headers = build_headers(headers)
     # The environment's key is read last: if a check above raises, a traceback
     # that records local variables does not hold it yet.
@@ -775,7 +776,7 @@ def build_request(endpoint: str, messages: Messages, *,
         "Content-Type": "application/json", "Accept-Encoding": "identity",
         **own_headers}
     return Request(endpoint, address, body, all_headers, secret, seconds,
-                   max_retries, streaming, asked)
+                   max_retries, streaming, choices)
 
 
 def build_body(endpoint: str, streaming: bool, messages: Messages,
@@ -1007,7 +1008,7 @@ def parse_json(text: str) -> JSON:
     """
     brackets = text.count("[") + text.count("{")
     if brackets > MAX_DEPTH and is_too_deep(text):
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels, or cut")
     text = text.strip(" \t\r\n")
     try:
         value, end = _decoder.raw_decode(text)
@@ -1023,53 +1024,25 @@ def parse_json(text: str) -> JSON:
     raise ValueError(f"not JSON: {reason}")
 
 
+# A string, or the beginning of one that is cut; or anything but brackets.
+NO_BRACKETS = re.compile(r"""
+    "[^"\\]* (?:\\.[^"\\]*)* "?     # "a", "a\"b", "{"; not: {, [
+  | [^"\[\]{}]+                      # 1, null, commas; not: ", {, [
+    """, re.VERBOSE | re.DOTALL)
+
+
 def is_too_deep(text: str) -> bool:
-    """Whether a JSON text is nested deeper than MAX_DEPTH.
+    """Whether a JSON text is nested deeper than MAX_DEPTH, or is cut.
 
-    This is looked at before decoding, which recurses.
+    This is looked at before decoding, which recurses.  Only the brackets are
+    left; then each turn removes the innermost ones, as in
+    "[[][[]]]", "[[]]", "[]", "".
     """
-    nesting = Nesting()
-    nesting.add(text)
-    return nesting.deepest > MAX_DEPTH
-
-
-class Nesting:
-    """How deep a JSON text is nested, which may come in pieces."""
-
-    # A backslash with the character behind it, or alone at the end of a piece;
-    # or a quote; or a bracket.
-    TOKEN = re.compile(r'\\.?|["\[\]{}]', re.DOTALL)
-
-    def __init__(self) -> None:
-        self.depth = 0              # at the end of what has come
-        self.deepest = 0
-        self.in_string = False
-        self.after_backslash = False
-
-    def add(self, piece: str) -> None:
-        """Add a piece."""
-        if not piece:
-            return
-        if self.after_backslash:
-            piece = piece[1:]
-        self.after_backslash = False
-        for match in self.TOKEN.finditer(piece):
-            token = match.group()
-            if token == "\\":
-                self.after_backslash = True
-            elif token == '"':
-                self.in_string = not self.in_string
-            elif self.in_string or token.startswith("\\"):
-                continue
-            elif token in "[{":
-                self.depth += 1
-                self.deepest = max(self.deepest, self.depth)
-            elif token in "]}":
-                self.depth -= 1
-
-    def is_closed(self) -> bool:
-        """Whether all brackets are closed, and there was one."""
-        return self.deepest > 0 and self.depth == 0 and not self.in_string
+    brackets = NO_BRACKETS.sub("", text)
+    brackets = brackets.replace("{", "[").replace("}", "]")
+    for _ in range(MAX_DEPTH):
+        brackets = brackets.replace("[]", "")
+    return brackets != ""
 
 
 def parse_arguments(value: JSON, partial: bool) -> JSON:
@@ -1087,10 +1060,10 @@ def parse_arguments(value: JSON, partial: bool) -> JSON:
         if not isinstance(decoded, dict):
             return value
         value = decoded
-    if value is None:
-        value = {}
+    if not value:
+        return "" if partial else {}
     if partial or not isinstance(value, dict):
-        return json.dumps(value) if value else ""
+        return json.dumps(value)
     # Escapes in it may stand for halves of characters: see clean_text().
     return map_text(value, clean_text)
 
@@ -1165,53 +1138,45 @@ def find_request_id(headers: Headers) -> str | None:
 def find_error(answer: JSON, event_name: str = "") -> JSON:
     """Return the error in a decoded answer or event; None if it is none.
 
-    It is one of these, or anything in an event with the name "error":
-
-        1.  [{"error": ...}]                    Gemini
-        2.  {"error": ...}                      OpenAI, Anthropic, most others
-        3.  {"object": "error", ...}            vLLM (others: "type")
-        4.  {"errors": ...}, {"message": ...}   see find_bare_error()
-        5.  {"choices": [{"error": ...}]}               OpenRouter
-        6.  {"choices": [{"finish_reason": "error"}]}   see FAILED
+    Whatever is in an event with the name "error" is one.
     """
-    if isinstance(answer, list) and answer:                         # 1
+    if isinstance(answer, list) and answer:     # Gemini: [{"error": ...}]
         return find_error(answer[0], event_name)
     if not isinstance(answer, dict):
         return answer if event_name == "error" else None
-    if answer.get("error"):                                         # 2
+    if answer.get("error"):     # {"error": ...}: most servers
         return answer["error"]
+    # vLLM: {"object": "error", "message": ...}; others have a type instead.
     if "error" in (event_name, answer.get("type"), answer.get("object")):
-        return answer                                               # 3
+        return answer
     choices = answer.get("choices")
-    if choices is None and answer.get("content") is None:           # 4
+    if choices is None and answer.get("content") is None:
         return find_bare_error(answer)
     if not isinstance(choices, list):
         return None
     for choice in choices:
         if not isinstance(choice, dict):
             continue
-        if choice.get("error"):                                     # 5
+        if choice.get("error"):     # OpenRouter: {"choices": [{"error": ...}]}
             return choice["error"]
         reason = choice.get("finish_reason")
-        if reason and FAILED.search(str(reason)):                   # 6
+        if reason and FAILED.search(str(reason)):
             return {"message": f"the answer ended with {reason}"}
     return None
 
 
 def find_bare_error(answer: JSONDict) -> JSON:
     """Return an error that stands where an answer should be, or None."""
-    errors = answer.get("errors")       # Cloudflare
+    kind = get_str(answer, "type")
+    if kind and not (kind.lower().endswith("error") or kind in STATUS_OF_TYPE):
+        return None     # a notice: {"type": "ping", "message": "..."}
+    if answer.get("errors"):    # Cloudflare
+        return answer["errors"]
     # "message": DashScope; "detail": FastAPI.
     text = answer.get("message") or answer.get("detail")
-    if not isinstance(text, (str, list)):
-        text = None
-    if not errors and not text:
-        return None
-    kind = str(answer.get("type") or "error")
-    is_error_type = kind.lower().endswith("error") or kind in STATUS_OF_TYPE
-    if not is_error_type:
-        return None         # a notice: {"type": "ping", "message": "..."}
-    return errors or answer
+    if text and isinstance(text, (str, list)):
+        return answer
+    return None
 
 
 def parse_error(body: JSON) -> JSONDict:
@@ -1247,8 +1212,9 @@ def parse_stream_error(body: JSON) -> JSON:
     if not isinstance(body, str):
         return body
     for _, data in iter_events([body.encode("utf-8", "replace")]):
-        for event in parse_events("error", data):
-            return event
+        events = parse_events("error", data)
+        if events:
+            return events[0]
     return body
 
 
@@ -1440,10 +1406,10 @@ def iter_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     after_cr = False            # the last chunk ended with CR
     for chunk in chunks:
         if after_cr and chunk.startswith(b"\n"):
-            chunk = chunk[1:]
+            chunk = chunk[1:]       # the second half of a CRLF
             after_cr = False
-        if not chunk:       # it was empty, which changes nothing; or the LF
-            continue        # of a CRLF
+        if not chunk:
+            continue
         after_cr = chunk.endswith(b"\r")
         # Lines of bytes end only as said above; those of a str also at U+2028
         # and others.
@@ -1482,11 +1448,10 @@ def parse_events(name: str, data: str) -> list[JSONDict]:
     else:
         if isinstance(value, dict):
             events = [value]
+        elif find_error(value, name) is not None:
+            events = [{"error": find_error(value, name)}]
         else:
-            # JSON that is not an object is noise, except [{"error": ...}] and
-            # whatever is in an event named "error".
-            error = find_error(value, name)
-            events = [] if error is None else [{"error": error}]
+            events = []     # noise: JSON that is no object, such as null
     if name != "message":
         for event in events:
             # A chunk of chat has no type, and gets none.
@@ -1574,8 +1539,8 @@ class GrowingText:
 
     def __init__(self, text: str = "") -> None:
         self.pieces = [text]
-        self.nesting = Nesting()    # for is_closed()
-        self.scanned = 0            # how many pieces it has seen
+        self.scanner = BracketScanner()     # for is_closed()
+        self.scanned = 0                    # how many pieces it has seen
 
     def get(self) -> str:
         """Return the text so far."""
@@ -1584,9 +1549,208 @@ class GrowingText:
     def is_closed(self) -> bool:
         """Whether it is JSON with brackets, which are all closed."""
         for piece in self.pieces[self.scanned:]:
-            self.nesting.add(piece)
+            self.scanner.add(piece)
         self.scanned = len(self.pieces)
-        return self.nesting.is_closed()
+        return self.scanner.is_closed()
+
+
+class BracketScanner:
+    """Finds out whether the brackets of a JSON text in pieces are closed.
+
+    It reads each piece once, so that a long text takes linear time.
+    """
+
+    # What matters: quotes, brackets, and a backslash with what it escapes.
+    TOKEN = re.compile(r'\\.|["\[\]{}\\]', re.DOTALL)
+
+    def __init__(self) -> None:
+        self.open_brackets = 0
+        self.seen_bracket = False
+        self.in_string = False
+        self.ends_with_backslash = False
+
+    def add(self, piece: str) -> None:
+        """Add a piece."""
+        if self.ends_with_backslash and piece:
+            piece = piece[1:]       # this character was escaped
+            self.ends_with_backslash = False
+        for token in self.TOKEN.findall(piece):
+            if token == '"':
+                self.in_string = not self.in_string
+            elif token == "\\":
+                self.ends_with_backslash = True
+            elif token in ("[", "{") and not self.in_string:
+                self.open_brackets += 1
+                self.seen_bracket = True
+            elif token in ("]", "}") and not self.in_string:
+                self.open_brackets -= 1
+
+    def is_closed(self) -> bool:
+        """Whether all brackets are closed, and there was one."""
+        return (self.seen_bracket and self.open_brackets == 0
+                and not self.in_string)
+
+
+class GrowingList:
+    """A list whose entries come in pieces, as content parts do.
+
+    1. A piece with an index belongs to the entry of its type and index.
+    2. Without an index, it continues the last entry if both are texts of one
+       type and id: {"type": "text", "text": "He"} and, in the next event,
+       {"type": "text", "text": "llo"} are one entry.
+    3. Any other piece is a new entry: so two citations stay two.
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[JSON] = []
+        self.by_key: dict[tuple[str, int], JSONDict] = {}
+
+    def add(self, pieces: list[JSON]) -> None:
+        """Add the pieces of one event."""
+        for number, piece in enumerate(pieces):
+            if isinstance(piece, dict):
+                entry = self.find_entry(piece, is_first=number == 0)
+                add_to_entry(entry, piece)
+            else:
+                self.entries.append(piece)
+
+    def find_entry(self, piece: JSONDict, is_first: bool) -> JSONDict:
+        """Return the entry that a piece continues, or a new one.
+
+        The pieces of one event are entries of their own: only the first may
+        continue the last entry.
+        """
+        index = piece.get("index")
+        if isinstance(index, int):                              # 1
+            key = (str(piece.get("type")), index)
+            if key not in self.by_key:
+                self.by_key[key] = self.begin()
+            return self.by_key[key]
+        if is_first and self.can_continue_last(piece):          # 2
+            last: JSONDict = self.entries[-1]
+            return last
+        return self.begin()                                     # 3
+
+    def begin(self) -> JSONDict:
+        """Add an empty entry and return it."""
+        entry: JSONDict = {}
+        self.entries.append(entry)
+        return entry
+
+    def can_continue_last(self, piece: JSONDict) -> bool:
+        """Whether the last entry is a text of the same type and id."""
+        last = self.entries[-1] if self.entries else None
+        if not isinstance(last, dict) or last.get("type") != piece.get("type"):
+            return False
+        if piece.get("id") not in (None, last.get("id")):
+            return False
+        return any(last.get(name) is not None for name in ENTRY_TEXTS)
+
+
+def add_to_entry(entry: JSONDict, piece: JSONDict) -> None:
+    """Add the fields of a piece to an entry of a list."""
+    for name, value in piece.items():
+        if name in ENTRY_TEXTS or isinstance(value, list):
+            add_text(entry, name, value)
+        else:
+            put(entry, name, value)
+
+
+def add_text(target: JSONDict, name: str, value: JSON) -> None:
+    """Add a piece to a field that is a text, or a list of parts.
+
+    :raise APIResponseError: the field is one of the two, the piece neither.
+    """
+    old = target.get(name)
+    if isinstance(value, str) and value and not isinstance(old, GrowingList):
+        if not isinstance(old, GrowingText):
+            old = GrowingText(old if isinstance(old, str) else "")
+            target[name] = old
+        old.pieces.append(value)
+    elif isinstance(value, (str, list)) and value:
+        add_parts(target, name, value)
+    elif isinstance(old, (GrowingText, GrowingList)) and not is_empty(value):
+        raise APIResponseError(f"a broken event: {name} was text and is now "
+                               f"{type(value).__name__}")
+    else:
+        put(target, name, value)
+
+
+def add_parts(target: JSONDict, name: str, value: str | list[JSON]) -> None:
+    """Add to a list of parts.
+
+    Magistral sends both lists and texts.  A text is a part like any other.
+    """
+    old = target.get(name)
+    if not isinstance(old, GrowingList):
+        target[name] = GrowingList()
+        if isinstance(old, GrowingText):
+            target[name].entries.append({"type": "text", "text": old})
+    if isinstance(value, str):
+        value = [{"type": "text", "text": value}]
+    target[name].add(value)
+
+
+def add_object(target: JSONDict, name: str, piece: JSONDict) -> None:
+    """Add to an object with texts that come in pieces.
+
+    That is what a call calls (function, custom; function_call before there
+    were tools), or spoken audio.
+    """
+    if not isinstance(target.get(name), dict):
+        target[name] = {}
+    fields = target[name]
+    for key, value in piece.items():
+        if key in ("arguments", "input", "data", "transcript"):
+            add_text(fields, key, value)
+        elif key == "name" and isinstance(value, str):
+            # Names come in pieces, or whole in every piece.  So what equals
+            # the name so far is taken for a repetition.
+            if fields.get(key) != value:
+                fields[key] = (get_str(fields, key) or "") + value
+                if len(fields[key]) > MAX_NAME:
+                    raise APIResponseError("a broken event: a name is longer "
+                                           f"than {MAX_NAME} characters")
+        else:
+            put(fields, key, value)
+
+
+def put(target: JSONDict, name: str, value: JSON) -> None:
+    """Set a field, unless the value is empty and something is there.
+
+    Objects are merged.  The value becomes a part of the target.  No caller
+    has it: events() yields copies.
+    """
+    old = target.get(name)
+    if is_empty(value):
+        if old is None:
+            target[name] = value
+    elif isinstance(old, dict) and isinstance(value, dict):
+        for key, entry in value.items():
+            put(old, key, entry)
+    else:
+        target[name] = value
+
+
+def is_empty(value: JSON) -> bool:
+    """Whether a value is None, "", {} or []; 0 and False are values."""
+    return not value and not isinstance(value, (int, float))
+
+
+def map_text(value: JSON, change: Callable[[str], str]) -> JSON:
+    """Return a copy of a JSON value in which a function changed each text."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, GrowingText):
+        return change(value.get())
+    if isinstance(value, GrowingList):
+        value = value.entries
+    if isinstance(value, list):
+        return [map_text(entry, change) for entry in value]
+    if isinstance(value, dict):
+        return {change(name): map_text(entry, change)
+                for name, entry in value.items()}
+    return value
 
 
 class HalfCharacter:
@@ -1619,166 +1783,14 @@ class HalfCharacter:
         return rest
 
 
-def map_text(value: JSON, change: Callable[[str], str]) -> JSON:
-    """Return a copy of a JSON value in which a function changed each text."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, GrowingText):
-        return change(value.get())
-    if isinstance(value, GrowingList):
-        value = value.entries
-    if isinstance(value, list):
-        return [map_text(entry, change) for entry in value]
-    if isinstance(value, dict):
-        return {change(name): map_text(entry, change)
-                for name, entry in value.items()}
-    return value
-
-
-class GrowingList:
-    """A list whose entries come in pieces, as content parts do.
-
-    A piece with an index belongs to the entry of its type and index.  Without
-    an index, it continues the last entry if both are texts of one type and of
-    one id.  So {"type": "text", "text": "He"} and, in the next event,
-    {"type": "text", "text": "llo"} are one entry; two citations stay two.
-    """
-
-    def __init__(self) -> None:
-        self.entries: list[JSON] = []
-        self.by_key: dict[tuple[str, int], JSONDict] = {}
-
-    def add(self, pieces: list[JSON]) -> None:
-        """Add the pieces of one event."""
-        for number, piece in enumerate(pieces):
-            if isinstance(piece, dict):
-                entry = self.find_entry(piece, is_first=number == 0)
-                add_to_entry(entry, piece)
-            else:
-                self.entries.append(piece)
-
-    def find_entry(self, piece: JSONDict, is_first: bool) -> JSONDict:
-        """Return the entry that a piece continues, or a new one.
-
-        The pieces of one event are entries of their own: only the first may
-        continue the last entry.
-        """
-        index = piece.get("index")
-        if isinstance(index, int):
-            key = (str(piece.get("type")), index)
-            if key not in self.by_key:
-                self.by_key[key] = self.begin()
-            return self.by_key[key]
-        if is_first and self.can_continue_last(piece):
-            last: JSONDict = self.entries[-1]
-            return last
-        return self.begin()
-
-    def begin(self) -> JSONDict:
-        """Add an empty entry and return it."""
-        entry: JSONDict = {}
-        self.entries.append(entry)
-        return entry
-
-    def can_continue_last(self, piece: JSONDict) -> bool:
-        """Whether the last entry is a text of the same type and id."""
-        last = self.entries[-1] if self.entries else None
-        if not isinstance(last, dict) or last.get("type") != piece.get("type"):
-            return False
-        if piece.get("id") not in (None, last.get("id")):
-            return False
-        return any(last.get(name) is not None for name in ENTRY_TEXTS)
-
-
-def add_to_entry(entry: JSONDict, piece: JSONDict) -> None:
-    """Add the fields of a piece to an entry of a list."""
-    for name, value in piece.items():
-        if name in ENTRY_TEXTS or isinstance(value, list):
-            add_text(entry, name, value)
-        else:
-            put(entry, name, value)
-
-
-def add_text(target: JSONDict, name: str, value: JSON) -> None:
-    """Add a piece to a field that is a text, or a list of parts.
-
-    Magistral sends a list of parts, then texts: such a text is one more part.
-
-    :raise APIResponseError: the field was one of both, and the piece is none.
-    """
-    old = target.get(name)
-    if isinstance(old, GrowingList) and isinstance(value, str) and value:
-        value = [{"type": "text", "text": value}]
-    if isinstance(value, str) and value:
-        if not isinstance(old, GrowingText):
-            old = GrowingText(old if isinstance(old, str) else "")
-            target[name] = old
-        old.pieces.append(value)
-    elif isinstance(value, list) and value:
-        if not isinstance(old, GrowingList):
-            target[name] = GrowingList()
-            if isinstance(old, GrowingText):    # it becomes the first part
-                target[name].entries.append({"type": "text", "text": old})
-        target[name].add(value)
-    elif isinstance(old, (GrowingText, GrowingList)) and not is_empty(value):
-        raise APIResponseError(f"a broken event: {name} was text and is now "
-                               f"{type(value).__name__}")
-    else:
-        put(target, name, value)
-
-
-def add_object(target: JSONDict, name: str, piece: JSONDict) -> None:
-    """Add to an object with texts that come in pieces.
-
-    That is what a call calls (function, custom; function_call before there
-    were tools), or spoken audio.
-    """
-    if not isinstance(target.get(name), dict):
-        target[name] = {}
-    fields = target[name]
-    for key, value in piece.items():
-        if key in ("arguments", "input", "data", "transcript"):
-            add_text(fields, key, value)
-        elif key == "name" and isinstance(value, str):
-            # Names come in pieces, or whole in every piece: then a piece
-            # equals what is there.
-            if fields.get(key) != value:
-                fields[key] = (get_str(fields, key) or "") + value
-                if len(fields[key]) > MAX_NAME:
-                    raise APIResponseError("a broken event: a name is longer "
-                                           f"than {MAX_NAME} characters")
-        else:
-            put(fields, key, value)
-
-
-def put(target: JSONDict, name: str, value: JSON) -> None:
-    """Set a field.  An empty value replaces only None; objects are merged.
-
-    The value becomes a part of the target.  No caller has it: events() yields
-    copies.
-    """
-    old = target.get(name)
-    if is_empty(value):
-        if old is None:
-            target[name] = value
-    elif isinstance(old, dict) and isinstance(value, dict):
-        for key, entry in value.items():
-            put(old, key, entry)
-    else:
-        target[name] = value
-
-
-def is_empty(value: JSON) -> bool:
-    """Whether a value is None, "", {} or []; 0 and False are values."""
-    return not value and not isinstance(value, (int, float))
-
-
 class IndexedParts:
     """The calls or the blocks of an answer, in order.
 
     A part stands at the place that its index names, whatever number that is.
     Without an index, or if the place is taken, it stands behind all others:
-    parts with the indexes 0, 0, 5 and none stand at 0, 1, 5 and 6.
+
+        index   0   0   5   none    2
+        place   0   1   5   6       2
     """
 
     def __init__(self) -> None:
@@ -1847,7 +1859,7 @@ class ChatAssembler:
         fields.pop("choices", None)
         # OpenAI pads chunks with this; it is no part of the answer.
         fields.pop("obfuscation", None)
-        # To put() equal values changes nothing, and most chunks repeat them.
+        # Most chunks repeat these fields.  Then there is nothing to do.
         if fields != self.fields:
             for name, value in fields.items():
                 put(self.fields, name, value)
@@ -1872,9 +1884,10 @@ class ChatAssembler:
 
     def build(self, partial: bool = False,
               clean: Callable[[str], str] = clean_text) -> JSONDict:
-        """Return what has arrived as chat() would; clean() gets each text.
+        """Return what has arrived as chat() would.
 
-        Chat has arguments as text, so whether it is partial does not matter.
+        clean() gets each text; it may remove the key, too.  Chat has arguments
+        as text, so whether it is partial does not matter.
         """
         choices = [{"index": index, **self.choices[index].build()}
                    for index in sorted(self.choices)]
@@ -1899,8 +1912,8 @@ class ChatChoice:
         """Add a choice of a chunk; return what it adds to the text."""
         delta = expect_dict(choice, "delta")
         if not delta and not self.has_content:
-            # A whole message as one chunk.  Beside or behind deltas, it only
-            # repeats them (Perplexity).
+            # The whole answer in one chunk.  (Perplexity sends a message in
+            # each chunk, with what the deltas have said: it is ignored.)
             delta = expect_dict(choice, "message")
         self.add_delta(delta)
         fields = dict(choice)
@@ -1908,7 +1921,7 @@ class ChatChoice:
             fields.pop(name, None)
         if isinstance(fields.get("logprobs"), dict):
             self.add_logprobs(fields.pop("logprobs"))
-        if fields != self.fields:   # most chunks repeat them
+        if fields != self.fields:   # most chunks repeat them, too
             for name, value in fields.items():
                 put(self.fields, name, value)
         # A finish_reason covers the content beside it: so this comes last.
@@ -1966,21 +1979,25 @@ class ChatChoice:
     def find_call(self, piece: JSONDict) -> JSONDict | None:
         """Return the call that a piece continues; None if it begins one.
 
-        A call is known by its id, else by its index.  What has neither
-        belongs to the last call.
+        1. A name with a new index begins a call.  (Some servers give one id
+           to all calls.)
+        2. A known id: the call of this id.
+        3. A new id without an index begins a call.
+        4. A name may begin a call though its index is known: begins_next().
+        5. The newest call of its index; without an index, the last call.
         """
         id, index = piece.get("id"), piece.get("index")
         name = get_dict(piece, "function").get("name")
-        call = self.calls.get(index)    # without an index, the last one
-        if name and call is None:
-            return None     # the first of this index: some give all one id
-        if isinstance(id, str) and id in self.call_of_id:
-            return self.call_of_id[id]
-        if id and not isinstance(index, int):
-            return None     # a new id, and nothing else to go by
-        if name and call is not None and begins_next(piece, call):
+        call = self.calls.get(index)    # of its index, or the last
+        if name and call is None:                                   # 1
             return None
-        return call
+        if isinstance(id, str) and id in self.call_of_id:           # 2
+            return self.call_of_id[id]
+        if id and not isinstance(index, int):                       # 3
+            return None
+        if name and call is not None and begins_next(piece, call):  # 4
+            return None
+        return call                                                 # 5
 
     def build(self) -> JSONDict:
         """Return the choice; a call without a name is none."""
@@ -1999,11 +2016,15 @@ class ChatChoice:
 def begins_next(piece: JSONDict, call: JSONDict) -> bool:
     """Whether a piece with a name begins the call behind this one.
 
-    Gemini counts all its calls as 0, often without ids.  Then a call begins
-    where the arguments so far are whole, as the second one here:
-    {"name": "f", "arguments": "{}"}, {"name": "f", "arguments": "{}"}.
-    But others repeat the name in every piece of one call, as in
-    {"name": "f", "arguments": "{"}, {"name": "f", "arguments": "}"}.
+    Servers may repeat the name in every piece of one call.  But Gemini gives
+    all its calls the index 0, often without ids:
+
+        the call so far             the piece                   begins
+        "id": "a", "name": "f"      "id": "b", "name": "g"      yes
+        "name": "f", whole {...}    "name": "g"                 yes
+        "name": "f", whole {...}    "name": "f", {...           yes
+        "name": "f", whole {...}    "name": "f"                 no
+        "name": "f", part  {...     "name": "f" or "g"          no
     """
     function, begun = get_dict(piece, "function"), get_dict(call, "function")
     has_other_name = function.get("name") != begun.get("name")
@@ -2031,7 +2052,8 @@ class MessagesAssembler:
     def __init__(self) -> None:
         self.fields: JSONDict = {}      # of the message, except its blocks
         self.blocks = IndexedParts()
-        self.tools: dict[int | None, JSONDict] = {}   # newest of each index
+        # The newest tool of each index, see find_block().
+        self.tools: dict[int | None, JSONDict] = {}
         self.half = HalfCharacter()
         self.started = False            # message_start has come
         self.done = False               # message_stop has come
@@ -2102,26 +2124,33 @@ class MessagesAssembler:
         return block
 
     def find_block(self, index: int | None, kind: str) -> JSONDict:
-        """Return the block of an index, if a delta of a kind fits into it.
+        """Return the block that a delta of a kind goes to.
 
-        Some gateways mix up the indexes: then the kind decides.
+        1. No block has its index: a new block.  (But -1 is an error: a
+           gateway means one of the blocks, and who knows which.)
+        2. The newest block of its index, if it is of this kind.
+
+        Some gateways mix up the indexes, or begin no block:
+
+        3. Input of a tool, then text, then more input, all of one index: this
+           input goes to the tool.
+        4. All deltas have index 0: this one goes to the last block, if that
+           is of its kind.
+        5. Else it begins a new block.
         """
         block = self.blocks.get(index)      # without an index, the last one
-        if block is None:
+        if block is None:                                           # 1
             if index is not None and index < 0:
-                # A gateway that says -1 means a block; who knows which.
                 raise APIResponseError("a broken event: a delta for no block")
             return self.begin_block(index, {"type": kind})
-        if fits(block, kind):
+        if fits(block, kind):                                       # 2
             return block
-        # A text came into the middle of a tool's input, which now goes on.
-        if kind == "tool_use" and index in self.tools:
+        if kind == "tool_use" and index in self.tools:              # 3
             return self.tools[index]
-        # All deltas have the index 0: this one is for the last block.
         last = self.blocks.last
-        if last is not None and fits(last, kind):
+        if last is not None and fits(last, kind):                   # 4
             return last
-        return self.begin_block(index, {"type": kind})
+        return self.begin_block(index, {"type": kind})              # 5
 
     def add_delta(self, index: int | None, delta: JSONDict) -> str:
         """Add a delta to its block; return what it adds to the text."""
@@ -2171,10 +2200,11 @@ class MessagesAssembler:
 
     def build(self, partial: bool = False,
               clean: Callable[[str], str] = clean_text) -> JSONDict:
-        """Return what has arrived as message() would; clean() gets each text.
+        """Return what has arrived as message() would.
 
-        A tool's input is decoded; if it may be partial, it is a text.  Claude
-        refuses a next turn with empty text blocks: they are left out.
+        clean() gets each text; it may remove the key, too.  A tool's input is
+        decoded; if it may be partial, it is a text.  Claude refuses a next
+        turn with empty text blocks: they are left out.
         """
         content = []
         for block in self.blocks.in_order():
@@ -2284,6 +2314,8 @@ class DeadlineSocket(socket.socket):
     Beneath, it does not block, and waits by poll().  With settimeout(), the
     socket module would raise a TimeoutError, as a caller's signal handler may
     do in the middle of a call; nobody could tell them apart.
+
+    TLSSocket, below, has the same methods: there, super() is ssl.SSLSocket.
     """
 
     # They are set after construction: SSLContext.wrap_socket() makes sockets
@@ -2321,6 +2353,7 @@ class DeadlineSocket(socket.socket):
                 return operation(*args)
             except BlockingIOError:
                 pass
+            # TLS may have to read before it can write, and the reverse.
             except ssl.SSLWantReadError:
                 writing = False
             except ssl.SSLWantWriteError:
@@ -2379,8 +2412,7 @@ class DeadlineSocket(socket.socket):
 class TLSSocket(DeadlineSocket, ssl.SSLSocket):  # type: ignore[misc]
     """The same with TLS.
 
-    Its method resolution order is TLSSocket, DeadlineSocket, SSLSocket,
-    socket.  So in the methods above, super() is SSLSocket here.
+    Python looks for a method here, in DeadlineSocket, SSLSocket and socket.
     """
 
 
@@ -2485,8 +2517,9 @@ def get_tls_context(ca_file: str | None,
             error._worth_a_retry = False
             raise error
     if ca_file or ca_dir:
-        # Python 3.13 added checks that many a company's own CA fails.  Chain,
-        # date and host name are checked all the same.
+        # Python 3.13 added checks of a certificate's form that many a
+        # company's own CA fails, as for its key usage.  Chain, date and host
+        # name are checked all the same.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.minimum_version = ssl.TLSVersion.TLSv1_2    # the default from 3.10
     context.set_alpn_protocols(["http/1.1"])
@@ -2517,7 +2550,9 @@ class Route:
             self.ca_dir = os.environ.get("SSL_CERT_DIR") or None
 
     def pool_key(self) -> tuple[JSON, ...]:
-        """Return what is the same for connections that can be shared."""
+        """Return the key of this route: where it is equal, calls may share
+        connections.
+        """
         return (self.address.tls, self.address.host, self.address.port,
                 self.proxy, self.ca_file, self.ca_dir)
 
@@ -2534,13 +2569,13 @@ def find_proxy(address: Address) -> Proxy | None:
     # Imported only here: it is slow to load, and most calls have no proxy.
     import urllib.request
     text = urllib.request.getproxies().get(scheme)
-    # Two spellings: NO_PROXY may name an IPv6 host with and without brackets.
+    if not text:
+        return None     # it ignores HTTP_PROXY in a CGI program
+    # NO_PROXY may name an IPv6 host with and without brackets.  proxy_bypass()
+    # is public, though undocumented, in every Python 3.
     for host in (address.host, f"[{address.host}]"):
-        # This function is public, though undocumented, in every Python 3.
         if urllib.request.proxy_bypass(f"{host}:{address.port}"):
             return None
-    if not text:
-        return None     # HTTP_PROXY in a CGI program, see getproxies()
     proxy = parse_proxy(text.strip())
     if proxy is None:
         raise ValueError(f"{name}: expected "
@@ -2577,15 +2612,21 @@ def parse_proxy(text: str) -> Proxy | None:
 def is_network_failure(exc: BaseException) -> bool:
     """Whether an exception comes from the network.
 
-    A caller's signal handler may raise an OSError or a TimeoutError in the
-    middle of a call.  Such an exception has no errno, as in OSError("mine").
-    Those of the system, of getaddrinfo() and of OpenSSL have one.  Of
-    http.client's exceptions, one is an OSError without it.
+    Those of the system, of getaddrinfo() and of OpenSSL are OSErrors with an
+    errno.  An OSError without one, as in TimeoutError("mine"), comes from a
+    signal handler of the caller's.  Only http.client's RemoteDisconnected is
+    an OSError without errno, too.
     """
+    if isinstance(exc, http.client.RemoteDisconnected):
+        return True
     if isinstance(exc, OSError):
-        return exc.errno is not None or isinstance(
-            exc, http.client.RemoteDisconnected)
+        return exc.errno is not None
     return isinstance(exc, (APIConnectionError, http.client.HTTPException))
+
+
+def is_call_failure(exc: BaseException) -> bool:
+    """Whether an exception is a failure of the call, and no interrupt."""
+    return isinstance(exc, ServError) or is_network_failure(exc)
 
 
 class Connection(http.client.HTTPConnection):
@@ -2642,9 +2683,9 @@ class Connection(http.client.HTTPConnection):
         except OSError as exc:
             if not is_network_failure(exc):
                 raise
-            # The server may have said why it stopped reading (413): we read
-            # its answer, and do not use the connection again.  http.client
-            # lets us: it counts a request as sent when it begins to send it.
+            # The server may have said why it stopped reading (413).  So we
+            # read its answer, and do not use the connection again.  (For
+            # getresponse(), a request is sent once its sending has begun.)
             self.upload_broke = True
         try:
             self.response = self.getresponse()
@@ -2653,38 +2694,41 @@ class Connection(http.client.HTTPConnection):
                 raise APIConnectionError("the request could not be sent whole")
             raise
         skip_interim_answers(self.response)
+        # If the connection ends inside the head, as behind b"HTTP/1.1 200 OK",
+        # http.client takes this for the end of the head.  Behind a whole head
+        # it has not read, so that it has not seen the end.
         if self.wire.ended:
-            # http.client takes the end of the connection inside the head for
-            # the end of the head.  For a whole head it need not read so far:
-            # then the end has not been seen yet.
             raise http.client.HTTPException("closed inside the header")
         return self.response
 
     def is_usable(self, limit: float) -> bool:
         """Whether the last answer is at its end and nothing has come since.
 
-        A stream is left at [DONE].  The last chunk of its body may come a
-        little later: this waits for it until the limit.  If anything has come
-        behind the answer, as a rule it is the end of the connection.
+        1. A stream is left at [DONE].  The last chunk of its body may come a
+           little later: this waits for it until the limit.  (Of an answer
+           that was read to its end, nothing is read here.)
+        2. If anything has come behind the answer, as a rule it is the end of
+           the connection.
+        3. What http.client has read behind the answer goes with `response`.
         """
         assert self.wire is not None and self.response is not None
         self.wire.deadline = limit
         try:
-            if read_some(self.response, 1):
+            if read_some(self.response, 1):         # 1
                 return False    # more of the body
-            if self.wire.has_input():
+            if self.wire.has_input():               # 2
                 return False
         except Exception as exc:
             if not is_network_failure(exc):
                 raise
             return False
-        self.response.close()   # with what it has read beyond its end
+        self.response.close()                       # 3
         return True
 
     def keep(self) -> None:
         """Leave it to the next call, if there can be one."""
-        # http.client closes `sock` after "Connection: close".  For this it
-        # looks at the first head only; so will_close counts, too.
+        # http.client closes `sock` if the head says "Connection: close".  If
+        # an interim head came first, it has looked at that one only.
         is_last = (self.sock is None or self.response is None
                    or self.response.will_close)
         # A stream that was opened before a fork is the parent's to keep.
@@ -2717,9 +2761,11 @@ class Connection(http.client.HTTPConnection):
 def skip_interim_answers(response: http.client.HTTPResponse) -> None:
     """Read on to the head of the real answer, if another one came before it.
 
-    http.client itself skips 100, but not 102 and 103.  It reads a head with
-    begin(), which does nothing if there are headers.  This method is public,
-    though undocumented, in Python 3.0 to 3.15.
+    https://www.rfc-editor.org/rfc/rfc9110#section-15.2
+
+    http.client itself skips 100, but not 102 and 103.  begin() reads a head.
+    It is public, though undocumented, in Python 3.0 to 3.15, and begins with:
+    if self.headers is not None: return.
     """
     while response.status < 200:
         response.headers = None     # type: ignore[assignment]
@@ -2745,9 +2791,9 @@ def open_tunnel(sock: DeadlineSocket, proxy: Proxy, address: Address) -> None:
     host = f"[{address.host}]" if ":" in address.host else address.host
     target = f"{host}:{address.port}"
     tunnel = http.client.HTTPConnection(proxy.host, proxy.port)
-    # http.client closes its socket after an answer without a length, as this
-    # one is.  So it gets another descriptor of the same connection.  Nothing
-    # is lost in its buffer: with TLS, the client speaks first.
+    # http.client closes its socket behind this answer, because it has no
+    # length.  So it gets a second descriptor of the connection.  Nothing is
+    # lost in its buffer: with TLS, the client speaks first.
     duplicate = sock.dup()      # a DeadlineSocket, too
     duplicate.owner = sock.owner
     duplicate.deadline = sock.deadline
@@ -2855,8 +2901,9 @@ class Exchange:
     def run(self) -> ServError | None:
         """Send the request and read the answer; of a stream, its head.
 
-        Return the error, if there is one.  The connection is kept after an
-        error answer that was read to its end; else it is closed.
+        Return the error, if there is one: send_request() decides whether it
+        is raised.  The connection is kept after an error answer that was read
+        to its end; else it is closed.
         """
         try:
             self.response = self.connection.post(self.request, self.deadline)
@@ -2868,7 +2915,7 @@ class Exchange:
             self.elapsed = time.monotonic() - self.started
             return None
         except BaseException as exc:
-            if not isinstance(exc, ServError) and not is_network_failure(exc):
+            if not is_call_failure(exc):
                 self.close()
                 raise
             error = self.explain(exc)
@@ -2933,12 +2980,12 @@ class Exchange:
         labelled = (self.get_headers().get_content_type()
                     == "text/event-stream")
         self.events = self.iter_stream(labelled)
-        if not labelled:
-            # It may be an error: look before the caller gets a stream.  (The
-            # first event of a stream can take minutes; so only here.)
-            first = next(self.events, None)
-            if first is not None:
-                self.events = itertools.chain([first], self.events)
+        if labelled:
+            return      # its first event may take minutes
+        # It may be an error.  This shows before the caller gets a stream.
+        first = next(self.events, None)
+        if first is not None:
+            self.events = itertools.chain([first], self.events)
 
     def iter_stream(self, labelled: bool) -> Iterator[tuple[JSONDict, str]]:
         """Yield each decoded event of a stream, and the text that it adds.
@@ -2955,7 +3002,7 @@ class Exchange:
             if kind is not None:
                 break
         if kind is None and labelled:
-            kind = "events"     # none at all
+            kind = "events"     # an empty body: there are none
         if kind == "events":
             yield from self.iter_decoded(itertools.chain([head], chunks))
         else:
@@ -3000,9 +3047,10 @@ class Exchange:
         """Yield the bytes of the body as they come, up to its proven end."""
         response = self.response
         assert response is not None
-        for name in ("content-encoding", "transfer-encoding"):
-            coding = str(response.headers.get(name) or "identity")
-            if coding.lower() not in ("identity", "chunked"):
+        for name, known in (("content-encoding", "identity"),
+                            ("transfer-encoding", "chunked")):
+            coding = str(response.headers.get(name) or known)
+            if coding.lower() not in (known, "identity"):
                 raise APIResponseError(f"cannot decode {name} {coding}")
         limit = MAX_STREAM if self.request.streaming else MAX_BODY
         if not self.is_good():
@@ -3034,8 +3082,7 @@ class Exchange:
                 data.write(chunk)
         except Exception as exc:
             # An error status is the news, even without its whole body.
-            failed = isinstance(exc, ServError) or is_network_failure(exc)
-            if self.is_good() or not failed:
+            if self.is_good() or not is_call_failure(exc):
                 raise
         return data.getvalue()
 
@@ -3069,16 +3116,14 @@ class Exchange:
         """
         error: ServError
         is_late = time.monotonic() >= self.deadline - CLOCK_ERROR
-        is_connection_error = isinstance(exc, APIConnectionError)
-        if isinstance(exc, ServError) and not (
-                is_late and is_connection_error):
-            # A copy has neither its traceback, which refers to the request,
-            # nor its context.
-            return copy.copy(exc)
-        if is_late:
+        if is_late and is_network_failure(exc):
             error = APITimeoutError(
                 f"timed out: not within {self.request.timeout:g} s; raise "
                 "timeout (or SERV_TIMEOUT), or ask for less")
+        elif isinstance(exc, ServError):
+            # A copy has neither its traceback, which refers to the request,
+            # nor its context.
+            return copy.copy(exc)
         else:
             what = "no answer"
             if self.response is not None:
@@ -3132,12 +3177,12 @@ class Exchange:
 
     def keep_connection(self) -> None:
         """Leave the connection to the next call."""
-        self.events = iter(())      # its frame refers to this object: a cycle
+        self.events = iter(())  # the generator's frame refers to this object
         self.connection.keep()
 
     def close(self) -> None:
         """Close the connection."""
-        self.events = iter(())      # its frame refers to this object: a cycle
+        self.events = iter(())  # the generator's frame refers to this object
         self.connection.discard()
 
     def end_wait(self) -> None:
@@ -3426,7 +3471,7 @@ def build_curl(request: Request) -> str:
             continue    # curl sends its own
         # curl takes "Name;" for an empty header.
         header = f"{name}: {value}" if value else f"{name};"
-        if header == f"Authorization: Bearer {KEY_OF_SHELL}":
+        if value == "Bearer " + KEY_OF_SHELL:
             lines.append(f'-H "{header}"')  # the shell puts the key in
         else:
             lines.append("-H " + quote(header))

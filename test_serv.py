@@ -2419,11 +2419,11 @@ def test_json_that_is_too_deep_is_not_decoded(left, middle, right):
 
 
 def test_an_escape_may_come_in_two_pieces():
-    nesting = serv.Nesting()
+    scanner = serv.BracketScanner()
     for piece, closed in (('{"a\\', False), ('"}', False), ('b\\\\"', False),
                           (': []', False), ("}", True)):
-        nesting.add(piece)
-        assert nesting.is_closed() is closed
+        scanner.add(piece)
+        assert scanner.is_closed() is closed
 
 
 def test_the_deepest_json_can_be_copied_pickled_and_dumped():
