@@ -1560,8 +1560,11 @@ class BracketScanner:
     It reads each piece once, so that a long text takes linear time.
     """
 
-    # What matters: quotes, brackets, and a backslash with what it escapes.
-    TOKEN = re.compile(r'\\.|["\[\]{}\\]', re.DOTALL)
+    TOKEN = re.compile(r"""
+        \\.         # a backslash, and what it escapes
+      | ["\[\]{}]   # a quote or a bracket
+      | \\          # a backslash at the end of a piece
+        """, re.VERBOSE | re.DOTALL)
 
     def __init__(self) -> None:
         self.open_brackets = 0
@@ -1587,8 +1590,9 @@ class BracketScanner:
 
     def is_closed(self) -> bool:
         """Whether all brackets are closed, and there was one."""
-        return (self.seen_bracket and self.open_brackets == 0
-                and not self.in_string)
+        if self.in_string or self.open_brackets:
+            return False
+        return self.seen_bracket
 
 
 class GrowingList:
