@@ -104,8 +104,8 @@ KEEPALIVE = 60          # of silence before TCP probes the other side: some
                         # NATs forget a connection after 350 s
 DEAD_SECONDS = 30       # without acknowledgement of what was sent
 IDLE_SECONDS = 50.0     # of keeping a connection: load balancers drop it at 60
-STALE_SECONDS = 1.0     # if a reused connection ends sooner, and no byte of
-                        # the answer has come, the server never saw the request
+STALE_SECONDS = 1.0     # if a reused connection ends sooner, before a byte of
+                        # the answer: we assume that nobody saw the request
 LAST_CHUNK_SECONDS = 0.01   # to reuse the connection of a stream, whose last
                             # chunk may come behind [DONE]; see is_usable()
 
@@ -551,14 +551,10 @@ class Stream:
         self._state = "open"
         self._error: ServError | None = None    # why it failed
         self._is_reading = False
-        # Held while the stream ends, never during a wait.  A signal handler
-        # may call close() while its own thread holds it: so it is an RLock.
+        # Held while the two change, or the connection is closed or kept; never
+        # during a wait.  A signal handler may call close() while its own
+        # thread holds it: so it is an RLock.
         self._lock = threading.RLock()
-
-        # close() may come from another thread.  It sets _state, then looks at
-        # _is_reading; the reader sets _is_reading, then looks at _state.  So
-        # whoever comes second sees the other: a reader does not begin, or
-        # closes when it has ended; close() closes only if nobody reads.
 
     def __iter__(self) -> Stream:
         return self
@@ -628,20 +624,20 @@ class Stream:
         At the end there is no event.  But the last half of a character may
         still wait to be shown: it is the text, once.
         """
+        with self._lock:
+            if self._is_reading:
+                raise ValueError("this stream is being read already")
+            self._is_reading = self._state == "open"
         if self._is_reading:
-            raise ValueError("this stream is being read already, by another "
-                             "thread or by what a signal interrupted")
-        try:
-            self._is_reading = True
-            if self._state == "open":
+            try:
                 step = self._read()
                 if step is not None:
                     return step
-        finally:
-            self._is_reading = False
-            if self._state == "closed":
+            finally:
                 with self._lock:
-                    self._exchange.close()  # does nothing the second time
+                    self._is_reading = False
+                    if self._state == "closed":     # by another thread
+                        self._exchange.close()
         if self._error is not None:
             # Each further step raises it again: an end would look as if the
             # answer were whole.  A copy, because the traceback of what is
@@ -1167,16 +1163,17 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
 
 def find_bare_error(answer: JSONDict) -> JSON:
     """Return an error that stands where an answer should be, or None."""
+    errors = answer.get("errors")       # Cloudflare
+    # "message": DashScope; "detail": FastAPI.
+    text = answer.get("message") or answer.get("detail")
+    if not errors and not text:
+        return None
     kind = get_str(answer, "type")
     if kind and not (kind.lower().endswith("error") or kind in STATUS_OF_TYPE):
         return None     # a notice: {"type": "ping", "message": "..."}
-    if answer.get("errors"):    # Cloudflare
-        return answer["errors"]
-    # "message": DashScope; "detail": FastAPI.
-    text = answer.get("message") or answer.get("detail")
-    if text and isinstance(text, (str, list)):
-        return answer
-    return None
+    if errors:
+        return errors
+    return answer if isinstance(text, (str, list)) else None
 
 
 def parse_error(body: JSON) -> JSONDict:
@@ -2625,6 +2622,8 @@ def is_network_failure(exc: BaseException) -> bool:
         return True
     if isinstance(exc, OSError):
         return exc.errno is not None
+    if isinstance(exc, OverflowError):
+        return True     # http.client's, for a chunk of negative size
     return isinstance(exc, (APIConnectionError, http.client.HTTPException))
 
 
@@ -2718,7 +2717,7 @@ class Connection(http.client.HTTPConnection):
         assert self.wire is not None and self.response is not None
         self.wire.deadline = limit
         try:
-            if read_some(self.response, 1):         # 1
+            if self.response.read1(1):              # 1
                 return False    # more of the body
             if self.wire.has_input():               # 2
                 return False
@@ -2774,15 +2773,6 @@ def skip_interim_answers(response: http.client.HTTPResponse) -> None:
     while response.status < 200:
         response.headers = None     # type: ignore[assignment]
         response.begin()
-
-
-def read_some(response: http.client.HTTPResponse, size: int) -> bytes:
-    """Return what comes next of a body; b"" at its end."""
-    try:
-        return response.read1(size)
-    except OverflowError:
-        pass    # http.client takes -fff... for the size of a chunk
-    raise http.client.HTTPException("the size of a chunk is negative")
 
 
 def open_tunnel(sock: DeadlineSocket, proxy: Proxy, address: Address) -> None:
@@ -3022,7 +3012,12 @@ class Exchange:
         try:
             for name, data in iter_events(chunks):
                 for event in parse_events(name, data):
-                    self.check_time()
+                    now = time.monotonic()
+                    # The caller may have held a piece until the deadline.
+                    # What is already here behind a proven end is welcome.
+                    if now >= self.deadline and not assembler.whole:
+                        raise APITimeoutError("an event came too late")
+                    self.elapsed = now - self.started
                     if event is DONE:
                         assembler.add(DONE)
                         return      # what stands behind it does not count
@@ -3035,17 +3030,6 @@ class Exchange:
                         return
         except EventTooLarge as exc:
             raise APIResponseError(f"a broken event: {exc}")
-
-    def check_time(self) -> None:
-        """Raise an APITimeoutError after the deadline.
-
-        The caller may have held a piece so long, while the next events were
-        already here.  If these only follow a proven end, they are welcome.
-        """
-        now = time.monotonic()
-        if now >= self.deadline and not self.assembler.whole:
-            raise APITimeoutError("an event came too late")
-        self.elapsed = now - self.started
 
     def iter_body(self) -> Iterator[bytes]:
         """Yield the bytes of the body as they come, up to its proven end."""
@@ -3061,7 +3045,7 @@ class Exchange:
             limit = MAX_ERROR
         size = 0
         while True:
-            data = read_some(response, READ_SIZE)
+            data = response.read1(READ_SIZE)
             if not data:
                 break
             size += len(data)
