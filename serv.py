@@ -245,6 +245,18 @@ class InternalServerError(APIStatusError):
     status = 500
 
 
+def copy_error(error: ServError) -> ServError:
+    """Return an equal error to be raised.
+
+    It has the same cause, but no traceback and no context: these refer to
+    frames, with the request in them, and to exceptions that quote the server.
+    """
+    copied = copy.copy(error)
+    if error.__cause__ is not None:
+        copied.__cause__ = error.__cause__
+    return copied
+
+
 STATUS_ERRORS: dict[int, type[APIStatusError]] = {
     400: BadRequestError, 401: AuthenticationError, 402: BillingError,
     403: PermissionDeniedError, 404: NotFoundError, 429: RateLimitError}
@@ -289,9 +301,10 @@ def chat(messages: Messages, *, model: str | None = None,
         connection failures (except a refused certificate or proxy login),
         408, 409, 429 (except ``insufficient_quota``) and 5xx.  If an answer
         has the header ``x-should-retry: true`` or ``false``, that decides.
-        A retry may be billed.  One resend is not counted, and happens even
-        with 0: if a reused connection turns out to be closed, within a
-        second and before a byte of the answer.
+        A retry may be billed.  If a reused connection turns out to be
+        closed, within a second and before a byte of the answer, the request
+        is sent once more.  This resend is not counted, and happens even with
+        0; if the server has read the first one, it may be billed, too.
     :param headers: added to the request; they replace ours of the same
         name, in any case.  With an ``Authorization`` no key is needed.
     :param params: every other parameter goes into the JSON body untouched.
@@ -432,7 +445,8 @@ class Reply(dict):  # type: ignore[type-arg]
     def __str__(self) -> str:
         return self.text
 
-    # Not for type checkers, which would then accept any name.
+    # A better message than Python's own.  It is hidden from type checkers,
+    # which would then accept any name.
     if not TYPE_CHECKING:
         def __getattr__(self, name):
             raise AttributeError(
@@ -447,6 +461,7 @@ class Reply(dict):  # type: ignore[type-arg]
         entries = [get_dict(choice, "message")
                    for choice in get_dicts(self, "choices")]
         if not entries or not entries[0]:
+            # The answer is the first choice, even if it is empty.
             return {"role": "assistant", "content": ""}
         first = entries[0]
         # Some gateways split one answer: the text is in the first choice,
@@ -640,9 +655,8 @@ class Stream:
                         self._exchange.close()
         if self._error is not None:
             # Each further step raises it again: an end would look as if the
-            # answer were whole.  A copy, because the traceback of what is
-            # raised refers to this stream, and would keep it alive.
-            raise copy.copy(self._error) from self._error.__cause__
+            # answer were whole.
+            raise copy_error(self._error)
         if self._state == "ended":
             return None, self._exchange.assembler.end()
         return None, ""
@@ -659,7 +673,6 @@ class Stream:
                 return step
             if not exchange.assembler.whole:
                 raise APIConnectionError("the answer was cut")
-            self._leave("ended", keep=True)
         except BaseException as exc:
             if not is_call_failure(exc):
                 # An interrupt, or what a signal handler raised.
@@ -669,6 +682,8 @@ class Stream:
                 self._leave("ended")    # nothing is missing
             else:
                 self._fail(exchange.explain(exc))
+        else:
+            self._leave("ended", keep=True)
         return None
 
     def _leave(self, state: str, keep: bool = False) -> bool:
@@ -870,6 +885,10 @@ def build_json(body: JSONDict) -> bytes:
 def build_url(text: str) -> Address:
     """Return where a base URL leads.
 
+    "https://api.test/v1/" leads to the URL "https://api.test", the host
+    "api.test" and port 443; "http://[::1]:8080/proxy" to the URL as it is, the
+    host "::1" and port 8080.
+
     :raise ValueError: it is not ``http[s]://host[:port][/path]``.
     """
     wrong = ("base_url (or SERV_BASE_URL): expected http[s]://host[:port]"
@@ -1004,7 +1023,7 @@ def parse_json(text: str) -> JSON:
     """
     brackets = text.count("[") + text.count("{")
     if brackets > MAX_DEPTH and is_too_deep(text):
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels, or cut")
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     text = text.strip(" \t\r\n")
     try:
         value, end = _decoder.raw_decode(text)
@@ -1020,35 +1039,39 @@ def parse_json(text: str) -> JSON:
     raise ValueError(f"not JSON: {reason}")
 
 
-# A string, or the beginning of one that is cut; or anything but brackets.
+# Without what this matches, '{"a[": [1, 2]}' is "{[]}".
 NO_BRACKETS = re.compile(r"""
-    "[^"\\]* (?:\\.[^"\\]*)* "?     # "a", "a\"b", "{"; not: {, [
-  | [^"\[\]{}]+                      # 1, null, commas; not: ", {, [
+    "[^"\\]* (?:\\.[^"\\]*)* "?     # a string, or one that is cut short
+  | [^"\[\]{}]+                      # numbers, commas, white space, ...
     """, re.VERBOSE | re.DOTALL)
 
 
 def is_too_deep(text: str) -> bool:
-    """Whether a JSON text is nested deeper than MAX_DEPTH, or is cut.
+    """Whether a JSON text is nested deeper than MAX_DEPTH.
 
-    This is looked at before decoding, which recurses.  Only the brackets are
-    left; then each turn removes the innermost ones, as in
-    "[[][[]]]", "[[]]", "[]", "".
+    This is looked at before decoding, which recurses.
     """
-    brackets = NO_BRACKETS.sub("", text)
-    brackets = brackets.replace("{", "[").replace("}", "]")
-    for _ in range(MAX_DEPTH):
-        brackets = brackets.replace("[]", "")
-    return brackets != ""
+    depth = 0
+    for bracket in NO_BRACKETS.sub("", text):
+        if bracket in "[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                return True
+        else:
+            depth -= 1
+    return False
 
 
 def parse_arguments(value: JSON, partial: bool) -> JSON:
     """Return a tool's arguments as a dict; as text if they are no object.
 
-    If they may be partial, they are text, too.
+    If they may be partial, they are text, whatever they look like.
     """
-    if isinstance(value, str):
-        if partial:
+    if partial:
+        if isinstance(value, str):
             return value
+        return json.dumps(value) if value else ""
+    if isinstance(value, str):
         try:
             decoded = parse_json(value)
         except ValueError:
@@ -1057,8 +1080,8 @@ def parse_arguments(value: JSON, partial: bool) -> JSON:
             return value
         value = decoded
     if not value:
-        return "" if partial else {}
-    if partial or not isinstance(value, dict):
+        return {}
+    if not isinstance(value, dict):
         return json.dumps(value)
     # Escapes in it may stand for halves of characters: see clean_text().
     return map_text(value, clean_text)
@@ -1143,11 +1166,12 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
     if answer.get("error"):     # {"error": ...}: most servers
         return answer["error"]
     # vLLM: {"object": "error", "message": ...}; others have a type instead.
-    if "error" in (event_name, answer.get("type"), answer.get("object")):
+    kinds = (event_name, answer.get("type"), answer.get("object"))
+    if "error" in kinds:
         return answer
     choices = answer.get("choices")
     if choices is None and answer.get("content") is None:
-        return find_bare_error(answer)
+        return find_bare_error(answer)  # it is no answer of either format
     if not isinstance(choices, list):
         return None
     for choice in choices:
@@ -1162,7 +1186,11 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
 
 
 def find_bare_error(answer: JSONDict) -> JSON:
-    """Return an error that stands where an answer should be, or None."""
+    """Return an error that stands where an answer should be, or None.
+
+    Errors: {"message": "No."}, {"type": "rate_limit_error", "detail": "No."};
+    not: {"type": "ping", "message": "Hi"}, {"id": "x"}.
+    """
     errors = answer.get("errors")       # Cloudflare
     # "message": DashScope; "detail": FastAPI.
     text = answer.get("message") or answer.get("detail")
@@ -1170,7 +1198,7 @@ def find_bare_error(answer: JSONDict) -> JSON:
         return None
     kind = get_str(answer, "type")
     if kind and not (kind.lower().endswith("error") or kind in STATUS_OF_TYPE):
-        return None     # a notice: {"type": "ping", "message": "..."}
+        return None
     if errors:
         return errors
     return answer if isinstance(text, (str, list)) else None
@@ -1259,15 +1287,15 @@ def build_status_error(status: int, headers: Headers,
                        body: JSON) -> APIStatusError:
     """Return the error that an answer is, by its status or by its body."""
     fields = parse_error(body)
-    is_known = True
-    if 200 <= status < 300:
-        # If nothing in the body stands for a status, 500 is a guess.
-        stands_for = find_status(fields)
-        is_known = stands_for is not None
-        status = stands_for or 500
     what = fields["type"] or http.client.responses.get(status, "")
-    if not is_known:
-        what = "error in a 200 answer"
+    is_guess = False
+    if 200 <= status < 300:
+        # The body is an error all the same.
+        stands_for = find_status(fields)
+        status = stands_for or 500
+        if stands_for is None:
+            is_guess = True
+            what = "error in a 200 answer"
     retry_after = parse_retry_after(headers, time.time())
     why = add_advice(status, fields, retry_after)
     if 300 <= status < 400:
@@ -1284,21 +1312,21 @@ def build_status_error(status: int, headers: Headers,
     error.body = body
     error.headers = headers
     error.retry_after = retry_after
-    error._worth_a_retry = is_worth_a_retry(error, is_known)
+    error._worth_a_retry = is_worth_a_retry(error, is_guess)
     return error
 
 
-def is_worth_a_retry(error: APIStatusError, is_known: bool) -> bool:
+def is_worth_a_retry(error: APIStatusError, is_guess: bool) -> bool:
     """Whether an answer with an error may go better another time.
 
-    ``is_known`` is false where the status is only our guess.  Then it is not
-    tried again: a retry may be billed.
+    If the status is only our guess, it is not tried again: a retry may be
+    billed.
     """
     # https://github.com/openai/openai-python sends and reads this header.
     advice = str(error.headers.get("x-should-retry", "")).lower()
     if advice in ("true", "false"):
         return advice == "true"
-    if not is_known or "insufficient_quota" in (error.type, error.code):
+    if is_guess or "insufficient_quota" in (error.type, error.code):
         return False
     return error.status in (408, 409, 429) or error.status >= 500
 
@@ -1369,7 +1397,12 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
     name = b""
     data: list[bytes] = []
     size = 0
+    is_first = True
     for line in iter_lines(chunks):
+        if is_first:
+            is_first = False
+            if line.startswith(BOM):
+                line = line[len(BOM):]
         if not line:
             if data:
                 yield (name.decode("utf-8", "replace") or "message",
@@ -1399,7 +1432,6 @@ def iter_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """
     pieces: list[bytes] = []    # of a line whose end has not come
     size = 0                    # of these pieces
-    first = True
     after_cr = False            # the last chunk ended with CR
     for chunk in chunks:
         if after_cr and chunk.startswith(b"\n"):
@@ -1417,10 +1449,6 @@ def iter_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         if lines and pieces:
             lines[0] = b"".join(pieces) + lines[0]
             pieces, size = [], 0
-        if lines and first:
-            first = False
-            if lines[0].startswith(BOM):
-                lines[0] = lines[0][len(BOM):]
         yield from lines
         if rest:
             pieces.append(rest)
@@ -1515,11 +1543,11 @@ def find_body_type(head: bytes) -> str | None:
 # Putting streams together.  No I/O: events in; text pieces, and in the end
 # an answer as the call without streaming returns it, out.
 #
-# What proves a stream whole.  Chat: [DONE], or a finish_reason for every
-# choice; and as many choices as the request asked for.  Messages: a
-# stop_reason, or message_stop after message_start.  Content that comes behind
-# a reason withdraws that proof; behind [DONE] and message_stop, nothing is
-# read.  The property `whole` of each class decides it.
+# What proves a stream whole.  Chat: [DONE]; or, without it, a finish_reason
+# for every choice; both only with as many choices as the request asked for.
+# Messages: a stop_reason; or, without it, message_stop after message_start.
+# Content that comes behind a reason withdraws that proof; behind [DONE] and
+# message_stop, nothing is read.  `whole` of each class decides it.
 #
 # Where servers differ from the two references, a comment names one that does.
 # ---------------------------------------------------------------------------
@@ -1536,8 +1564,9 @@ class GrowingText:
 
     def __init__(self, text: str = "") -> None:
         self.pieces = [text]
-        self.scanner = BracketScanner()     # for is_closed()
-        self.scanned = 0                    # how many pieces it has seen
+        # For is_closed(), which begins_next() asks of a tool's arguments.
+        self.scanner = BracketScanner()
+        self.scanned = 0    # how many pieces it has seen
 
     def get(self) -> str:
         """Return the text so far."""
@@ -1660,6 +1689,8 @@ def add_to_entry(entry: JSONDict, piece: JSONDict) -> None:
 def add_text(target: JSONDict, name: str, value: JSON) -> None:
     """Add a piece to a field that is a text, or a list of parts.
 
+    A text plus a text is a text.  If either is a list, the sum is a list.
+
     :raise APIResponseError: the field is one of the two, the piece neither.
     """
     old = target.get(name)
@@ -1719,8 +1750,8 @@ def add_object(target: JSONDict, name: str, piece: JSONDict) -> None:
 def put(target: JSONDict, name: str, value: JSON) -> None:
     """Set a field, unless the value is empty and something is there.
 
-    Objects are merged.  The value becomes a part of the target.  No caller
-    has it: events() yields copies.
+    Objects are merged.  The value becomes a part of the target.  It need not
+    be copied: the caller does not have it, because events() yields copies.
     """
     old = target.get(name)
     if is_empty(value):
@@ -1788,7 +1819,8 @@ class IndexedParts:
     """The calls or the blocks of an answer, in order.
 
     A part stands at the place that its index names, whatever number that is.
-    Without an index, or if the place is taken, it stands behind all others:
+    Without an index, or if the place is taken, it stands behind all others,
+    at the highest place so far plus 1:
 
         index   0   0   5   none    2
         place   0   1   5   6       2
@@ -1912,9 +1944,10 @@ class ChatChoice:
     def add(self, choice: JSONDict) -> str:
         """Add a choice of a chunk; return what it adds to the text."""
         delta = expect_dict(choice, "delta")
-        if not delta and not self.has_content:
-            # The whole answer in one chunk.  (Perplexity sends a message in
-            # each chunk, with what the deltas have said: it is ignored.)
+        is_whole_answer = not delta and not self.has_content
+        if is_whole_answer:
+            # Else it is ignored: Perplexity repeats in the "message" of each
+            # chunk what the deltas have said.
             delta = expect_dict(choice, "message")
         self.add_delta(delta)
         fields = dict(choice)
@@ -1935,6 +1968,7 @@ class ChatChoice:
     def add_delta(self, delta: JSONDict) -> None:
         """Add to the message."""
         for name, value in delta.items():
+            # Some repeat the role in every chunk.  It is no content.
             if value and name != "role":
                 self.has_content = True
                 self.finished = False
@@ -1980,12 +2014,13 @@ class ChatChoice:
     def find_call(self, piece: JSONDict) -> JSONDict | None:
         """Return the call that a piece continues; None if it begins one.
 
-        1. A name with a new index begins a call.  (Some servers give one id
-           to all calls.)
-        2. A known id: the call of this id.
-        3. A new id without an index begins a call.
-        4. A name may begin a call though its index is known: begins_next().
-        5. The newest call of its index; without an index, the last call.
+        1. A name with a new index begins a call: {"index": 1, "id": "x",
+           "name": "g"}, even behind a call with the id "x" at index 0.
+        2. A known id: {"id": "x"}, also without an index.
+        3. A new id without an index begins a call: {"id": "y"}.
+        4. A name at a known index may begin a call: see begins_next().
+        5. Else it continues the newest call of its index; without an index,
+           as {"arguments": "}"}, the last call.
         """
         id, index = piece.get("id"), piece.get("index")
         name = get_dict(piece, "function").get("name")
@@ -2053,7 +2088,7 @@ class MessagesAssembler:
     def __init__(self) -> None:
         self.fields: JSONDict = {}      # of the message, except its blocks
         self.blocks = IndexedParts()
-        # The newest tool of each index, see find_block().
+        # The newest tool of each index, for rule 3 of find_block().
         self.tools: dict[int | None, JSONDict] = {}
         self.half = HalfCharacter()
         self.started = False            # message_start has come
@@ -2127,17 +2162,18 @@ class MessagesAssembler:
     def find_block(self, index: int | None, kind: str) -> JSONDict:
         """Return the block that a delta of a kind goes to.
 
-        1. No block has its index: a new block.  (But -1 is an error: a
-           gateway means one of the blocks, and who knows which.)
-        2. The newest block of its index, if it is of this kind.
+        1. No block has its index: it begins one.  (But -1 is an error: the
+           gateway means a block that is there, and who knows which.)
+        2. It continues the newest block of its index, if that is of its kind.
 
-        Some gateways mix up the indexes, or begin no block:
+        Some gateways mix up the indexes, or begin no block for a delta:
 
-        3. Input of a tool, then text, then more input, all of one index: this
-           input goes to the tool.
-        4. All deltas have index 0: this one goes to the last block, if that
-           is of its kind.
-        5. Else it begins a new block.
+        3. Text comes into the middle of a tool's input.  The rest of the
+           input goes to the tool: start 0 tool_use, then the deltas
+           0 {"a", 0 Hi, 0 : 1}.
+        4. All deltas have index 0.  This one goes to the last block, if that
+           is of its kind: start 0 thinking, start 1 text, delta 0 Hi.
+        5. Else it begins a block: start 0 tool_use, delta 0 Hi.
         """
         block = self.blocks.get(index)      # without an index, the last one
         if block is None:                                           # 1
@@ -2211,6 +2247,7 @@ class MessagesAssembler:
         for block in self.blocks.in_order():
             block = map_text(block, clean)
             if "input" in block:
+                # An object that the start of the block held stays as it is.
                 given = block["input"] or {}
                 if partial or isinstance(given, str):
                     given = parse_arguments(given, partial)
@@ -2404,8 +2441,8 @@ class DeadlineSocket(socket.socket):
         Not in a child process, whose parent still uses it.
         """
         if self.owner == os.getpid():
-            # The plain one.  SSLSocket.shutdown() forgets its encryption, and
-            # another thread that reads would take what comes for plain text.
+            # The plain one.  SSLSocket.shutdown() sets its _sslobj to None: a
+            # thread that reads would take what comes for plain text.
             with contextlib.suppress(OSError):  # it has ended already
                 socket.socket.shutdown(self, socket.SHUT_RDWR)
 
@@ -2613,10 +2650,10 @@ def parse_proxy(text: str) -> Proxy | None:
 def is_network_failure(exc: BaseException) -> bool:
     """Whether an exception comes from the network.
 
-    Those of the system, of getaddrinfo() and of OpenSSL are OSErrors with an
-    errno.  An OSError without one, as in TimeoutError("mine"), comes from a
-    signal handler of the caller's.  Only http.client's RemoteDisconnected is
-    an OSError without errno, too.
+    An OSError does if it has an errno: those of the system have one, and
+    those of getaddrinfo() and OpenSSL, too.  Without one, as in
+    TimeoutError("mine"), it comes from a signal handler of the caller's.
+    Only http.client's RemoteDisconnected is an OSError without errno.
     """
     if isinstance(exc, http.client.RemoteDisconnected):
         return True
@@ -2675,6 +2712,11 @@ class Connection(http.client.HTTPConnection):
         assert self.wire is not None
         self.wire.deadline = deadline
         self.wire.answered = False
+        self.write_request(request)
+        return self.read_head()
+
+    def write_request(self, request: Request) -> None:
+        """Send a request, as far as the server reads it."""
         target, headers = request.target, request.headers
         if self.route.proxy and not request.address.tls:
             target = request.url
@@ -2686,10 +2728,14 @@ class Connection(http.client.HTTPConnection):
         except OSError as exc:
             if not is_network_failure(exc):
                 raise
-            # The server may have said why it stopped reading (413).  So we
-            # read its answer, and do not use the connection again.  (For
-            # getresponse(), a request is sent once its sending has begun.)
+            # The server may have said why it stopped reading (413): its answer
+            # is read all the same.  getresponse() allows it: http.client's
+            # state is "Request-sent" before the body is sent.
             self.upload_broke = True
+
+    def read_head(self) -> http.client.HTTPResponse:
+        """Read the head of the answer, and return the answer."""
+        assert self.wire is not None
         try:
             self.response = self.getresponse()
         except http.client.RemoteDisconnected:
@@ -2697,35 +2743,33 @@ class Connection(http.client.HTTPConnection):
                 raise APIConnectionError("the request could not be sent whole")
             raise
         skip_interim_answers(self.response)
-        # If the connection ends inside the head, as behind b"HTTP/1.1 200 OK",
-        # http.client takes this for the end of the head.  Behind a whole head
-        # it has not read, so that it has not seen the end.
+        # For http.client, the end of the connection inside the head, as behind
+        # b"HTTP/1.1 200 OK", is the end of the head.  Behind a whole head it
+        # does not read, so that it has not seen the end of the connection.
         if self.wire.ended:
             raise http.client.HTTPException("closed inside the header")
         return self.response
 
     def is_usable(self, limit: float) -> bool:
-        """Whether the last answer is at its end and nothing has come since.
-
-        1. A stream is left at [DONE].  The last chunk of its body may come a
-           little later: this waits for it until the limit.  (Of an answer
-           that was read to its end, nothing is read here.)
-        2. If anything has come behind the answer, as a rule it is the end of
-           the connection.
-        3. What http.client has read behind the answer goes with `response`.
-        """
+        """Whether the last answer is at its end and nothing has come since."""
         assert self.wire is not None and self.response is not None
         self.wire.deadline = limit
         try:
-            if self.response.read1(1):              # 1
-                return False    # more of the body
-            if self.wire.has_input():               # 2
+            # A stream was left at [DONE].  The last chunk of its body may come
+            # a little later: this waits for it until the limit.  (Of an answer
+            # that was read to its end, this reads nothing.)
+            if self.response.read1(1):
+                return False
+            # If anything has come behind the answer, as a rule it is the end
+            # of the connection.
+            if self.wire.has_input():
                 return False
         except Exception as exc:
             if not is_network_failure(exc):
                 raise
             return False
-        self.response.close()                       # 3
+        # With it goes what http.client has read behind the answer.
+        self.response.close()
         return True
 
     def keep(self) -> None:
@@ -2770,7 +2814,7 @@ def skip_interim_answers(response: http.client.HTTPResponse) -> None:
     It is public, though undocumented, in Python 3.0 to 3.15, and begins with:
     if self.headers is not None: return.
     """
-    while response.status < 200:
+    while response.status < 200 and response.status != 101:
         response.headers = None     # type: ignore[assignment]
         response.begin()
 
@@ -2921,10 +2965,10 @@ class Exchange:
         return error
 
     def was_stale(self, error: ServError) -> bool:
-        """Whether a reused connection had been closed before the request.
+        """Whether to assume that a reused connection was closed already.
 
-        Then its end comes soon, and before a byte of the answer.  Later, the
-        server may have processed the request, and billed it.
+        Then its end comes soon, and before a byte of the answer.  If it comes
+        later, the server may have processed the request, and billed it.
         """
         wire = self.connection.wire
         if isinstance(error, APITimeoutError):
@@ -3032,14 +3076,19 @@ class Exchange:
             raise APIResponseError(f"a broken event: {exc}")
 
     def iter_body(self) -> Iterator[bytes]:
-        """Yield the bytes of the body as they come, up to its proven end."""
+        """Yield the bytes of the body as they come.
+
+        Its end is that of the Content-Length, the last chunk, or, where the
+        head names neither, that of the connection.
+        """
         response = self.response
         assert response is not None
-        for name, known in (("content-encoding", "identity"),
-                            ("transfer-encoding", "chunked")):
-            coding = str(response.headers.get(name) or known)
-            if coding.lower() not in (known, "identity"):
-                raise APIResponseError(f"cannot decode {name} {coding}")
+        coding = str(response.headers.get("content-encoding") or "identity")
+        if coding.lower() != "identity":
+            raise APIResponseError(f"cannot decode content-encoding {coding}")
+        coding = str(response.headers.get("transfer-encoding") or "identity")
+        if coding.lower() not in ("identity", "chunked"):
+            raise APIResponseError(f"cannot decode transfer-encoding {coding}")
         limit = MAX_STREAM if self.request.streaming else MAX_BODY
         if not self.is_good():
             limit = MAX_ERROR
@@ -3102,16 +3151,14 @@ class Exchange:
         Only an exception of the system becomes its cause: those of
         http.client quote the server, which may have echoed the key.
         """
-        error: ServError
         is_late = time.monotonic() >= self.deadline - CLOCK_ERROR
+        error: ServError
         if is_late and is_network_failure(exc):
             error = APITimeoutError(
                 f"timed out: not within {self.request.timeout:g} s; raise "
                 "timeout (or SERV_TIMEOUT), or ask for less")
         elif isinstance(exc, ServError):
-            # A copy has neither its traceback, which refers to the request,
-            # nor its context.
-            return copy.copy(exc)
+            return copy_error(exc)
         else:
             what = "no answer"
             if self.response is not None:
@@ -3120,9 +3167,9 @@ class Exchange:
             error = APIConnectionError(f"{what}: {text}{self.find_hint(exc)}")
             if isinstance(exc, ssl.SSLCertVerificationError):
                 error._worth_a_retry = False
-        # http.client's RemoteDisconnected is an OSError, too.
-        if isinstance(exc, OSError) and not isinstance(
-                exc, http.client.HTTPException):
+        is_of_system = isinstance(exc, OSError) and not isinstance(
+            exc, http.client.RemoteDisconnected)
+        if is_of_system:
             error.__cause__ = exc.with_traceback(None)
         return error
 
@@ -3165,12 +3212,12 @@ class Exchange:
 
     def keep_connection(self) -> None:
         """Leave the connection to the next call."""
-        self.events = iter(())  # the generator's frame refers to this object
+        self.events = iter(())  # it refers to this object: a cycle
         self.connection.keep()
 
     def close(self) -> None:
         """Close the connection."""
-        self.events = iter(())  # the generator's frame refers to this object
+        self.events = iter(())  # it refers to this object: a cycle
         self.connection.discard()
 
     def end_wait(self) -> None:
@@ -3197,9 +3244,7 @@ def send_request(request: Request) -> Exchange:
         # Without room for the wait there is no use in waiting.
         if (wait is None or failed == request.max_retries
                 or time.monotonic() + wait >= exchange.deadline):
-            # A copy: the traceback of `error` would refer to this frame, which
-            # refers to `error`, and keep both in memory.
-            raise copy.copy(error) from error.__cause__
+            raise copy_error(error)     # `error` stays without a traceback
         failed += 1
         warn(f"retry {failed} of {request.max_retries} in {wait:.1f} s: "
              f"{error}")
