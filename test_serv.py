@@ -4208,6 +4208,67 @@ def test_stream_closed_from_another_thread_ends_the_wait_at_once():
     assert stream.reply.partial and list(stream) == []
 
 
+def test_stream_has_one_reader_at_a_time():
+    begun, ended = threading.Event(), threading.Event()
+
+    def read():
+        for _ in stream:
+            begun.set()
+        ended.set()
+
+    with Server(stream_watched(threading.Event())) as server:
+        stream = open_stream(server, timeout=60)
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        assert begun.wait(20)
+        assert not ended.wait(0.05)  # it waits for a second piece
+        with pytest.raises(ValueError, match="being read already"):
+            next(stream)
+        assert not ended.is_set()  # the first reader goes on
+        stream.close()
+        assert ended.wait(5)
+        reader.join(20)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
+@pytest.mark.parametrize("act, pieces", [(next, ["Hel", "lo"]),
+                                         (serv.Stream.close, ["Hel"])],
+                         ids=["read: refused", "close(): it ends"])
+def test_stream_used_by_a_signal_handler_while_it_is_read(act, pieces):
+    def handle(number, frame):
+        while frame is not None and not acted.is_set():
+            if frame.f_code.co_name == "is_ready":  # it waits
+                try:
+                    act(stream)
+                except ValueError as error:
+                    refused.append(error)
+                acted.set()
+            frame = frame.f_back
+
+    def answer(wire, request):
+        wire.sendall(STREAM_HEAD + chunk(sse(*stream_text("Hel"))))
+        assert opened.wait(10)
+        while not acted.wait(0.02):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        with contextlib.suppress(ConnectionError):
+            wire.sendall(chunk(sse(chat_chunk({"content": "lo"}, "stop")))
+                         + chunk(b""))
+        return False
+
+    opened, acted, refused = threading.Event(), threading.Event(), []
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        with Server(answer) as server:
+            stream = open_stream(server)
+            seen = [next(stream)]
+            opened.set()
+            seen += list(stream)
+    finally:
+        acted.set()
+        signal.signal(signal.SIGUSR1, before)
+    assert (seen, len(refused)) == (pieces, act is next)
+
+
 def test_stream_an_exception_in_its_block_is_the_callers_own():
     with Server(stream_answer(*STREAM_HELLO["chat"])) as server:
         with pytest.raises(ZeroDivisionError):
@@ -5713,6 +5774,8 @@ def test_a_failed_try_is_not_left_to_the_collector():
         NET_CHUNKED + b"-" + b"f" * 24 + b"\r\n{}\r\n", NET_FAIL, "cut"),
     "no size": (NET_CHUNKED + b"\r\n{}\r\n", NET_FAIL, "cut"),
     "nothing": (b"", NET_FAIL, "clos"),
+    "another protocol": (b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
+                         serv.APIStatusError, "101"),
     "a cut status line": (b"HTTP/1.1 2", NET_FAIL, "no answer"),
     "no header": (b"HTTP/1.1 200 OK\r\n", NET_FAIL, "header"),
     "a cut header": (b"HTTP/1.1 200 OK\r\nContent-Ty", NET_FAIL, "header"),
