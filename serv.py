@@ -118,8 +118,9 @@ MAX_IDLE = 256
 # rule; the worst, 32 MiB of nested empty dicts, takes 1 GiB.  The worst
 # stream, 64 MiB of them, takes 4 GiB while its reply is built.
 READ_SIZE = 1 << 16     # of one read or write
-MAX_BODY = 1 << 25      # of one JSON answer or one event: 32 MiB
-MAX_STREAM = 1 << 26    # of a whole stream: 64 MiB, ten times the longest
+MAX_BODY = 1 << 25      # of the answer to a call, or of an event: 32 MiB
+MAX_STREAM = 1 << 26    # of the answer to stream(): 64 MiB, ten times the
+                        # longest that was seen
 MAX_ERROR = 1 << 18     # of an error's body; the rest is not read
 MAX_HEAD = 1 << 10      # of a body, to tell JSON from an event stream
 MIN_SECRET = 8          # of a key; a shorter one is a common word
@@ -127,6 +128,7 @@ MIN_SECRET = 8          # of a key; a shorter one is a common word
 # Levels of nested JSON.  The json module, and copying, recurse once a level.
 # A thread on musl has a stack of 128 KiB: there, Python 3.8 crashes at 100.
 MAX_DEPTH = 64
+MAX_PARTS = 2000        # choices, calls or blocks of a stream
 MAX_NAME = 1000         # characters of a tool's name; OpenAI allows 64
 
 
@@ -566,9 +568,8 @@ class Stream:
         self._state = "open"
         self._error: ServError | None = None    # why it failed
         self._is_reading = False
-        # Held while the two change, or the connection is closed or kept; never
-        # during a wait.  A signal handler may call close() while its own
-        # thread holds it: so it is an RLock.
+        # Held while the stream ends, never during a wait.  A signal handler
+        # may call close() while its own thread holds it: so it is an RLock.
         self._lock = threading.RLock()
 
     def __iter__(self) -> Stream:
@@ -615,7 +616,7 @@ class Stream:
     def reply(self) -> Reply:
         """What has arrived so far, in the shape of a whole answer."""
         if self._error is not None and self._error.reply is not None:
-            return self._error.reply
+            return self._error.reply    # without the key
         return self._exchange.build_reply()
 
     def close(self) -> None:
@@ -633,27 +634,31 @@ class Stream:
             else:
                 self._exchange.close()
 
+    # While one thread reads, another may call close().  The reader sets
+    # _is_reading, then looks at _state; close() sets _state, then looks at
+    # _is_reading.  So at least one of both sees the other.  If close() sees a
+    # reader, it leaves the closing to it.
+
     def _advance(self) -> tuple[JSONDict | None, str]:
         """Return the next event, and the text that it adds.
 
         At the end there is no event.  But the last half of a character may
         still wait to be shown: it is the text, once.
         """
-        with self._lock:
-            if self._is_reading:
-                raise ValueError("this stream is being read already")
-            self._is_reading = self._state == "open"
         if self._is_reading:
-            try:
+            raise ValueError("this stream is being read already")
+        try:
+            self._is_reading = True
+            if self._state == "open":
                 step = self._read()
                 if step is not None:
                     return step
-            finally:
+        finally:
+            self._is_reading = False
+            if self._state == "closed":
                 with self._lock:
-                    self._is_reading = False
-                    if self._state == "closed":     # by another thread
-                        self._exchange.close()
-        if self._error is not None:
+                    self._exchange.close()  # does nothing the second time
+        if self._state == "failed" and self._error is not None:
             # Each further step raises it again: an end would look as if the
             # answer were whole.
             raise copy_error(self._error)
@@ -686,27 +691,26 @@ class Stream:
             self._leave("ended", keep=True)
         return None
 
-    def _leave(self, state: str, keep: bool = False) -> bool:
-        """Go from "open" to another state; False if close() was faster.
+    def _leave(self, state: str, keep: bool = False) -> None:
+        """Go from "open" to another state, unless close() was faster.
 
         The connection is closed, or kept for the next call.
         """
         with self._lock:
             if self._state != "open":
-                return False
+                return
             self._state = state
             if keep:
                 self._exchange.keep_connection()
             else:
                 self._exchange.close()
-            return True
 
     def _fail(self, error: ServError) -> None:
         """End with an error, unless close() was faster."""
-        if self._leave("failed"):
-            self._exchange.complete_error(error)
-            error.reply = self._exchange.build_partial_reply()
-            self._error = error
+        self._exchange.complete_error(error)
+        error.reply = self._exchange.build_partial_reply()
+        self._error = error
+        self._leave("failed")
 
 
 # ---------------------------------------------------------------------------
@@ -1815,6 +1819,13 @@ class HalfCharacter:
         return rest
 
 
+def check_number(count: int) -> None:
+    """Refuse one more part of an answer that has too many."""
+    if count >= MAX_PARTS:
+        raise APIResponseError(f"more than {MAX_PARTS} choices, calls or "
+                               "blocks in one answer")
+
+
 class IndexedParts:
     """The calls or the blocks of an answer, in order.
 
@@ -1836,6 +1847,7 @@ class IndexedParts:
         """Add a part and return it."""
         if not isinstance(index, int):
             index = self.next_place
+        check_number(len(self.by_place))
         place = index
         if place in self.by_place:
             place = self.next_place
@@ -1905,6 +1917,7 @@ class ChatAssembler:
             if not isinstance(index, int):
                 index = number
             if index not in self.choices:
+                check_number(len(self.choices))
                 self.choices[index] = ChatChoice()
             added = self.choices[index].add(choice)
             if index == 0:
@@ -2058,14 +2071,17 @@ def begins_next(piece: JSONDict, call: JSONDict) -> bool:
         the call so far             the piece                   begins
         "id": "a", "name": "f"      "id": "b", "name": "g"      yes
         "name": "f", whole {...}    "name": "g"                 yes
+        "name": "f", whole {...}    "id": "b", "name": "f"      yes
         "name": "f", whole {...}    "name": "f", {...           yes
         "name": "f", whole {...}    "name": "f"                 no
         "name": "f", part  {...     "name": "f" or "g"          no
+
+    An id of the piece is a new one: find_call() knows the others.
     """
     function, begun = get_dict(piece, "function"), get_dict(call, "function")
     has_other_name = function.get("name") != begun.get("name")
     if has_other_name and piece.get("id") and call.get("id"):
-        return True     # the id is another one, too, or it would be known
+        return True
     so_far = begun.get("arguments")
     if isinstance(so_far, GrowingText):
         is_whole = so_far.is_closed()
@@ -2073,7 +2089,7 @@ def begins_next(piece: JSONDict, call: JSONDict) -> bool:
         is_whole = isinstance(so_far, dict)
     if not is_whole:
         return False
-    if has_other_name or get_dict(function, "arguments"):
+    if has_other_name or piece.get("id") or get_dict(function, "arguments"):
         return True
     arguments = get_str(function, "arguments") or ""
     return arguments.lstrip().startswith("{")
@@ -2208,8 +2224,9 @@ class MessagesAssembler:
                 block = self.find_block(index, "thinking")
                 put(block, "signature", delta["signature"])
         elif kind == "input_json_delta":
-            block = self.find_block(index, "tool_use")
-            add_input(block, delta.get("partial_json"))
+            if delta.get("partial_json"):
+                block = self.find_block(index, "tool_use")
+                add_input(block, delta["partial_json"])
         elif kind == "citations_delta":
             block = self.find_block(index, "text")
             if not isinstance(block.get("citations"), list):
@@ -2271,14 +2288,12 @@ def add_input(block: JSONDict, piece: JSON) -> None:
 
     It takes the place of the {} with which the block began.
     """
-    if isinstance(piece, str) and piece:
+    if isinstance(piece, dict):
+        block["input"] = piece
+    elif isinstance(piece, str):
         if not isinstance(block.get("input"), GrowingText):
             block["input"] = GrowingText()
         block["input"].pieces.append(piece)
-    elif isinstance(piece, dict) and piece:
-        block["input"] = piece
-    else:
-        block.setdefault("input", {})
 
 
 class WholeAnswer:
@@ -2993,7 +3008,9 @@ class Exchange:
         headers = http.client.HTTPMessage()
         headers.set_payload("")     # str() needs one
         for name, value in self.get_headers().items():
-            headers[self.redact_text(name)] = self.redact_text(value)
+            # New Pythons refuse a space in a name, as in "[api key]".
+            name = self.redact_text(name).replace(" ", "-")
+            headers[name] = self.redact_text(value)
         return headers
 
     def to_reply(self) -> Reply:

@@ -3138,8 +3138,8 @@ def test_stream_of_chat_what_grows_and_what_replaces(deltas, message):
 # 4. Any other piece continues the newest call of its index; without an index,
 #    the last call.  But if it has a name, it begins a call where both have
 #    ids and the names differ; or where the arguments so far are a whole
-#    object, and the piece brings another name or the beginning of another
-#    object.
+#    object, and the piece brings an id, another name or the beginning of
+#    another object.
 # 5. A call keeps its first id.  A name that differs from the call's goes on
 #    with it.
 # 6. In the end, the calls are in the order of their indexes; one without an
@@ -3204,6 +3204,8 @@ STREAM_CALLS = {  # the pieces, the calls
     # dyedd/lens#49, omnigent-ai/omnigent#28
     "all at index 0, without ids (Gemini)": (
         '0 - f {"a": 1} | 0 - g { | 0 - - }', '- - f {"a": 1} & - - g {}'),
+    "the same function twice at index 0, with ids": (
+        "0 x f | 0 - - {} | 0 y f | 0 - - {}", "- x f {} & - y f {}"),
     "the same function twice at index 0, without ids": (
         '0 - f {"a": 1} | 0 - f {"a": 2}',
         '- - f {"a": 1} & - - f {"a": 2}'),
@@ -3562,6 +3564,8 @@ STREAM_BLOCKS = {  # a script between the first and the last event; content
     "a text in the middle of an input": (
         'begin tool_use | json {"a" | text Hi | json : 1}',
         [{**STREAM_TOOL, "input": {"a": 1}}, *stream_parts("Hi")]),
+    "an empty input in another block begins none": (
+        "begin text | text Hel | json | text lo", stream_parts("Hello")),
     "an empty text in another block begins none (LiteLLM)": (
         'begin {"type": "thinking", "thinking": ""} | thinking We | text | '
         'thinking ll. | signature S',
@@ -5934,11 +5938,30 @@ LIMITS = {
     "IDLE_SECONDS": 50, "STALE_SECONDS": 1, "LAST_CHUNK_SECONDS": 0.01,
     "MAX_IDLE": 256, "MAX_BODY": 32 << 20, "MAX_STREAM": 64 << 20,
     "MAX_ERROR": 256 << 10, "MIN_SECRET": 8, "MAX_DEPTH": 64,
-    "MAX_NAME": 1000}
+    "MAX_PARTS": 2000, "MAX_NAME": 1000}
 
 
 def test_the_limits_are_these():
     assert {name: getattr(serv, name) for name in LIMITS} == LIMITS
+
+
+@table("assembler, make", {
+    "chat: choices": (serv.ChatAssembler, lambda number: [
+        {"choices": [{"index": index} for index in range(number)]}]),
+    "chat: calls": (serv.ChatAssembler, lambda number: [
+        chat_chunk({"tool_calls": [{"index": index}
+                                   for index in range(number)]})]),
+    "messages: blocks": (serv.MessagesAssembler, lambda number: [
+        {"type": "content_block_start", "index": index}
+        for index in range(number)]),
+    "messages: blocks of message_start": (
+        serv.MessagesAssembler, lambda number: [
+            stream_start(*stream_parts(*["a"] * number))])})
+def test_an_answer_of_a_stream_has_at_most_2000_parts_of_a_kind(
+        assembler, make):
+    stream_build(assembler(), make(2000))
+    with pytest.raises(serv.APIResponseError, match="more than 2000"):
+        stream_build(assembler(), make(2001))
 
 
 def net_flood(head, piece):
