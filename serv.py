@@ -105,7 +105,8 @@ KEEPALIVE = 60          # of silence before TCP probes the other side: some
 DEAD_SECONDS = 30       # without acknowledgement of what was sent
 IDLE_SECONDS = 50.0     # of keeping a connection: load balancers drop it at 60
 STALE_SECONDS = 1.0     # if a reused connection ends sooner, before a byte of
-                        # the answer: we assume that nobody saw the request
+                        # the answer: we assume that nobody saw the request;
+                        # see was_stale()
 LAST_CHUNK_SECONDS = 0.01   # to reuse the connection of a stream, whose last
                             # chunk may come behind [DONE]; see is_usable()
 
@@ -250,8 +251,9 @@ class InternalServerError(APIStatusError):
 def copy_error(error: ServError) -> ServError:
     """Return an equal error to be raised.
 
-    It has the same cause, but no traceback and no context: these refer to
-    frames, with the request in them, and to exceptions that quote the server.
+    It has the same attributes and the same cause, but no traceback and no
+    context: these refer to frames, with the request in them, and to
+    exceptions that quote the server.
     """
     copied = copy.copy(error)
     if error.__cause__ is not None:
@@ -563,10 +565,10 @@ class Stream:
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        # "open", then one of: "ended" (at its proven end), "failed",
-        # "closed" (by close()).
+        # "open", then one of: "ended", at its proven end; "closed", by
+        # close(); "failed": then each further step raises _error again.
         self._state = "open"
-        self._error: ServError | None = None    # why it failed
+        self._error: ServError | None = None
         self._is_reading = False
         # Held while the stream ends, never during a wait.  A signal handler
         # may call close() while its own thread holds it: so it is an RLock.
@@ -582,7 +584,7 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
-        # Nobody else refers to it, so that this needs no lock.
+        # Nobody refers to it any more, so that nobody reads or closes it.
         if self._state == "open":
             self._exchange.close()
 
@@ -680,11 +682,11 @@ class Stream:
                 raise APIConnectionError("the answer was cut")
         except BaseException as exc:
             if not is_call_failure(exc):
-                # An interrupt, or what a signal handler raised.
+                # An interrupt, or what a signal handler of the caller raised.
                 self._fail(APIConnectionError("reading was interrupted"))
                 raise
             if exchange.assembler.whole and is_network_failure(exc):
-                self._leave("ended")    # nothing is missing
+                self._leave("ended")    # it broke behind the proven end
             else:
                 self._fail(exchange.explain(exc))
         else:
@@ -877,7 +879,7 @@ def build_json(body: JSONDict) -> bytes:
     for name in body:
         try:
             _encoder.encode({name: body[name]})
-        except TypeError as exc:
+        except TypeError as exc:    # it names the type, not the value
             raise TypeError(f"{name}: JSON cannot represent it: {exc}")
         except (ValueError, RecursionError) as exc:
             raise ValueError(f"{name}: JSON cannot represent it: {exc}")
@@ -908,7 +910,7 @@ def build_url(text: str) -> Address:
         parts = urllib.parse.urlsplit(text)
         port = parts.port
         host = parts.hostname or ""
-        # RFC 3490: labels of 1 to 63 characters, in ASCII on the wire.
+        # RFC 3490: "b\u00fccher.test" is "xn--bcher-kva.test" on the wire.
         ascii_host = host if ":" in host else host.encode("idna").decode()
     except ValueError:      # also a UnicodeError
         raise ValueError(wrong) from None
@@ -934,7 +936,9 @@ def build_url(text: str) -> Address:
 
 
 def build_host(address: Address) -> str:
-    """Return the Host header: without the default port, without a zone."""
+    """Return the Host header: without the default port, and without the
+    zone of a link-local address, as in "fe80::1%eth0".
+    """
     host = address.host.partition("%")[0]
     if ":" in host:
         host = f"[{host}]"
@@ -1036,7 +1040,7 @@ def parse_json(text: str) -> JSON:
         reason = "text after its end"
     except json.JSONDecodeError as exc:
         reason = exc.msg
-    except ValueError:      # of int()
+    except ValueError:      # int() refuses 4,300 digits
         reason = "a number is too long"
     # Raised here, not above: the decoder's error would become the context of
     # this one, and it holds the text, with whatever is in it.
@@ -1145,7 +1149,8 @@ def clean_text(text: str) -> str:
     """
     if text.isascii():
         return text
-    # UTF-16 has halves: encoding keeps them, decoding joins or replaces them.
+    # UTF-16 has halves: encoding keeps them; decoding joins "\ud83d\ude00" to
+    # "\U0001f600", and replaces a half that is alone.
     return text.encode("utf-16-le", "surrogatepass").decode(
         "utf-16-le", "replace")
 
@@ -1233,20 +1238,6 @@ def parse_error(body: JSON) -> JSONDict:
             "message": text if isinstance(text, str) else json.dumps(text)}
 
 
-def parse_stream_error(body: JSON) -> JSON:
-    """Return the error in a body that is an event stream, else the body.
-
-    The body came with an error's status, so its first event is the error.
-    """
-    if not isinstance(body, str):
-        return body
-    for _, data in iter_events([body.encode("utf-8", "replace")]):
-        events = parse_events("error", data)
-        if events:
-            return events[0]
-    return body
-
-
 def is_answer(answer: JSON, endpoint: str) -> bool:
     """Whether decoded JSON is an answer of an endpoint."""
     if endpoint == "chat":
@@ -1292,13 +1283,13 @@ def build_status_error(status: int, headers: Headers,
     """Return the error that an answer is, by its status or by its body."""
     fields = parse_error(body)
     what = fields["type"] or http.client.responses.get(status, "")
-    is_guess = False
+    status_is_guess = False
     if 200 <= status < 300:
         # The body is an error all the same.
         stands_for = find_status(fields)
         status = stands_for or 500
         if stands_for is None:
-            is_guess = True
+            status_is_guess = True
             what = "error in a 200 answer"
     retry_after = parse_retry_after(headers, time.time())
     why = add_advice(status, fields, retry_after)
@@ -1316,11 +1307,11 @@ def build_status_error(status: int, headers: Headers,
     error.body = body
     error.headers = headers
     error.retry_after = retry_after
-    error._worth_a_retry = is_worth_a_retry(error, is_guess)
+    error._worth_a_retry = is_worth_a_retry(error, status_is_guess)
     return error
 
 
-def is_worth_a_retry(error: APIStatusError, is_guess: bool) -> bool:
+def is_worth_a_retry(error: APIStatusError, status_is_guess: bool) -> bool:
     """Whether an answer with an error may go better another time.
 
     If the status is only our guess, it is not tried again: a retry may be
@@ -1330,7 +1321,7 @@ def is_worth_a_retry(error: APIStatusError, is_guess: bool) -> bool:
     advice = str(error.headers.get("x-should-retry", "")).lower()
     if advice in ("true", "false"):
         return advice == "true"
-    if is_guess or "insufficient_quota" in (error.type, error.code):
+    if status_is_guess or "insufficient_quota" in (error.type, error.code):
         return False
     return error.status in (408, 409, 429) or error.status >= 500
 
@@ -1444,8 +1435,8 @@ def iter_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         if not chunk:
             continue
         after_cr = chunk.endswith(b"\r")
-        # Lines of bytes end only as said above; those of a str also at U+2028
-        # and others.
+        # Lines of bytes end at LF, CR and CRLF only; those of a str also at
+        # U+2028 and others.
         lines = chunk.splitlines()
         rest = b""
         if not chunk.endswith((b"\n", b"\r")):
@@ -1490,7 +1481,7 @@ def parse_events(name: str, data: str) -> list[JSONDict]:
 
 
 def parse_odd_data(name: str, data: str, reason: str) -> list[JSONDict]:
-    """Return the events in data that is not one JSON value."""
+    """Return the events in data that is not one JSON value, such as [DONE]."""
     if name == "error":
         return [{"message": data}]
     lines = [line for line in data.split("\n") if line.strip()]
@@ -1519,6 +1510,20 @@ def parse_line(line: str) -> JSONDict:
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
+
+
+def parse_stream_error(body: JSON) -> JSON:
+    """Return the error in a body that is an event stream, else the body.
+
+    The body came with an error's status, so its first event is the error.
+    """
+    if not isinstance(body, str):
+        return body
+    for _, data in iter_events([body.encode("utf-8", "replace")]):
+        events = parse_events("error", data)
+        if events:
+            return events[0]
+    return body
 
 
 def find_body_type(head: bytes) -> str | None:
@@ -1904,7 +1909,7 @@ class ChatAssembler:
         fields.pop("choices", None)
         # OpenAI pads chunks with this; it is no part of the answer.
         fields.pop("obfuscation", None)
-        # Most chunks repeat these fields.  Then there is nothing to do.
+        # Most chunks repeat these fields.  That costs nothing more here.
         if fields != self.fields:
             for name, value in fields.items():
                 put(self.fields, name, value)
@@ -1957,10 +1962,9 @@ class ChatChoice:
     def add(self, choice: JSONDict) -> str:
         """Add a choice of a chunk; return what it adds to the text."""
         delta = expect_dict(choice, "delta")
-        is_whole_answer = not delta and not self.has_content
-        if is_whole_answer:
-            # Else it is ignored: Perplexity repeats in the "message" of each
-            # chunk what the deltas have said.
+        if not delta and not self.has_content:
+            # The whole answer may be here, in one message.  Beside or behind
+            # deltas, a message only repeats them (Perplexity).
             delta = expect_dict(choice, "message")
         self.add_delta(delta)
         fields = dict(choice)
@@ -2095,6 +2099,27 @@ def begins_next(piece: JSONDict, call: JSONDict) -> bool:
     return arguments.lstrip().startswith("{")
 
 
+def fits(block: JSONDict, kind: str) -> bool:
+    """Whether a delta of a kind belongs into a block."""
+    if kind == "tool_use":
+        # Others have an input too: server_tool_use, mcp_tool_use, ...
+        return "input" in block or str(block["type"]).endswith(kind)
+    return bool(block["type"] == kind)
+
+
+def add_input(block: JSONDict, piece: JSON) -> None:
+    """Add a piece of a tool's input, which is JSON text in pieces.
+
+    It takes the place of the {} with which the block began.
+    """
+    if isinstance(piece, dict):
+        block["input"] = piece
+    elif isinstance(piece, str):
+        if not isinstance(block.get("input"), GrowingText):
+            block["input"] = GrowingText()
+        block["input"].pieces.append(piece)
+
+
 class MessagesAssembler:
     """Puts the events of a Messages stream together.
 
@@ -2184,12 +2209,11 @@ class MessagesAssembler:
 
         Some gateways mix up the indexes, or begin no block for a delta:
 
-        3. Text comes into the middle of a tool's input.  The rest of the
-           input goes to the tool: start 0 tool_use, then the deltas
-           0 {"a", 0 Hi, 0 : 1}.
-        4. All deltas have index 0.  This one goes to the last block, if that
-           is of its kind: start 0 thinking, start 1 text, delta 0 Hi.
-        5. Else it begins a block: start 0 tool_use, delta 0 Hi.
+        3. Text comes into the middle of a tool's input: start 0 (a tool),
+           input 0, text 0, input 0.  This input goes to the tool, too.
+        4. All deltas have index 0: start 0 (thinking), start 1 (text),
+           text 0.  It goes to the last block, if that is of its kind.
+        5. Else it begins a block: start 0 (a tool), text 0.
         """
         block = self.blocks.get(index)      # without an index, the last one
         if block is None:                                           # 1
@@ -2275,27 +2299,6 @@ class MessagesAssembler:
         return {**fields, "type": "message", "content": content}
 
 
-def fits(block: JSONDict, kind: str) -> bool:
-    """Whether a delta of a kind belongs into a block."""
-    if kind == "tool_use":
-        # Others have an input too: server_tool_use, mcp_tool_use, ...
-        return "input" in block or str(block["type"]).endswith(kind)
-    return bool(block["type"] == kind)
-
-
-def add_input(block: JSONDict, piece: JSON) -> None:
-    """Add a piece of a tool's input, which is JSON text in pieces.
-
-    It takes the place of the {} with which the block began.
-    """
-    if isinstance(piece, dict):
-        block["input"] = piece
-    elif isinstance(piece, str):
-        if not isinstance(block.get("input"), GrowingText):
-            block["input"] = GrowingText()
-        block["input"].pieces.append(piece)
-
-
 class WholeAnswer:
     """The answer to a stream request that came whole, as plain JSON."""
 
@@ -2368,11 +2371,12 @@ class DeadlineSocket(socket.socket):
     socket module would raise a TimeoutError, as a caller's signal handler may
     do in the middle of a call; nobody could tell them apart.
 
-    TLSSocket, below, has the same methods: there, super() is ssl.SSLSocket.
+    In these methods super() is socket.socket; in those of a TLSSocket, which
+    inherits them, it is ssl.SSLSocket.
     """
 
-    # They are set after construction: SSLContext.wrap_socket() makes sockets
-    # of its class with __new__() alone, so that no __init__() would run.
+    # They are set after construction: SSLContext.wrap_socket() makes its
+    # sockets with __new__() alone, so that no __init__() would run.
     deadline = 0.0      # by time.monotonic()
     owner = 0           # the process that opened it
     answered = False    # a byte has come since this was set to False
@@ -2423,7 +2427,10 @@ class DeadlineSocket(socket.socket):
             raise OSError(code, os.strerror(code))
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        """Receive into a buffer: so http.client reads; it gives no nbytes."""
+        """Receive into a buffer.
+
+        So http.client reads, by socket.SocketIO, which gives only the buffer.
+        """
         size = self.when_ready(super().recv_into, buffer, len(buffer))
         if size:
             self.answered = True
@@ -2465,7 +2472,8 @@ class DeadlineSocket(socket.socket):
 class TLSSocket(DeadlineSocket, ssl.SSLSocket):  # type: ignore[misc]
     """The same with TLS.
 
-    Python looks for a method here, in DeadlineSocket, SSLSocket and socket.
+    Python looks for a method in TLSSocket, DeadlineSocket, SSLSocket and
+    socket, in this order.
     """
 
 
@@ -2477,7 +2485,8 @@ def is_ready(sock: socket.socket, writing: bool, seconds: float) -> bool:
         return bool(poll.poll(seconds * 1000))
     # Windows.  There, a connection that is refused is an exceptional socket.
     read, write = ([], [sock]) if writing else ([sock], [])
-    return any(select.select(read, write, write, seconds))
+    readable, writable, failed = select.select(read, write, write, seconds)
+    return bool(readable or writable or failed)
 
 
 def open_socket(host: str, port: int, deadline: float) -> DeadlineSocket:
@@ -2503,7 +2512,8 @@ def open_socket(host: str, port: int, deadline: float) -> DeadlineSocket:
         except BaseException as exc:
             if sock is not None:
                 sock.close()
-            if to_try == 1 or not is_network_failure(exc):
+            is_last = to_try == 1
+            if is_last or not is_network_failure(exc):
                 raise
             # Else the next address is tried.
     raise OSError(errno.ENOENT, "the host has no address")
@@ -2521,7 +2531,7 @@ def set_options(sock: socket.socket) -> None:
 def start_tls(sock: DeadlineSocket, host: str, context: ssl.SSLContext,
               deadline: float) -> DeadlineSocket:
     """Return the socket with TLS, its certificate and host name checked."""
-    # This takes over the descriptor; the old socket is of no more use.
+    # It takes the descriptor over, and detaches the old socket from it.
     secure = context.wrap_socket(sock, server_hostname=host,
                                  do_handshake_on_connect=False)
     if not isinstance(secure, TLSSocket):
@@ -2625,7 +2635,8 @@ def find_proxy(address: Address) -> Proxy | None:
     if not text:
         return None     # it ignores HTTP_PROXY in a CGI program
     # NO_PROXY may name an IPv6 host with and without brackets.  proxy_bypass()
-    # is public, though undocumented, in every Python 3.
+    # is public, though undocumented, in every Python 3.  It looks only at the
+    # environment, if a proxy is named there.
     for host in (address.host, f"[{address.host}]"):
         if urllib.request.proxy_bypass(f"{host}:{address.port}"):
             return None
@@ -2675,7 +2686,7 @@ def is_network_failure(exc: BaseException) -> bool:
     if isinstance(exc, OSError):
         return exc.errno is not None
     if isinstance(exc, OverflowError):
-        return True     # http.client's, for a chunk of negative size
+        return True     # of read1(), if the size of a chunk is negative
     return isinstance(exc, (APIConnectionError, http.client.HTTPException))
 
 
@@ -2886,7 +2897,7 @@ def take_out(connection: Connection) -> bool:
 def take_connection(route: Route) -> Connection:
     """Return a connection for a route: the newest idle one, or a new one.
 
-    This takes LAST_CHUNK_SECONDS at most, however many are idle.
+    The waits of is_usable() take LAST_CHUNK_SECONDS at most, together.
     """
     close_old()
     key = route.pool_key()
@@ -3036,8 +3047,9 @@ class Exchange:
                     == "text/event-stream")
         self.events = self.iter_stream(labelled)
         if labelled:
-            return      # its first event may take minutes
-        # It may be an error.  This shows before the caller gets a stream.
+            return      # an error in it is raised by the first step
+        # It may be an error: that is raised before the caller gets a stream.
+        # (The first event of a true stream may take minutes.)
         first = next(self.events, None)
         if first is not None:
             self.events = itertools.chain([first], self.events)
@@ -3120,8 +3132,8 @@ class Exchange:
                                        "bytes")
             yield data
         # http.client does not report a body shorter than its Content-Length.
-        # `length` is what is left of that: read1() counts it down.  It is
-        # None if the body is chunked.
+        # `length` is what is left of it: read1() counts it down.  It is None if
+        # the body is chunked.
         if response.length:
             raise http.client.IncompleteRead(b"", response.length)
         self.at_end = True
@@ -3165,8 +3177,11 @@ class Exchange:
     def explain(self, exc: BaseException) -> ServError:
         """Return what was raised as an error of this call.
 
-        Only an exception of the system becomes its cause: those of
-        http.client quote the server, which may have echoed the key.
+        A failure of the network is a timeout, if it comes at the deadline;
+        else a ServError stays what it is; anything else is an
+        APIConnectionError.  Only an exception of the system becomes the
+        cause: those of http.client quote the server, which may have echoed
+        the key.
         """
         is_late = time.monotonic() >= self.deadline - CLOCK_ERROR
         error: ServError
@@ -3229,12 +3244,12 @@ class Exchange:
 
     def keep_connection(self) -> None:
         """Leave the connection to the next call."""
-        self.events = iter(())  # it refers to this object: a cycle
+        self.events = iter(())  # the generator and this refer to each other
         self.connection.keep()
 
     def close(self) -> None:
         """Close the connection."""
-        self.events = iter(())  # it refers to this object: a cycle
+        self.events = iter(())  # the generator and this refer to each other
         self.connection.discard()
 
     def end_wait(self) -> None:
@@ -3254,9 +3269,8 @@ def send_request(request: Request) -> Exchange:
         if error is None:
             return exchange
         if exchange.was_stale(error) and not resent:
-            # Once a call, sent again on a new connection: not a retry.
-            resent = True
-            continue
+            resent = True       # once a call; it is no retry
+            continue            # with a new connection
         wait = retry_wait(error, failed)
         # Without room for the wait there is no use in waiting.
         if (wait is None or failed == request.max_retries
@@ -3399,8 +3413,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         """A parser that raises, and shows no value: it may be a key."""
 
         def error(self, message: str) -> NoReturn:
-            # What argparse quotes is a value, and comes last, as in:
-            # argument --json: ignored explicit argument 'sk-...'
+            # What argparse quotes is a value, and comes last.  So
+            # "argument --json: ignored explicit argument 'sk-...'"
+            # becomes "argument --json: it takes no value".
             shown = re.split("['\"]", message)[0].strip()
             shown = shown.replace("ignored explicit argument",
                                   "it takes no value")
@@ -3522,7 +3537,8 @@ def build_curl(request: Request) -> str:
         # curl takes "Name;" for an empty header.
         header = f"{name}: {value}" if value else f"{name};"
         if value == "Bearer " + KEY_OF_SHELL:
-            lines.append(f'-H "{header}"')  # the shell puts the key in
+            # The shell puts the key into "... Bearer $SERV_API_KEY".
+            lines.append(f'-H "{header}"')
         else:
             lines.append("-H " + quote(header))
     lines.append("--data-raw " + quote(request.body.decode()))

@@ -2716,7 +2716,7 @@ RETRIED = {
 
 @table("error, known, again", RETRIED)
 def test_which_statuses_are_retried(error, known, again):
-    assert serv.is_worth_a_retry(error, is_guess=not known) is again
+    assert serv.is_worth_a_retry(error, not known) is again
 
 
 @pytest.mark.parametrize("error, again", [
