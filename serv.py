@@ -1573,7 +1573,7 @@ class GrowingText:
 
     def __init__(self, text: str = "") -> None:
         self.pieces = [text]
-        # For is_closed(), which begins_next() asks of a tool's arguments.
+        # For is_closed(), which is asked of a tool's arguments.
         self.scanner = BracketScanner()
         self.scanned = 0    # how many pieces it has seen
 
@@ -1824,53 +1824,34 @@ class HalfCharacter:
         return rest
 
 
-def check_number(count: int) -> None:
-    """Refuse one more part of an answer that has too many."""
-    if count >= MAX_PARTS:
-        raise APIResponseError(f"more than {MAX_PARTS} choices, calls or "
-                               "blocks in one answer")
-
-
 class IndexedParts:
-    """The calls or the blocks of an answer, in order.
+    """The calls or the blocks of an answer, in the order in which they begin.
 
-    A part stands at the place that its index names, whatever number that is.
-    Without an index, or if the place is taken, it stands behind all others,
-    at the highest place so far plus 1:
-
-        index   0   0   5   none    2
-        place   0   1   5   6       2
+    An index is a key, whatever number it is.  Some servers give one index to
+    several parts: then it means the newest of them.
     """
 
     def __init__(self) -> None:
-        self.by_place: dict[int, JSONDict] = {}
-        self.by_index: dict[int, JSONDict] = {}     # the newest of each index
-        self.last: JSONDict | None = None           # the newest of all
-        self.next_place = 0
+        self.parts: list[JSONDict] = []
+        self.by_index: dict[int, JSONDict] = {}
 
     def begin(self, index: JSON, part: JSONDict) -> JSONDict:
         """Add a part and return it."""
-        if not isinstance(index, int):
-            index = self.next_place
-        check_number(len(self.by_place))
-        place = index
-        if place in self.by_place:
-            place = self.next_place
-        self.next_place = max(self.next_place, place + 1)
-        self.by_place[place] = part
-        self.by_index[index] = part
-        self.last = part
+        if len(self.parts) >= MAX_PARTS:
+            raise APIResponseError(f"more than {MAX_PARTS} calls or blocks in "
+                                   "one answer")
+        if isinstance(index, int):
+            self.by_index[index] = part
+        else:
+            self.by_index.setdefault(len(self.parts), part)
+        self.parts.append(part)
         return part
 
     def get(self, index: JSON) -> JSONDict | None:
-        """Return the newest part of an index; without one, the newest."""
+        """Return the newest part of an index; without one, the last part."""
         if isinstance(index, int):
             return self.by_index.get(index)
-        return self.last
-
-    def in_order(self) -> list[JSONDict]:
-        """Return the parts in order."""
-        return [self.by_place[place] for place in sorted(self.by_place)]
+        return self.parts[-1] if self.parts else None
 
 
 class ChatAssembler:
@@ -1922,7 +1903,8 @@ class ChatAssembler:
             if not isinstance(index, int):
                 index = number
             if index not in self.choices:
-                check_number(len(self.choices))
+                if len(self.choices) >= MAX_PARTS:
+                    raise APIResponseError(f"more than {MAX_PARTS} choices")
                 self.choices[index] = ChatChoice()
             added = self.choices[index].add(choice)
             if index == 0:
@@ -2031,16 +2013,27 @@ class ChatChoice:
     def find_call(self, piece: JSONDict) -> JSONDict | None:
         """Return the call that a piece continues; None if it begins one.
 
-        1. A name with a new index begins a call: {"index": 1, "id": "x",
-           "name": "g"}, even behind a call with the id "x" at index 0.
-        2. A known id: {"id": "x"}, also without an index.
-        3. A new id without an index begins a call: {"id": "y"}.
-        4. A name at a known index may begin a call: see begins_next().
-        5. Else it continues the newest call of its index; without an index,
-           as {"arguments": "}"}, the last call.
+        The first rule that fits decides.  In the examples, #0 is an index.
+
+        1. A name at a new index begins a call: #1 id "x" name "g", even if a
+           call at #0 has the id "x", too.
+        2. A known id means its call: id "x".
+        3. A new id without an index begins a call: id "y".
+        4. Without a name, it continues the newest call of its index, or
+           without an index the last call.
+
+        Servers may repeat the name in every piece of a call.  But Gemini gives
+        all its calls the index 0, often without ids:
+
+        5. Behind #0 id "a" name "f", another id and another name begin a
+           call: #0 id "b" name "g".
+        6. Behind #0 name "f" and whole arguments, as {"n": 1}, a new id,
+           another name or the beginning of an object begins a call.
+        7. Else the piece continues the call.
         """
         id, index = piece.get("id"), piece.get("index")
-        name = get_dict(piece, "function").get("name")
+        function = get_dict(piece, "function")
+        name = function.get("name")
         call = self.calls.get(index)    # of its index, or the last
         if name and call is None:                                   # 1
             return None
@@ -2048,15 +2041,22 @@ class ChatChoice:
             return self.call_of_id[id]
         if id and not isinstance(index, int):                       # 3
             return None
-        if name and call is not None and begins_next(piece, call):  # 4
+        if not name or call is None:                                # 4
+            return call
+        begun = get_dict(call, "function")
+        has_other_name = name != begun.get("name")
+        if has_other_name and id and call.get("id"):                # 5
             return None
-        return call                                                 # 5
+        if has_whole_arguments(begun):                              # 6
+            if id or has_other_name or begins_object(function):
+                return None
+        return call                                                 # 7
 
     def build(self) -> JSONDict:
         """Return the choice; a call without a name is none."""
         message = dict(self.message)
         calls: list[JSONDict] = []
-        for call in self.calls.in_order():
+        for call in self.calls.parts:
             function = get_dict(call, "function") or get_dict(call, "custom")
             kind = "custom" if "custom" in call else "function"
             if function.get("name"):
@@ -2066,37 +2066,20 @@ class ChatChoice:
         return {**self.fields, "message": message}
 
 
-def begins_next(piece: JSONDict, call: JSONDict) -> bool:
-    """Whether a piece with a name begins the call behind this one.
+def has_whole_arguments(function: JSONDict) -> bool:
+    """Whether the arguments of a call so far are a whole object."""
+    arguments = function.get("arguments")
+    if isinstance(arguments, GrowingText):
+        return arguments.is_closed()
+    return isinstance(arguments, dict)
 
-    Servers may repeat the name in every piece of one call.  But Gemini gives
-    all its calls the index 0, often without ids:
 
-        the call so far             the piece                   begins
-        "id": "a", "name": "f"      "id": "b", "name": "g"      yes
-        "name": "f", whole {...}    "name": "g"                 yes
-        "name": "f", whole {...}    "id": "b", "name": "f"      yes
-        "name": "f", whole {...}    "name": "f", {...           yes
-        "name": "f", whole {...}    "name": "f"                 no
-        "name": "f", part  {...     "name": "f" or "g"          no
-
-    An id of the piece is a new one: find_call() knows the others.
-    """
-    function, begun = get_dict(piece, "function"), get_dict(call, "function")
-    has_other_name = function.get("name") != begun.get("name")
-    if has_other_name and piece.get("id") and call.get("id"):
-        return True
-    so_far = begun.get("arguments")
-    if isinstance(so_far, GrowingText):
-        is_whole = so_far.is_closed()
-    else:
-        is_whole = isinstance(so_far, dict)
-    if not is_whole:
-        return False
-    if has_other_name or piece.get("id") or get_dict(function, "arguments"):
-        return True
-    arguments = get_str(function, "arguments") or ""
-    return arguments.lstrip().startswith("{")
+def begins_object(function: JSONDict) -> bool:
+    """Whether the arguments in a piece of a call begin an object."""
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        return arguments.lstrip().startswith("{")
+    return isinstance(arguments, dict)
 
 
 def fits(block: JSONDict, kind: str) -> bool:
@@ -2224,8 +2207,8 @@ class MessagesAssembler:
             return block
         if kind == "tool_use" and index in self.tools:              # 3
             return self.tools[index]
-        last = self.blocks.last
-        if last is not None and fits(last, kind):                   # 4
+        last = self.blocks.parts[-1]
+        if fits(last, kind):                                        # 4
             return last
         return self.begin_block(index, {"type": kind})              # 5
 
@@ -2285,7 +2268,7 @@ class MessagesAssembler:
         turn with empty text blocks: they are left out.
         """
         content = []
-        for block in self.blocks.in_order():
+        for block in self.blocks.parts:
             block = map_text(block, clean)
             if "input" in block:
                 # An object that the start of the block held stays as it is.
@@ -3132,8 +3115,8 @@ class Exchange:
                                        "bytes")
             yield data
         # http.client does not report a body shorter than its Content-Length.
-        # `length` is what is left of it: read1() counts it down.  It is None if
-        # the body is chunked.
+        # `length` is what is left of it: read1() counts it down.  It is None
+        # if the body is chunked.
         if response.length:
             raise http.client.IncompleteRead(b"", response.length)
         self.at_end = True
