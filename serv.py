@@ -20,8 +20,9 @@ from SERV_API_KEY and sends it in the Authorization header of the request to
 and removes it (a key of 8 characters or more, as it is) from the messages
 and attributes of errors.  It does not remove other secrets that you put into
 headers.  Tools that record local variables, http.client's debuglevel and
-audit hooks of Python can still see the key; so can whoever has recorded the
-traffic and the file that SSLKEYLOGFILE names.  Redirects are not followed.
+audit hooks of Python can still see the key; so can whoever has both a record
+of the traffic and the file that SSLKEYLOGFILE names.  Redirects are not
+followed.
 Certificates are always checked.  A plain ``http://`` URL sends the key
 unencrypted.  No host is contacted except the one in ``base_url``, through
 your proxy if the environment names one.
@@ -105,8 +106,8 @@ KEEPALIVE = 60          # of silence before TCP probes the other side: some
 DEAD_SECONDS = 30       # without acknowledgement of what was sent
 IDLE_SECONDS = 50.0     # of keeping a connection: load balancers drop it at 60
 STALE_SECONDS = 1.0     # if a reused connection ends sooner, before a byte of
-                        # the answer: we assume that nobody saw the request;
-                        # see was_stale()
+                        # the answer, the request is sent once more: we
+                        # assume that nobody has seen it; see was_stale()
 LAST_CHUNK_SECONDS = 0.01   # to reuse the connection of a stream, whose last
                             # chunk may come behind [DONE]; see is_usable()
 
@@ -249,7 +250,7 @@ class InternalServerError(APIStatusError):
 
 
 def copy_error(error: ServError) -> ServError:
-    """Return an equal error to be raised.
+    """Return an equal error, to be raised in place of this one.
 
     It has the same attributes and the same cause, but no traceback and no
     context: these refer to frames, with the request in them, and to
@@ -259,6 +260,34 @@ def copy_error(error: ServError) -> ServError:
     if error.__cause__ is not None:
         copied.__cause__ = error.__cause__
     return copied
+
+
+def is_network_failure(exc: BaseException) -> bool:
+    """Whether an exception comes from the network.
+
+    ================================  ==================================
+    OSError with an errno             yes: the system, getaddrinfo() and
+                                      OpenSSL set one
+    http.client.RemoteDisconnected    yes, though an OSError without one
+    any other OSError without one     no: TimeoutError("mine") comes from
+                                      a signal handler of the caller's
+    OverflowError                     yes: of read1(), if the size of a
+                                      chunk is negative
+    APIConnectionError                yes
+    http.client.HTTPException         yes
+    ================================  ==================================
+    """
+    if isinstance(exc, http.client.RemoteDisconnected):
+        return True
+    if isinstance(exc, OSError):
+        return exc.errno is not None
+    return isinstance(exc, (OverflowError, APIConnectionError,
+                            http.client.HTTPException))
+
+
+def is_call_failure(exc: BaseException) -> bool:
+    """Whether an exception is a failure of the call, and no interrupt."""
+    return isinstance(exc, ServError) or is_network_failure(exc)
 
 
 STATUS_ERRORS: dict[int, type[APIStatusError]] = {
@@ -305,10 +334,12 @@ def chat(messages: Messages, *, model: str | None = None,
         connection failures (except a refused certificate or proxy login),
         408, 409, 429 (except ``insufficient_quota``) and 5xx.  If an answer
         has the header ``x-should-retry: true`` or ``false``, that decides.
-        A retry may be billed.  If a reused connection turns out to be
-        closed, within a second and before a byte of the answer, the request
-        is sent once more.  This resend is not counted, and happens even with
-        0; if the server has read the first one, it may be billed, too.
+        A retry may be billed.
+
+        One resend is no retry, and happens even with 0: if a reused
+        connection turns out to be closed, within a second and before a byte
+        of the answer, the request is sent once more.  (If the server had
+        read it, that may be billed, too.)
     :param headers: added to the request; they replace ours of the same
         name, in any case.  With an ``Authorization`` no key is needed.
     :param params: every other parameter goes into the JSON body untouched.
@@ -449,8 +480,8 @@ class Reply(dict):  # type: ignore[type-arg]
     def __str__(self) -> str:
         return self.text
 
-    # A better message than Python's own.  It is hidden from type checkers,
-    # which would then accept any name.
+    # Python calls this for missing names only; the message is better than its
+    # own.  Type checkers must not see it: they would accept any name.
     if not TYPE_CHECKING:
         def __getattr__(self, name):
             raise AttributeError(
@@ -618,7 +649,7 @@ class Stream:
     def reply(self) -> Reply:
         """What has arrived so far, in the shape of a whole answer."""
         if self._error is not None and self._error.reply is not None:
-            return self._error.reply    # without the key
+            return self._error.reply    # of which the key has been removed
         return self._exchange.build_reply()
 
     def close(self) -> None:
@@ -636,16 +667,17 @@ class Stream:
             else:
                 self._exchange.close()
 
-    # While one thread reads, another may call close().  The reader sets
-    # _is_reading, then looks at _state; close() sets _state, then looks at
-    # _is_reading.  So at least one of both sees the other.  If close() sees a
-    # reader, it leaves the closing to it.
+    # While one thread reads, another may call close():
+    #     the reader sets _is_reading, then looks at _state;
+    #     close() sets _state, then looks at _is_reading.
+    # So at least one of the two sees the other.  A close() that sees a reader
+    # leaves the closing to it.
 
     def _advance(self) -> tuple[JSONDict | None, str]:
         """Return the next event, and the text that it adds.
 
-        At the end there is no event.  But the last half of a character may
-        still wait to be shown: it is the text, once.
+        At the end there is no event.  There may be a text, once: a half of a
+        character that has waited for its other half.  See HalfCharacter.
         """
         if self._is_reading:
             raise ValueError("this stream is being read already")
@@ -671,7 +703,12 @@ class Stream:
     def _read(self) -> tuple[JSONDict, str] | None:
         """Return the next event and its text; None at the end, whatever it is.
 
-        The one place where a stream ends, except close().
+        This is the one place where a stream ends, except close():
+
+            at the end, and proven whole            "ended"
+            the network fails behind that proof     "ended"
+            any other failure of the call           "failed"
+            an interrupt, which goes on its way     "failed"
         """
         exchange = self._exchange
         try:
@@ -682,11 +719,11 @@ class Stream:
                 raise APIConnectionError("the answer was cut")
         except BaseException as exc:
             if not is_call_failure(exc):
-                # An interrupt, or what a signal handler of the caller raised.
+                # Ctrl-C, or what a signal handler of the caller raised.
                 self._fail(APIConnectionError("reading was interrupted"))
                 raise
             if exchange.assembler.whole and is_network_failure(exc):
-                self._leave("ended")    # it broke behind the proven end
+                self._leave("ended")
             else:
                 self._fail(exchange.explain(exc))
         else:
@@ -883,7 +920,8 @@ def build_json(body: JSONDict) -> bytes:
             raise TypeError(f"{name}: JSON cannot represent it: {exc}")
         except (ValueError, RecursionError) as exc:
             raise ValueError(f"{name}: JSON cannot represent it: {exc}")
-    # They changed meanwhile, or are nested nearly as deep as Python can go.
+    # Another thread has changed the parameters meanwhile; or they are nested
+    # nearly as deep as Python can go.
     raise ValueError("the parameters cannot be encoded as JSON")
 
 
@@ -1047,27 +1085,47 @@ def parse_json(text: str) -> JSON:
     raise ValueError(f"not JSON: {reason}")
 
 
-# Without what this matches, '{"a[": [1, 2]}' is "{[]}".
-NO_BRACKETS = re.compile(r"""
-    "[^"\\]* (?:\\.[^"\\]*)* "?     # a string, or one that is cut short
-  | [^"\[\]{}]+                      # numbers, commas, white space, ...
-    """, re.VERBOSE | re.DOTALL)
-
-
 def is_too_deep(text: str) -> bool:
     """Whether a JSON text is nested deeper than MAX_DEPTH.
 
     This is looked at before decoding, which recurses.
     """
-    depth = 0
-    for bracket in NO_BRACKETS.sub("", text):
-        if bracket in "[{":
-            depth += 1
-            if depth > MAX_DEPTH:
-                return True
-        else:
-            depth -= 1
-    return False
+    nesting = Nesting()
+    nesting.add(text)
+    return nesting.deepest > MAX_DEPTH
+
+
+class Nesting:
+    """How deep a JSON text is nested, which may come in pieces."""
+
+    def __init__(self) -> None:
+        self.depth = 0              # at the end of what has come
+        self.deepest = 0
+        self.in_string = False
+        self.after_backslash = False
+
+    def add(self, piece: str) -> None:
+        """Add a piece."""
+        for char in piece:
+            if self.after_backslash:
+                self.after_backslash = False
+            elif self.in_string:
+                if char == '"':
+                    self.in_string = False
+                elif char == "\\":
+                    self.after_backslash = True
+            elif char == '"':
+                self.in_string = True
+            elif char in "[{":
+                self.depth += 1
+                if self.depth > self.deepest:
+                    self.deepest = self.depth
+            elif char in "]}":
+                self.depth -= 1
+
+    def is_closed(self) -> bool:
+        """Whether there were brackets, and all are closed."""
+        return self.deepest > 0 and self.depth == 0
 
 
 def parse_arguments(value: JSON, partial: bool) -> JSON:
@@ -1198,7 +1256,8 @@ def find_bare_error(answer: JSONDict) -> JSON:
     """Return an error that stands where an answer should be, or None.
 
     Errors: {"message": "No."}, {"type": "rate_limit_error", "detail": "No."};
-    not: {"type": "ping", "message": "Hi"}, {"id": "x"}.
+    not: {"type": "ping", "message": "Hi"}, {"type": "message_start",
+    "message": {}}, {"id": "x"}.
     """
     errors = answer.get("errors")       # Cloudflare
     # "message": DashScope; "detail": FastAPI.
@@ -1422,7 +1481,7 @@ def iter_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
     A CR at the end of a chunk ends a line at once.  If the next chunk begins
     with LF, that is the second half of a CRLF, and no other line: the chunks
-    "a CR" and "LF b LF" have the lines "a" and "b".  A line in pieces is
+    b"a\\r" and b"\\nb\\n" have the lines b"a" and b"b".  A line in pieces is
     joined only when its end is here, so that time stays linear.
     """
     pieces: list[bytes] = []    # of a line whose end has not come
@@ -1552,11 +1611,14 @@ def find_body_type(head: bytes) -> str | None:
 # Putting streams together.  No I/O: events in; text pieces, and in the end
 # an answer as the call without streaming returns it, out.
 #
-# What proves a stream whole.  Chat: [DONE]; or, without it, a finish_reason
-# for every choice; both only with as many choices as the request asked for.
-# Messages: a stop_reason; or, without it, message_stop after message_start.
-# Content that comes behind a reason withdraws that proof; behind [DONE] and
-# message_stop, nothing is read.  `whole` of each class decides it.
+# What proves a stream whole, by the property `whole` of each class:
+#
+#     chat         [DONE], or a finish_reason for every choice; and there are
+#                  as many choices as the request asked for
+#     Messages     a stop_reason; or message_stop, if message_start has come
+#
+# Content that comes behind a reason withdraws that proof.  Behind [DONE] and
+# message_stop, nothing is read.
 #
 # Where servers differ from the two references, a comment names one that does.
 # ---------------------------------------------------------------------------
@@ -1574,7 +1636,7 @@ class GrowingText:
     def __init__(self, text: str = "") -> None:
         self.pieces = [text]
         # For is_closed(), which is asked of a tool's arguments.
-        self.scanner = BracketScanner()
+        self.nesting = Nesting()
         self.scanned = 0    # how many pieces it has seen
 
     def get(self) -> str:
@@ -1584,59 +1646,18 @@ class GrowingText:
     def is_closed(self) -> bool:
         """Whether it is JSON with brackets, which are all closed."""
         for piece in self.pieces[self.scanned:]:
-            self.scanner.add(piece)
+            self.nesting.add(piece)
         self.scanned = len(self.pieces)
-        return self.scanner.is_closed()
-
-
-class BracketScanner:
-    """Finds out whether the brackets of a JSON text in pieces are closed.
-
-    It reads each piece once, so that a long text takes linear time.
-    """
-
-    TOKEN = re.compile(r"""
-        \\.         # a backslash, and what it escapes
-      | ["\[\]{}]   # a quote or a bracket
-      | \\          # a backslash at the end of a piece
-        """, re.VERBOSE | re.DOTALL)
-
-    def __init__(self) -> None:
-        self.open_brackets = 0
-        self.seen_bracket = False
-        self.in_string = False
-        self.ends_with_backslash = False
-
-    def add(self, piece: str) -> None:
-        """Add a piece."""
-        if self.ends_with_backslash and piece:
-            piece = piece[1:]       # this character was escaped
-            self.ends_with_backslash = False
-        for token in self.TOKEN.findall(piece):
-            if token == '"':
-                self.in_string = not self.in_string
-            elif token == "\\":
-                self.ends_with_backslash = True
-            elif token in ("[", "{") and not self.in_string:
-                self.open_brackets += 1
-                self.seen_bracket = True
-            elif token in ("]", "}") and not self.in_string:
-                self.open_brackets -= 1
-
-    def is_closed(self) -> bool:
-        """Whether all brackets are closed, and there was one."""
-        if self.in_string or self.open_brackets:
-            return False
-        return self.seen_bracket
+        return self.nesting.is_closed()
 
 
 class GrowingList:
     """A list whose entries come in pieces, as content parts do.
 
     1. A piece with an index belongs to the entry of its type and index.
-    2. Without an index, it continues the last entry if both are texts of one
-       type and id: {"type": "text", "text": "He"} and, in the next event,
-       {"type": "text", "text": "llo"} are one entry.
+    2. Without an index, the first piece of an event continues the last entry,
+       if both are texts of one type and id: {"type": "text", "text": "He"}
+       and, in the next event, {"type": "text", "text": "llo"} are one entry.
     3. Any other piece is a new entry: so two citations stay two.
     """
 
@@ -1654,11 +1675,7 @@ class GrowingList:
                 self.entries.append(piece)
 
     def find_entry(self, piece: JSONDict, is_first: bool) -> JSONDict:
-        """Return the entry that a piece continues, or a new one.
-
-        The pieces of one event are entries of their own: only the first may
-        continue the last entry.
-        """
+        """Return the entry that a piece continues, or a new one."""
         index = piece.get("index")
         if isinstance(index, int):                              # 1
             key = (str(piece.get("type")), index)
@@ -1698,9 +1715,16 @@ def add_to_entry(entry: JSONDict, piece: JSONDict) -> None:
 def add_text(target: JSONDict, name: str, value: JSON) -> None:
     """Add a piece to a field that is a text, or a list of parts.
 
-    A text plus a text is a text.  If either is a list, the sum is a list.
+    ==========  =======  =======  =====
+    field so    piece:   piece:   piece:
+    far         text     list     other
+    ==========  =======  =======  =====
+    nothing     text     list     other
+    text        text     list     error
+    list        list     list     error
+    ==========  =======  =======  =====
 
-    :raise APIResponseError: the field is one of the two, the piece neither.
+    :raise APIResponseError: see the table.
     """
     old = target.get(name)
     if isinstance(value, str) and value and not isinstance(old, GrowingList):
@@ -1842,7 +1866,7 @@ class IndexedParts:
                                    "one answer")
         if isinstance(index, int):
             self.by_index[index] = part
-        else:
+        else:   # its position serves as its index
             self.by_index.setdefault(len(self.parts), part)
         self.parts.append(part)
         return part
@@ -1890,7 +1914,7 @@ class ChatAssembler:
         fields.pop("choices", None)
         # OpenAI pads chunks with this; it is no part of the answer.
         fields.pop("obfuscation", None)
-        # Most chunks repeat these fields.  That costs nothing more here.
+        # Most chunks repeat these fields, which need not be put again.
         if fields != self.fields:
             for name, value in fields.items():
                 put(self.fields, name, value)
@@ -1919,8 +1943,8 @@ class ChatAssembler:
               clean: Callable[[str], str] = clean_text) -> JSONDict:
         """Return what has arrived as chat() would.
 
-        clean() gets each text; it may remove the key, too.  Chat has arguments
-        as text, so whether it is partial does not matter.
+        clean() gets each text; it may remove the key, too.  ``partial`` is
+        for MessagesAssembler.build() only: chat has arguments as text.
         """
         choices = [{"index": index, **self.choices[index].build()}
                    for index in sorted(self.choices)]
@@ -2085,8 +2109,8 @@ def begins_object(function: JSONDict) -> bool:
 def fits(block: JSONDict, kind: str) -> bool:
     """Whether a delta of a kind belongs into a block."""
     if kind == "tool_use":
-        # Others have an input too: server_tool_use, mcp_tool_use, ...
-        return "input" in block or str(block["type"]).endswith(kind)
+        # Others have an input, too: server_tool_use, mcp_tool_use, ...
+        return "input" in block or str(block["type"]).endswith("tool_use")
     return bool(block["type"] == kind)
 
 
@@ -2271,15 +2295,18 @@ class MessagesAssembler:
         for block in self.blocks.parts:
             block = map_text(block, clean)
             if "input" in block:
-                # An object that the start of the block held stays as it is.
-                given = block["input"] or {}
-                if partial or isinstance(given, str):
-                    given = parse_arguments(given, partial)
-                block["input"] = given
+                block["input"] = build_input(block["input"], partial)
             if block["type"] != "text" or block.get("text"):
                 content.append(block)
         fields = map_text({"role": "assistant", **self.fields}, clean)
         return {**fields, "type": "message", "content": content}
+
+
+def build_input(value: JSON, partial: bool) -> JSON:
+    """Return the input of a tool as a dict; as text, if it may be partial."""
+    if partial or isinstance(value, str):
+        return parse_arguments(value or {}, partial)
+    return value or {}      # an object that was in the start of the block
 
 
 class WholeAnswer:
@@ -2656,28 +2683,6 @@ def parse_proxy(text: str) -> Proxy | None:
     return Proxy(ascii_host, port or 80, login)
 
 
-def is_network_failure(exc: BaseException) -> bool:
-    """Whether an exception comes from the network.
-
-    An OSError does if it has an errno: those of the system have one, and
-    those of getaddrinfo() and OpenSSL, too.  Without one, as in
-    TimeoutError("mine"), it comes from a signal handler of the caller's.
-    Only http.client's RemoteDisconnected is an OSError without errno.
-    """
-    if isinstance(exc, http.client.RemoteDisconnected):
-        return True
-    if isinstance(exc, OSError):
-        return exc.errno is not None
-    if isinstance(exc, OverflowError):
-        return True     # of read1(), if the size of a chunk is negative
-    return isinstance(exc, (APIConnectionError, http.client.HTTPException))
-
-
-def is_call_failure(exc: BaseException) -> bool:
-    """Whether an exception is a failure of the call, and no interrupt."""
-    return isinstance(exc, ServError) or is_network_failure(exc)
-
-
 class Connection(http.client.HTTPConnection):
     """A connection to a server: new, in use, idle, then in use again, closed.
 
@@ -2693,7 +2698,8 @@ class Connection(http.client.HTTPConnection):
         self.deadline = 0.0         # of the call that uses it
         self.reused = False         # that call is not its first
         self.upload_broke = False   # the server stopped reading the request
-        # http.client forgets its own `sock` when an answer closes it.
+        # The socket, from which `response` reads.  http.client calls it
+        # `sock`, and forgets it when an answer says "Connection: close".
         self.wire: DeadlineSocket | None = None
         self.response: http.client.HTTPResponse | None = None
 
@@ -2752,9 +2758,9 @@ class Connection(http.client.HTTPConnection):
                 raise APIConnectionError("the request could not be sent whole")
             raise
         skip_interim_answers(self.response)
-        # For http.client, the end of the connection inside the head, as behind
-        # b"HTTP/1.1 200 OK", is the end of the head.  Behind a whole head it
-        # does not read, so that it has not seen the end of the connection.
+        # `ended` means that the head was cut, as to b"HTTP/1.1 200 OK".
+        # http.client takes the end of the connection for the end of the head.
+        # Behind a whole head it has not read yet: there `ended` is false.
         if self.wire.ended:
             raise http.client.HTTPException("closed inside the header")
         return self.response
@@ -2777,7 +2783,7 @@ class Connection(http.client.HTTPConnection):
             if not is_network_failure(exc):
                 raise
             return False
-        # With it goes what http.client has read behind the answer.
+        # What http.client has read behind the answer is dropped with it.
         self.response.close()
         return True
 
@@ -3069,8 +3075,9 @@ class Exchange:
             for name, data in iter_events(chunks):
                 for event in parse_events(name, data):
                     now = time.monotonic()
-                    # The caller may have held a piece until the deadline.
-                    # What is already here behind a proven end is welcome.
+                    # The caller may have held a piece beyond the deadline.
+                    # Behind a proven end, what is here already (the usage)
+                    # is accepted even so.
                     if now >= self.deadline and not assembler.whole:
                         raise APITimeoutError("an event came too late")
                     self.elapsed = now - self.started
@@ -3135,6 +3142,14 @@ class Exchange:
                 raise
         return data.getvalue()
 
+    def ended_with_connection(self) -> bool:
+        """Whether the end of the body was that of the connection.
+
+        Then nothing else tells whether the body is whole.
+        """
+        assert self.response is not None
+        return self.response.length is None and not self.response.chunked
+
     def parse_answer(self, data: bytes) -> JSONDict:
         """Return a whole JSON answer; raise the error that it is, if so."""
         text = decode_body(data)
@@ -3146,6 +3161,9 @@ class Exchange:
             raise self.build_status_error(parse_stream_error(answer))
         if not isinstance(answer, str) and find_error(answer) is not None:
             raise self.build_status_error(answer)
+        if isinstance(answer, str) and self.ended_with_connection():
+            if text.lstrip().startswith("{"):
+                raise APIConnectionError("the answer was cut")
         if not is_answer(answer, self.request.endpoint):
             raise APIResponseError("not the JSON of an answer; check base_url "
                                    "and the proxy: " + (text or "nothing"))
@@ -3227,12 +3245,12 @@ class Exchange:
 
     def keep_connection(self) -> None:
         """Leave the connection to the next call."""
-        self.events = iter(())  # the generator and this refer to each other
+        self.events = iter(())  # breaks a cycle: the generator refers to self
         self.connection.keep()
 
     def close(self) -> None:
         """Close the connection."""
-        self.events = iter(())  # the generator and this refer to each other
+        self.events = iter(())  # breaks a cycle: the generator refers to self
         self.connection.discard()
 
     def end_wait(self) -> None:
@@ -3519,7 +3537,7 @@ def build_curl(request: Request) -> str:
             continue    # curl sends its own
         # curl takes "Name;" for an empty header.
         header = f"{name}: {value}" if value else f"{name};"
-        if value == "Bearer " + KEY_OF_SHELL:
+        if (name, value) == ("Authorization", "Bearer " + KEY_OF_SHELL):
             # The shell puts the key into "... Bearer $SERV_API_KEY".
             lines.append(f'-H "{header}"')
         else:

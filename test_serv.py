@@ -2419,11 +2419,11 @@ def test_json_that_is_too_deep_is_not_decoded(left, middle, right):
 
 
 def test_an_escape_may_come_in_two_pieces():
-    scanner = serv.BracketScanner()
+    nesting = serv.Nesting()
     for piece, closed in (('{"a\\', False), ('"}', False), ('b\\\\"', False),
                           (': []', False), ("}", True)):
-        scanner.add(piece)
-        assert scanner.is_closed() is closed
+        nesting.add(piece)
+        assert nesting.is_closed() is closed
 
 
 def test_the_deepest_json_can_be_copied_pickled_and_dumped():
@@ -5779,6 +5779,8 @@ def test_a_failed_try_is_not_left_to_the_collector():
     "nothing": (b"", NET_FAIL, "clos"),
     "another protocol": (b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
                          serv.APIStatusError, "101"),
+    "a cut body without a length": (
+        http_head() + b'{"choices": [{"mess', NET_FAIL, "the answer was cut"),
     "a cut status line": (b"HTTP/1.1 2", NET_FAIL, "no answer"),
     "no header": (b"HTTP/1.1 200 OK\r\n", NET_FAIL, "header"),
     "a cut header": (b"HTTP/1.1 200 OK\r\nContent-Ty", NET_FAIL, "header"),
@@ -8313,7 +8315,8 @@ IMPURE = {"socket", "ssl", "http", "urllib", "sys", "time", "print", "open",
           "atexit"}
 PURE = ("socket.timeout", "ssl.SSLError", "ssl.SSLCertVerificationError",
         "http.client.HTTPMessage", "http.client.HTTPException",
-        "http.client.IncompleteRead", "http.client.responses", "urllib.parse",
+        "http.client.IncompleteRead", "http.client.responses",
+        "http.client.RemoteDisconnected", "urllib.parse",
         "sys.version_info", "sys.version", "sys.exc_info", "os.environ",
         "threading", "time.monotonic", "time.time")
 
