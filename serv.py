@@ -323,7 +323,8 @@ def chat(messages: Messages, *, model: str | None = None,
     :param system: the system prompt.  It is put first.  It is required,
         because SERV refuses a request without one, unless ``messages`` holds
         a ``system`` or ``developer`` entry.
-    :param api_key: default SERV_API_KEY.
+    :param api_key: default SERV_API_KEY; like ``model`` and ``base_url``, it
+        counts as not passed if it is empty.
     :param base_url: default SERV_BASE_URL, else the service; with or
         without ``/v1``.
     :param timeout: seconds for the whole call: connecting, every retry and
@@ -334,7 +335,8 @@ def chat(messages: Messages, *, model: str | None = None,
         connection failures (except a refused certificate or proxy login),
         408, 409, 429 (except ``insufficient_quota``) and 5xx.  If an answer
         has the header ``x-should-retry: true`` or ``false``, that decides.
-        A retry may be billed.
+        A retry may be billed.  Each is a warning to the logger ``serv``, if
+        the program has imported ``logging``.
 
         One resend is no retry, and happens even with 0: if a reused
         connection turns out to be closed, within a second and before a byte
@@ -400,7 +402,12 @@ def stream(messages: Messages, *, endpoint: str = "chat",
     ``max_tokens``.  The stream is open when this returns: a refused request
     raises here.  From then on nothing is retried.  ``timeout`` covers the
     whole stream, including the time that the caller spends between pieces.
-    The rest, and every exception, is as for ``chat()``.
+
+    The stream ends without an error only if the answer is proven whole: in
+    chat by ``[DONE]``, or by a finish_reason for every choice; in Messages
+    by a stop_reason, or ``message_stop``.  If a server says so behind an
+    answer that it has cut, nobody can tell, except by a ``reply.stop_reason``
+    that is ``None``.  The rest, and every exception, is as for ``chat()``.
     """
     request = build_request(
         endpoint, messages, streaming=True, model=model, system=system,
