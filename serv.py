@@ -17,12 +17,12 @@ It needs Python 3.8 or newer.  Usage::
 What this file does with your key: each call reads it from ``api_key`` or
 from SERV_API_KEY and sends it in the Authorization header of the request to
 ``base_url``, and nowhere else.  This file writes it to no disk and no log,
-and removes it (a key of 8 characters or more, as it is) from the messages
-and attributes of errors.  It does not remove other secrets that you put into
-headers.  Tools that record local variables, http.client's debuglevel and
-audit hooks of Python can still see the key; so can whoever has both a record
-of the traffic and the file that SSLKEYLOGFILE names.  Redirects are not
-followed.
+and removes it (a key of 8 characters or more, its literal text only) from
+the messages and attributes of errors.  It does not remove other secrets that
+you put into headers.  Tools that record local variables, http.client's
+debuglevel and audit hooks of Python can still see the key; so can whoever
+has both a record of the traffic and the file that SSLKEYLOGFILE names.
+Redirects are not followed.
 Certificates are always checked.  A plain ``http://`` URL sends the key
 unencrypted.  No host is contacted except the one in ``base_url``, through
 your proxy if the environment names one.
@@ -33,7 +33,7 @@ together; network; command line.  Only the last two open sockets and files.
 
 Errors::
 
-    ServError                       the base of all; itself: no usable key
+    ServError                       the base; raised itself for a bad key only
         APIConnectionError          no whole answer
             APITimeoutError         the time budget ran out
         APIResponseError            the answer breaks the format
@@ -105,9 +105,9 @@ KEEPALIVE = 60          # of silence before TCP probes the other side: some
                         # NATs forget a connection after 350 s
 DEAD_SECONDS = 30       # without acknowledgement of what was sent
 IDLE_SECONDS = 50.0     # of keeping a connection: load balancers drop it at 60
-STALE_SECONDS = 1.0     # if a reused connection ends sooner, before a byte of
-                        # the answer, the request is sent once more: we
-                        # assume that nobody has seen it; see was_stale()
+STALE_SECONDS = 1.0     # after the sending: if a reused connection ends by
+                        # then, before a byte of the answer, the request is
+                        # sent once more; see was_stale()
 LAST_CHUNK_SECONDS = 0.01   # to reuse the connection of a stream, whose last
                             # chunk may come behind [DONE]; see is_usable()
 
@@ -140,7 +140,9 @@ MAX_NAME = 1000         # characters of a tool's name; OpenAI allows 64
 # ---------------------------------------------------------------------------
 
 class ServError(Exception):
-    """The base of every error about a call.  Itself: no API key is usable.
+    """The base of every error about a call.
+
+    It is raised itself only if there is no usable API key.
 
     ``str(error)`` is one line: what happened, the URL and the request id.
     ``reply`` holds what had arrived of a stream (a ``Reply``), else ``None``.
@@ -151,10 +153,13 @@ class ServError(Exception):
     reply: Reply | None = None
     request_id: str | None = None
     retries: int = 0
-    # Set where the error is made, and read by retry_wait() only.  It is true
-    # for an APIConnectionError.  It is false for a timeout, a certificate that
-    # is refused, a CA file that cannot be used, and a proxy that wants a
-    # login.  For an APIStatusError see is_worth_a_retry().
+    # Set where the error is made, and read by retry_wait() only:
+    #     APIConnectionError  true; but false for a refused certificate, a CA
+    #                         file or TLS context that cannot be used, and a
+    #                         proxy that wants a login
+    #     APITimeoutError     false
+    #     APIStatusError      see is_worth_a_retry()
+    #     all others          false
     _worth_a_retry: bool = False
 
 
@@ -252,9 +257,9 @@ class InternalServerError(APIStatusError):
 def copy_error(error: ServError) -> ServError:
     """Return an equal error, to be raised in place of this one.
 
-    It has the same attributes and the same cause, but no traceback and no
-    context: these refer to frames, with the request in them, and to
-    exceptions that quote the server.
+    copy.copy() keeps what __init__() got, and the attributes.  It drops the
+    traceback and the context, which refer to frames with the request in them
+    and to exceptions that quote the server; and the cause, which is kept here.
     """
     copied = copy.copy(error)
     if error.__cause__ is not None:
@@ -405,9 +410,9 @@ def stream(messages: Messages, *, endpoint: str = "chat",
 
     The stream ends without an error only if the answer is proven whole: in
     chat by ``[DONE]``, or by a finish_reason for every choice; in Messages
-    by a stop_reason, or ``message_stop``.  If a server says so behind an
-    answer that it has cut, nobody can tell, except by a ``reply.stop_reason``
-    that is ``None``.  The rest, and every exception, is as for ``chat()``.
+    by a stop_reason, or ``message_stop``.  Some servers send ``[DONE]`` even
+    if they have cut the answer: then ``reply.stop_reason`` is ``None``.  The
+    rest, and every exception, is as for ``chat()``.
     """
     request = build_request(
         endpoint, messages, streaming=True, model=model, system=system,
@@ -816,9 +821,10 @@ def build_request(endpoint: str, messages: Messages, *,
     address = build_url(base_url or os.environ.get("SERV_BASE_URL")
                         or BASE_URL)
     seconds = build_timeout(timeout)
+    # For ChatAssembler.whole.  If it is wrong, the server says so.
     choices = params.get("n")
     if type(choices) is not int or choices < 1:
-        choices = 1     # if it is wrong, the server says so
+        choices = 1
     own_headers = build_headers(headers)
     # The environment's key is read last: if a check above raises, a traceback
     # that records local variables does not hold it yet.
@@ -955,8 +961,9 @@ def build_url(text: str) -> Address:
         parts = urllib.parse.urlsplit(text)
         port = parts.port
         host = parts.hostname or ""
-        # RFC 3490: "b\u00fccher.test" is "xn--bcher-kva.test" on the wire.
-        ascii_host = host if ":" in host else host.encode("idna").decode()
+        if ":" not in host:     # it is no IPv6 address
+            # RFC 3490: "b\u00fccher.test" is "xn--bcher-kva.test" on the wire.
+            host = host.encode("idna").decode()
     except ValueError:      # also a UnicodeError
         raise ValueError(wrong) from None
     if not host or port == 0:
@@ -970,14 +977,14 @@ def build_url(text: str) -> Address:
     path = parts.path.rstrip("/")
     if path.endswith("/v1"):
         path = path[:-len("/v1")].rstrip("/")
-    netloc = f"[{host}]" if ":" in host else ascii_host
+    netloc = f"[{host}]" if ":" in host else host
     if port is not None:
         netloc = f"{netloc}:{port}"
     url = f"{parts.scheme}://{netloc}{path}"
     if not url.isascii():
         raise ValueError(wrong)
     tls = parts.scheme == "https"
-    return Address(url, tls, ascii_host, port or (443 if tls else 80))
+    return Address(url, tls, host, port or (443 if tls else 80))
 
 
 def build_host(address: Address) -> str:
@@ -1271,8 +1278,9 @@ def find_bare_error(answer: JSONDict) -> JSON:
     text = answer.get("message") or answer.get("detail")
     if not errors and not text:
         return None
-    kind = get_str(answer, "type")
-    if kind and not (kind.lower().endswith("error") or kind in STATUS_OF_TYPE):
+    kind = get_str(answer, "type") or "error"
+    is_error_type = kind.lower().endswith("error") or kind in STATUS_OF_TYPE
+    if not is_error_type:
         return None
     if errors:
         return errors
@@ -1642,7 +1650,7 @@ class GrowingText:
 
     def __init__(self, text: str = "") -> None:
         self.pieces = [text]
-        # For is_closed(), which is asked of a tool's arguments.
+        # For is_closed(), which find_call() asks of a tool's arguments.
         self.nesting = Nesting()
         self.scanned = 0    # how many pieces it has seen
 
@@ -1740,7 +1748,7 @@ def add_text(target: JSONDict, name: str, value: JSON) -> None:
             target[name] = old
         old.pieces.append(value)
     elif isinstance(value, (str, list)) and value:
-        add_parts(target, name, value)
+        add_parts(target, name, value)  # a list; or a text behind a list
     elif isinstance(old, (GrowingText, GrowingList)) and not is_empty(value):
         raise APIResponseError(f"a broken event: {name} was text and is now "
                                f"{type(value).__name__}")
@@ -2044,44 +2052,40 @@ class ChatChoice:
     def find_call(self, piece: JSONDict) -> JSONDict | None:
         """Return the call that a piece continues; None if it begins one.
 
-        The first rule that fits decides.  In the examples, #0 is an index.
+        The first rule that fits decides.
 
-        1. A name at a new index begins a call: #1 id "x" name "g", even if a
-           call at #0 has the id "x", too.
-        2. A known id means its call: id "x".
-        3. A new id without an index begins a call: id "y".
-        4. Without a name, it continues the newest call of its index, or
-           without an index the last call.
+        1. A known id means its call.
+        2. A new id without an index begins a call.
+        3. Without a name, it continues the newest call of its index, or
+           without an index the last call.  If there is none, it begins one.
 
-        Servers may repeat the name in every piece of a call.  But Gemini gives
-        all its calls the index 0, often without ids:
+        The same with a name, because servers may repeat it in every piece.
+        But Gemini gives all its calls the index 0, often without ids.  So a
+        name begins a call at an index that has one,
 
-        5. Behind #0 id "a" name "f", another id and another name begin a
-           call: #0 id "b" name "g".
-        6. Behind #0 name "f" and whole arguments, as {"n": 1}, a new id,
-           another name or the beginning of an object begins a call.
-        7. Else the piece continues the call.
+        4. with another id, if it is another name: id "b" name "g", behind
+           id "a" name "f";
+        5. behind whole arguments, as {"n": 1}, if there is a new id, another
+           name or the beginning of an object.
         """
         id, index = piece.get("id"), piece.get("index")
+        if isinstance(id, str) and id in self.call_of_id:           # 1
+            return self.call_of_id[id]
+        if id and not isinstance(index, int):                       # 2
+            return None
+        call = self.calls.get(index)    # without an index, the last one
         function = get_dict(piece, "function")
         name = function.get("name")
-        call = self.calls.get(index)    # of its index, or the last
-        if name and call is None:                                   # 1
-            return None
-        if isinstance(id, str) and id in self.call_of_id:           # 2
-            return self.call_of_id[id]
-        if id and not isinstance(index, int):                       # 3
-            return None
-        if not name or call is None:                                # 4
+        if call is None or not name:                                # 3
             return call
         begun = get_dict(call, "function")
         has_other_name = name != begun.get("name")
-        if has_other_name and id and call.get("id"):                # 5
+        if has_other_name and id and call.get("id"):                # 4
             return None
-        if has_whole_arguments(begun):                              # 6
+        if has_whole_arguments(begun):                              # 5
             if id or has_other_name or begins_object(function):
                 return None
-        return call                                                 # 7
+        return call
 
     def build(self) -> JSONDict:
         """Return the choice; a call without a name is none."""
@@ -2203,8 +2207,8 @@ class MessagesAssembler:
 
     def begin_block(self, index: int | None, fields: JSONDict) -> JSONDict:
         """Begin a block with the fields that it has, and return it."""
-        block = self.blocks.begin(index, {"type": "text"})
-        put(block, "type", fields.get("type"))
+        block = self.blocks.begin(
+            index, {"type": fields.get("type") or "text"})
         for name, value in fields.items():
             if name == "text":
                 add_text(block, name, value)
@@ -2302,18 +2306,11 @@ class MessagesAssembler:
         for block in self.blocks.parts:
             block = map_text(block, clean)
             if "input" in block:
-                block["input"] = build_input(block["input"], partial)
+                block["input"] = parse_arguments(block["input"], partial)
             if block["type"] != "text" or block.get("text"):
                 content.append(block)
         fields = map_text({"role": "assistant", **self.fields}, clean)
         return {**fields, "type": "message", "content": content}
-
-
-def build_input(value: JSON, partial: bool) -> JSON:
-    """Return the input of a tool as a dict; as text, if it may be partial."""
-    if partial or isinstance(value, str):
-        return parse_arguments(value or {}, partial)
-    return value or {}      # an object that was in the start of the block
 
 
 class WholeAnswer:
@@ -2448,6 +2445,7 @@ class DeadlineSocket(socket.socket):
 
         So http.client reads, by socket.SocketIO, which gives only the buffer.
         """
+        # In a TLSSocket, super() is SSLSocket.
         size = self.when_ready(super().recv_into, buffer, len(buffer))
         if size:
             self.answered = True
@@ -2579,7 +2577,8 @@ def get_tls_context(ca_file: str | None,
     With a CA file, nothing else is trusted, except what is in the folder.
     Without one, OpenSSL reads SSL_CERT_DIR by itself.
 
-    :raise APIConnectionError: the file cannot be loaded; that is not kept.
+    :raise APIConnectionError: the file cannot be loaded.  The next call tries
+        it again.
     """
     context = _tls_contexts.get((ca_file, ca_dir))
     if context is not None:
@@ -3198,7 +3197,7 @@ class Exchange:
                 f"timed out: not within {self.request.timeout:g} s; raise "
                 "timeout (or SERV_TIMEOUT), or ask for less")
         elif isinstance(exc, ServError):
-            return copy_error(exc)
+            error = copy_error(exc)
         else:
             what = "no answer"
             if self.response is not None:
@@ -3207,9 +3206,9 @@ class Exchange:
             error = APIConnectionError(f"{what}: {text}{self.find_hint(exc)}")
             if isinstance(exc, ssl.SSLCertVerificationError):
                 error._worth_a_retry = False
-        is_of_system = isinstance(exc, OSError) and not isinstance(
-            exc, http.client.RemoteDisconnected)
-        if is_of_system:
+        # Of http.client's exceptions, RemoteDisconnected is an OSError, too.
+        if isinstance(exc, OSError) and not isinstance(
+                exc, http.client.RemoteDisconnected):
             error.__cause__ = exc.with_traceback(None)
         return error
 
@@ -3283,7 +3282,9 @@ def send_request(request: Request) -> Exchange:
         # Without room for the wait there is no use in waiting.
         if (wait is None or failed == request.max_retries
                 or time.monotonic() + wait >= exchange.deadline):
-            raise copy_error(error)     # `error` stays without a traceback
+            # `error` itself stays without a traceback, which would refer to
+            # this frame, and so to `error`: a cycle.
+            raise copy_error(error)
         failed += 1
         warn(f"retry {failed} of {request.max_retries} in {wait:.1f} s: "
              f"{error}")

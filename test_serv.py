@@ -3132,14 +3132,13 @@ def test_stream_of_chat_what_grows_and_what_replaces(deltas, message):
 
 # -- Chat: which call a piece belongs to --------------------------------------
 #
-# 1. A piece with a name and a new index begins a call.
-# 2. A piece with an id that has come continues the call of that id.
-# 3. A piece with a new id and no index begins a call.
-# 4. Any other piece continues the newest call of its index; without an index,
-#    the last call.  But if it has a name, it begins a call where both have
-#    ids and the names differ; or where the arguments so far are a whole
-#    object, and the piece brings an id, another name or the beginning of
-#    another object.
+# 1. A piece with an id that has come continues the call of that id.
+# 2. A piece with a new id and no index begins a call.
+# 3. Any other piece continues the newest call of its index; without an index,
+#    the last call.  If there is none, it begins one.
+# 4. But a name begins a call, too, where both have ids and the names differ;
+#    or where the arguments so far are a whole object, and the piece brings an
+#    id, another name or the beginning of another object.
 # 5. A call keeps its first id.  A name that differs from the call's goes on
 #    with it.
 # 6. The calls are in the order in which they begin.  A call without a name is
@@ -3210,8 +3209,6 @@ STREAM_CALLS = {  # the pieces, the calls
         '- - f {"a": 1} & - - f {"a": 2}'),
     "neither index nor id": ("- - f {} & - - g { | - - - }",
                              "- - f {} & - - g {}"),
-    "one id for all, by index": (
-        "0 x f { | 0 x - } | 1 x g { | 1 x - }", "- x f {} & - x g {}"),
     "another id in each piece (poolsideai/pool#9)": (
         "0 x f | 0 y f { | 0 z f }", "- x f {}"),
     "an id that comes late (use-agent-os/agent-os#3265)": (
