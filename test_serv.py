@@ -6262,6 +6262,8 @@ def test_the_key_is_in_no_part_of_an_error(call, data):
         with pytest.raises(serv.ServError) as caught:
             call(server)
     net_assert_secret(caught.value)
+    for name in getattr(caught.value, "headers", {}):
+        assert " " not in name  # Python is to refuse that
 
 
 def test_an_error_that_a_stream_raises_again_is_as_clean():
