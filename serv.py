@@ -23,9 +23,10 @@ you put into headers.  Tools that record local variables, http.client's
 debuglevel and audit hooks of Python can still see the key; so can whoever
 has both a record of the traffic and the file that SSLKEYLOGFILE names.
 Redirects are not followed.
-Certificates are always checked.  A plain ``http://`` URL sends the key
-unencrypted.  No host is contacted except the one in ``base_url``, through
-your proxy if the environment names one.
+Certificates are always checked (with SSL_CERT_FILE or SSL_CERT_DIR without
+the checks of their form that Python 3.13 added).  A plain ``http://`` URL
+sends the key unencrypted.  No host is contacted except the one in
+``base_url``, through your proxy if the environment names one.
 
 Sections, top to bottom: errors; the calls; Reply, ToolCall and Stream;
 building requests; reading answers; server-sent events; putting streams
@@ -105,9 +106,9 @@ KEEPALIVE = 60          # of silence before TCP probes the other side: some
                         # NATs forget a connection after 350 s
 DEAD_SECONDS = 30       # without acknowledgement of what was sent
 IDLE_SECONDS = 50.0     # of keeping a connection: load balancers drop it at 60
-STALE_SECONDS = 1.0     # after the sending: if a reused connection ends by
-                        # then, before a byte of the answer, the request is
-                        # sent once more; see was_stale()
+STALE_SECONDS = 1.0     # if a reused connection ends within this time, before
+                        # a byte of the answer, the request is sent once more;
+                        # see was_stale()
 LAST_CHUNK_SECONDS = 0.01   # to reuse the connection of a stream, whose last
                             # chunk may come behind [DONE]; see is_usable()
 
@@ -274,8 +275,9 @@ def is_network_failure(exc: BaseException) -> bool:
     OSError with an errno             yes: the system, getaddrinfo() and
                                       OpenSSL set one
     http.client.RemoteDisconnected    yes, though an OSError without one
-    any other OSError without one     no: TimeoutError("mine") comes from
-                                      a signal handler of the caller's
+    any other OSError without one     no: our sockets raise none; it comes
+                                      from a signal handler of the caller's,
+                                      as TimeoutError("mine")
     OverflowError                     yes: of read1(), if the size of a
                                       chunk is negative
     APIConnectionError                yes
@@ -688,8 +690,8 @@ class Stream:
     def _advance(self) -> tuple[JSONDict | None, str]:
         """Return the next event, and the text that it adds.
 
-        At the end there is no event.  There may be a text, once: a half of a
-        character that has waited for its other half.  See HalfCharacter.
+        At the end there is no event.  There may be a text, once: what stands
+        for half an emoji whose other half has not come.
         """
         if self._is_reading:
             raise ValueError("this stream is being read already")
@@ -760,7 +762,7 @@ class Stream:
         """End with an error, unless close() was faster."""
         self._exchange.complete_error(error)
         error.reply = self._exchange.build_partial_reply()
-        self._error = error
+        self._error = error         # is raised only if this has "failed"
         self._leave("failed")
 
 
@@ -825,7 +827,7 @@ def build_request(endpoint: str, messages: Messages, *,
     choices = params.get("n")
     if type(choices) is not int or choices < 1:
         choices = 1
-    own_headers = build_headers(headers)
+    own_headers = build_headers(headers)    # Named-Like-This
     # The environment's key is read last: if a check above raises, a traceback
     # that records local variables does not hold it yet.
     authorization = own_headers.get("Authorization")
@@ -1238,27 +1240,36 @@ def find_request_id(headers: Headers) -> str | None:
 def find_error(answer: JSON, event_name: str = "") -> JSON:
     """Return the error in a decoded answer or event; None if it is none.
 
-    Whatever is in an event with the name "error" is one.
+    The first that fits:
+
+    =========================================  ============  ==========
+    [{"error": E}]                             E             Gemini
+    anything, in an event named "error"        the answer
+    {"error": E}                               E             most
+    {"object": "error"} or {"type": "error"}   the answer    vLLM
+    neither "choices" nor "content"            find_bare_error()
+    {"choices": [{"error": E}]}                E             OpenRouter
+    {"choices": [{"finish_reason": "error"}]}  a message     see FAILED
+    =========================================  ============  ==========
     """
-    if isinstance(answer, list) and answer:     # Gemini: [{"error": ...}]
+    if isinstance(answer, list) and answer:
         return find_error(answer[0], event_name)
     if not isinstance(answer, dict):
         return answer if event_name == "error" else None
-    if answer.get("error"):     # {"error": ...}: most servers
+    if answer.get("error"):
         return answer["error"]
-    # vLLM: {"object": "error", "message": ...}; others have a type instead.
     kinds = (event_name, answer.get("type"), answer.get("object"))
     if "error" in kinds:
         return answer
     choices = answer.get("choices")
     if choices is None and answer.get("content") is None:
-        return find_bare_error(answer)  # it is no answer of either format
+        return find_bare_error(answer)
     if not isinstance(choices, list):
         return None
     for choice in choices:
         if not isinstance(choice, dict):
             continue
-        if choice.get("error"):     # OpenRouter: {"choices": [{"error": ...}]}
+        if choice.get("error"):
             return choice["error"]
         reason = choice.get("finish_reason")
         if reason and FAILED.search(str(reason)):
@@ -1496,8 +1507,10 @@ def iter_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
     A CR at the end of a chunk ends a line at once.  If the next chunk begins
     with LF, that is the second half of a CRLF, and no other line: the chunks
-    b"a\\r" and b"\\nb\\n" have the lines b"a" and b"b".  A line in pieces is
-    joined only when its end is here, so that time stays linear.
+    b"a\\r" and b"\\nb\\n" have the lines b"a" and b"b".
+
+    A line in pieces, as in b"a" and b"b\\n", is joined only when its end is
+    here, so that time stays linear.
     """
     pieces: list[bytes] = []    # of a line whose end has not come
     size = 0                    # of these pieces
@@ -1542,7 +1555,7 @@ def parse_events(name: str, data: str) -> list[JSONDict]:
     else:
         if isinstance(value, dict):
             events = [value]
-        elif find_error(value, name) is not None:
+        elif find_error(value, name) is not None:   # it is a list, or a text
             events = [{"error": find_error(value, name)}]
         else:
             events = []     # noise: JSON that is no object, such as null
@@ -1730,30 +1743,26 @@ def add_to_entry(entry: JSONDict, piece: JSONDict) -> None:
 def add_text(target: JSONDict, name: str, value: JSON) -> None:
     """Add a piece to a field that is a text, or a list of parts.
 
-    ==========  =======  =======  =====
-    field so    piece:   piece:   piece:
-    far         text     list     other
-    ==========  =======  =======  =====
-    nothing     text     list     other
-    text        text     list     error
-    list        list     list     error
-    ==========  =======  =======  =====
+    1. A text behind nothing, or behind a text: a text, which grows.
+    2. A list; or a text behind a list: a list of parts, which grows.
+    3. Anything else behind a text or a list: an error.
+    4. Nothing, as ""; or anything else behind anything else: see put().
 
-    :raise APIResponseError: see the table.
+    :raise APIResponseError: for 3.
     """
     old = target.get(name)
     if isinstance(value, str) and value and not isinstance(old, GrowingList):
         if not isinstance(old, GrowingText):
             old = GrowingText(old if isinstance(old, str) else "")
             target[name] = old
-        old.pieces.append(value)
+        old.pieces.append(value)                                    # 1
     elif isinstance(value, (str, list)) and value:
-        add_parts(target, name, value)  # a list; or a text behind a list
+        add_parts(target, name, value)                              # 2
     elif isinstance(old, (GrowingText, GrowingList)) and not is_empty(value):
         raise APIResponseError(f"a broken event: {name} was text and is now "
-                               f"{type(value).__name__}")
+                               f"{type(value).__name__}")           # 3
     else:
-        put(target, name, value)
+        put(target, name, value)                                    # 4
 
 
 def add_parts(target: JSONDict, name: str, value: str | list[JSON]) -> None:
@@ -2054,10 +2063,11 @@ class ChatChoice:
 
         The first rule that fits decides.
 
-        1. A known id means its call.
-        2. A new id without an index begins a call.
-        3. Without a name, it continues the newest call of its index, or
-           without an index the last call.  If there is none, it begins one.
+        1. A known id means its call: id "x", behind index 0 id "x" name "f".
+        2. A new id without an index begins a call: id "y" name "f".
+        3. Without a name, it continues the newest call of its index: index 0
+           arguments "{"; without an index, the last call: arguments "}".  If
+           there is none, it begins one.
 
         The same with a name, because servers may repeat it in every piece.
         But Gemini gives all its calls the index 0, often without ids.  So a
@@ -2455,6 +2465,7 @@ class DeadlineSocket(socket.socket):
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """Send all of it, as http.client does to write."""
+        # In a TLSSocket, super() is SSLSocket.
         view = memoryview(data)
         while view:
             size = self.when_ready(super().send, view[:READ_SIZE],
@@ -2678,6 +2689,8 @@ def parse_proxy(text: str) -> Proxy | None:
         return None
     if parts.scheme != "http" or not ascii_host or port == 0:
         return None
+    if " " in ascii_host or not ascii_host.isprintable():
+        return None
     if parts.path not in ("", "/"):
         return None
     login = None
@@ -2764,9 +2777,10 @@ class Connection(http.client.HTTPConnection):
                 raise APIConnectionError("the request could not be sent whole")
             raise
         skip_interim_answers(self.response)
-        # `ended` means that the head was cut, as to b"HTTP/1.1 200 OK".
+        # `ended` means that the head was cut, as to b"HTTP/1.1 200 OK".  Then
         # http.client takes the end of the connection for the end of the head.
-        # Behind a whole head it has not read yet: there `ended` is false.
+        # (At the blank line behind a whole head, it stops reading: it has not
+        # yet seen whether the connection ends there.)
         if self.wire.ended:
             raise http.client.HTTPException("closed inside the header")
         return self.response
@@ -2949,7 +2963,7 @@ class Exchange:
 
         self.answer: JSONDict = {}      # unless it is a stream
         # Of a stream: what puts it together, and its events, each with the
-        # text that it adds.  See iter_stream().
+        # text that it adds.  (iter_stream() may set a WholeAnswer instead.)
         self.assembler: Assembler
         if request.endpoint == "chat":
             self.assembler = ChatAssembler(request.choices)
@@ -3128,8 +3142,8 @@ class Exchange:
                                        "bytes")
             yield data
         # http.client does not report a body shorter than its Content-Length.
-        # `length` is what is left of it: read1() counts it down.  It is None
-        # if the body is chunked.
+        # `length` is what is left of it: read1() counts it down, in Python 3.8
+        # to 3.13.  It is None if the body is chunked.
         if response.length:
             raise http.client.IncompleteRead(b"", response.length)
         self.at_end = True

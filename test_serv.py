@@ -6464,6 +6464,7 @@ def test_no_proxy_may_be_in_capitals(host, net_names, monkeypatch):
     "http:/user:opensesame@host:3128", "http://user:opensesame",
     "https://user:opensesame@host", "socks5://user:opensesame@host",
     "http://user:opensesame@", "http://user:opensesame@host:x",
+    "http://user:opensesame@ho st:80", "http://user:opensesame@ho\x7fst:80",
     # more than 65535 would wrap round, to port 1 here
     "http://user:opensesame@127.0.0.1:65537"])
 def test_a_proxy_that_is_no_http_url_is_refused_without_its_login(
