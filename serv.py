@@ -22,11 +22,11 @@ the messages and attributes of errors.  It does not remove other secrets that
 you put into headers.  Tools that record local variables, http.client's
 debuglevel and audit hooks of Python can still see the key; so can whoever
 has both a record of the traffic and the file that SSLKEYLOGFILE names.
-Redirects are not followed.
-Certificates are always checked (with SSL_CERT_FILE or SSL_CERT_DIR without
-the checks of their form that Python 3.13 added).  A plain ``http://`` URL
-sends the key unencrypted.  No host is contacted except the one in
-``base_url``, through your proxy if the environment names one.
+Redirects are not followed.  Certificates are always checked (with
+SSL_CERT_FILE or SSL_CERT_DIR without the checks of their form that Python
+3.13 added).  A plain ``http://`` URL sends the key unencrypted.  No host is
+contacted except the one in ``base_url``, through your proxy if the
+environment names one.
 
 Sections, top to bottom: errors; the calls; Reply, ToolCall and Stream;
 building requests; reading answers; server-sent events; putting streams
