@@ -23,8 +23,8 @@ you put into headers.  Tools that record local variables, http.client's
 debuglevel and audit hooks of Python can still see the key; so can whoever
 has both a record of the traffic and the file that SSLKEYLOGFILE names.
 Redirects are not followed.  Certificates are always checked (with
-SSL_CERT_FILE or SSL_CERT_DIR without the checks of their form that Python
-3.13 added).  A plain ``http://`` URL sends the key unencrypted.  No host is
+SSL_CERT_FILE or SSL_CERT_DIR without VERIFY_X509_STRICT, which Python 3.13
+added).  A plain ``http://`` URL sends the key unencrypted.  No host is
 contacted except the one in ``base_url``, through your proxy if the
 environment names one.
 
@@ -727,10 +727,6 @@ class Stream:
         exchange = self._exchange
         try:
             step = next(exchange.events, None)
-            if step is not None:
-                return step
-            if not exchange.assembler.whole:
-                raise APIConnectionError("the answer was cut")
         except BaseException as exc:
             if not is_call_failure(exc):
                 # Ctrl-C, or what a signal handler of the caller raised.
@@ -741,7 +737,13 @@ class Stream:
             else:
                 self._fail(exchange.explain(exc))
         else:
-            self._leave("ended", keep=True)
+            if step is not None:
+                return step
+            if exchange.assembler.whole:
+                self._leave("ended", keep=True)
+            else:
+                cut = APIConnectionError("the answer was cut")
+                self._fail(exchange.explain(cut))
         return None
 
     def _leave(self, state: str, keep: bool = False) -> None:
@@ -1009,8 +1011,8 @@ def build_key(api_key: str | None) -> str:
     if not key:
         raise ServError("no API key: set SERV_API_KEY or pass api_key=...")
     if not key.isascii() or not key.isprintable():
-        raise ServError("the API key is not printable ASCII; is it still a "
-                        "placeholder?")
+        raise ServError("the API key is not printable ASCII; has it a line "
+                        "break, or is it still a placeholder?")
     return key
 
 
@@ -1056,8 +1058,8 @@ def build_headers(headers: JSON) -> dict[str, str]:
             raise ValueError(f"headers: {name.title()} cannot be set; it "
                              "follows from the request")
         if not HEADER_NAME.fullmatch(name):
-            raise ValueError("headers: a name is not a token of RFC 9110; it "
-                             "is not shown here, as it may hold a secret")
+            raise ValueError("headers: a name has a space, a colon or the "
+                             "like; it is not shown, as it may hold a secret")
         if not HEADER_VALUE.fullmatch(value):
             shown = "a header"
             if re.fullmatch("[A-Za-z-]+", name):
@@ -1289,7 +1291,7 @@ def find_bare_error(answer: JSONDict) -> JSON:
     text = answer.get("message") or answer.get("detail")
     if not errors and not text:
         return None
-    kind = get_str(answer, "type") or "error"
+    kind = get_str(answer, "type") or "error"   # without a type, it is one
     is_error_type = kind.lower().endswith("error") or kind in STATUS_OF_TYPE
     if not is_error_type:
         return None
@@ -1663,7 +1665,7 @@ class GrowingText:
 
     def __init__(self, text: str = "") -> None:
         self.pieces = [text]
-        # For is_closed(), which find_call() asks of a tool's arguments.
+        # For is_closed(), which is asked of a tool's arguments only.
         self.nesting = Nesting()
         self.scanned = 0    # how many pieces it has seen
 
@@ -2061,40 +2063,20 @@ class ChatChoice:
     def find_call(self, piece: JSONDict) -> JSONDict | None:
         """Return the call that a piece continues; None if it begins one.
 
-        The first rule that fits decides.
-
         1. A known id means its call: id "x", behind index 0 id "x" name "f".
         2. A new id without an index begins a call: id "y" name "f".
-        3. Without a name, it continues the newest call of its index: index 0
-           arguments "{"; without an index, the last call: arguments "}".  If
-           there is none, it begins one.
-
-        The same with a name, because servers may repeat it in every piece.
-        But Gemini gives all its calls the index 0, often without ids.  So a
-        name begins a call at an index that has one,
-
-        4. with another id, if it is another name: id "b" name "g", behind
-           id "a" name "f";
-        5. behind whole arguments, as {"n": 1}, if there is a new id, another
-           name or the beginning of an object.
+        3. Else it continues the newest call of its index: index 0 arguments
+           "{"; without an index, the last call: arguments "}".
+        4. But some gateways count all calls as 0: see begins_next_call().
         """
         id, index = piece.get("id"), piece.get("index")
         if isinstance(id, str) and id in self.call_of_id:           # 1
             return self.call_of_id[id]
         if id and not isinstance(index, int):                       # 2
             return None
-        call = self.calls.get(index)    # without an index, the last one
-        function = get_dict(piece, "function")
-        name = function.get("name")
-        if call is None or not name:                                # 3
-            return call
-        begun = get_dict(call, "function")
-        has_other_name = name != begun.get("name")
-        if has_other_name and id and call.get("id"):                # 4
+        call = self.calls.get(index)                                # 3
+        if call is not None and begins_next_call(piece, call):      # 4
             return None
-        if has_whole_arguments(begun):                              # 5
-            if id or has_other_name or begins_object(function):
-                return None
         return call
 
     def build(self) -> JSONDict:
@@ -2109,6 +2091,37 @@ class ChatChoice:
         if calls:
             message["tool_calls"] = calls
         return {**self.fields, "message": message}
+
+
+def begins_next_call(piece: JSONDict, call: JSONDict) -> bool:
+    """Whether a piece with the index of a call begins the next one.
+
+    Gemini gives all its calls the index 0, often without ids.  But others
+    repeat the name in every piece of a call:
+
+        ==========================  =========================  ======
+        the call so far             the piece                  begins
+        ==========================  =========================  ======
+        id "a" name "f"             id "b" name "g"            yes  1
+        name "f" arguments "{}"     id "b" name "f"            yes  2
+        name "f" arguments "{}"     name "g"                   yes  2
+        name "f" arguments "{}"     name "f" arguments "{"     yes  2
+        name "f" arguments "{}"     name "f"                   no
+        name "f" arguments "{"      name "f" arguments "}"     no
+        any                         without a name             no
+        ==========================  =========================  ======
+    """
+    function, begun = get_dict(piece, "function"), get_dict(call, "function")
+    name = function.get("name")
+    if not name:
+        return False
+    has_other_name = name != begun.get("name")
+    if piece.get("id") and call.get("id") and has_other_name:       # 1
+        return True
+    if not has_whole_arguments(begun):
+        return False
+    return bool(piece.get("id") or has_other_name                   # 2
+                or begins_object(function))
 
 
 def has_whole_arguments(function: JSONDict) -> bool:
@@ -2157,7 +2170,7 @@ class MessagesAssembler:
     def __init__(self) -> None:
         self.fields: JSONDict = {}      # of the message, except its blocks
         self.blocks = IndexedParts()
-        # The newest tool of each index, for rule 3 of find_block().
+        # The newest tool of each index, for find_other_block().
         self.tools: dict[int | None, JSONDict] = {}
         self.half = HalfCharacter()
         self.started = False            # message_start has come
@@ -2231,31 +2244,36 @@ class MessagesAssembler:
     def find_block(self, index: int | None, kind: str) -> JSONDict:
         """Return the block that a delta of a kind goes to.
 
-        1. No block has its index: it begins one.  (But -1 is an error: the
-           gateway means a block that is there, and who knows which.)
-        2. It continues the newest block of its index, if that is of its kind.
-
-        Some gateways mix up the indexes, or begin no block for a delta:
-
-        3. Text comes into the middle of a tool's input: start 0 (a tool),
-           input 0, text 0, input 0.  This input goes to the tool, too.
-        4. All deltas have index 0: start 0 (thinking), start 1 (text),
-           text 0.  It goes to the last block, if that is of its kind.
-        5. Else it begins a block: start 0 (a tool), text 0.
+        As a rule, it is the newest block of its index.  If no block has the
+        index, the delta begins one.  (But -1 is an error: the gateway means
+        a block that is there, and who knows which.)
         """
         block = self.blocks.get(index)      # without an index, the last one
-        if block is None:                                           # 1
+        if block is None:
             if index is not None and index < 0:
                 raise APIResponseError("a broken event: a delta for no block")
             return self.begin_block(index, {"type": kind})
-        if fits(block, kind):                                       # 2
+        if fits(block, kind):
             return block
-        if kind == "tool_use" and index in self.tools:              # 3
+        return self.find_other_block(index, kind)
+
+    def find_other_block(self, index: int | None, kind: str) -> JSONDict:
+        """Return the block of a delta whose index means another kind of block.
+
+        Some gateways mix up the indexes, or begin no block for a delta:
+
+        1. Text comes into the middle of a tool's input: start 0 (a tool),
+           input 0, text 0, input 0.  This input goes to the tool, too.
+        2. All deltas have index 0: start 0 (thinking), start 1 (text),
+           text 0.  It goes to the last block, if that is of its kind.
+        3. Else it begins a block: start 0 (a tool), text 0.
+        """
+        if kind == "tool_use" and index in self.tools:              # 1
             return self.tools[index]
         last = self.blocks.parts[-1]
-        if fits(last, kind):                                        # 4
+        if fits(last, kind):                                        # 2
             return last
-        return self.begin_block(index, {"type": kind})              # 5
+        return self.begin_block(index, {"type": kind})              # 3
 
     def add_delta(self, index: int | None, delta: JSONDict) -> str:
         """Add a delta to its block; return what it adds to the text."""
@@ -2889,8 +2907,9 @@ def open_tunnel(sock: DeadlineSocket, proxy: Proxy, address: Address) -> None:
 
 
 # The idle connections, oldest first.  There is no lock, because each single
-# operation of a list is atomic (connections are compared by identity).  So
-# neither a thread nor a signal handler that makes a call can find it locked.
+# operation of a list is atomic, with and without the GIL (connections are
+# compared by identity).  So neither a thread nor a signal handler that makes a
+# call can find it locked.
 _idle: list[Connection] = []
 
 
@@ -3229,6 +3248,8 @@ class Exchange:
     def find_hint(self, exc: BaseException) -> str:
         """Return what would help against a failure of the network."""
         if isinstance(exc, (ConnectionRefusedError, socket.gaierror)):
+            if self.route.proxy:
+                return "; check the proxy"
             return "; check base_url (or SERV_BASE_URL) and the network"
         if isinstance(exc, ssl.SSLError) and not isinstance(
                 exc, ssl.SSLCertVerificationError):
@@ -3350,7 +3371,7 @@ INSTEAD = {
     "messages": "the prompt is the arguments", "headers": "use -H",
     "stream": "use --no-stream", "api_key": "set SERV_API_KEY",
     "base_url": "set SERV_BASE_URL", "timeout": "set SERV_TIMEOUT",
-    "max_retries": "it is 2", "extra_headers": "use -H",
+    "max_retries": "it is always 2 here", "extra_headers": "use -H",
     "extra_body": "use -o for each entry", "extra_query": "SERV takes none"}
 
 
