@@ -1359,6 +1359,8 @@ def add_advice(status: int, fields: JSONDict,
         advice = "Waiting does not help; get quota."
     elif retry_after:
         advice = f"Wait {retry_after:g} s."
+    elif status >= 500:
+        advice = "Try again later."
     if not advice:
         return message
     end = "" if message.endswith((".", "!", "?")) else "."

@@ -2672,6 +2672,25 @@ def test_the_status_of_an_error_in_a_200_is_by_its_type_else_by_its_code(
                              "message": ""}) == status
 
 
+@table("status, fields, wait, says", {
+    "400": (400, {}, None, "No"),
+    "401": (401, {}, None, "No. Check the key."),
+    "402, no message": (402, {"message": ""}, None,
+                        "no message. Add credits."),
+    "404, a whole sentence": (404, {"message": "No!"}, None,
+                              "No! Check the model and the URL."),
+    "413": (413, {}, None, "No. Send less."),
+    "429": (429, {}, None, "No"),
+    "429, a wait": (429, {}, 7.0, "No. Wait 7 s."),
+    "429, no quota": (429, {"code": "insufficient_quota"}, 7.0,
+                      "No. Waiting does not help; get quota."),
+    "503": (503, {}, None, "No. Try again later."),
+    "503, a wait": (503, {}, 0.5, "No. Wait 0.5 s.")})
+def test_what_an_error_advises(status, fields, wait, says):
+    fields = {"type": None, "code": None, "message": "No", **fields}
+    assert serv.add_advice(status, fields, wait) == says
+
+
 # -- Whether to try again, and when -------------------------------------------
 
 def made(status, should_retry=None, **fields):
