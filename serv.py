@@ -258,9 +258,9 @@ class InternalServerError(APIStatusError):
 def copy_error(error: ServError) -> ServError:
     """Return an equal error, to be raised in place of this one.
 
-    copy.copy() keeps what __init__() got, and the attributes.  It drops the
-    traceback and the context, which refer to frames with the request in them
-    and to exceptions that quote the server; and the cause, which is kept here.
+    So no traceback keeps the request in memory, and no exception that quotes
+    the server is the context of an error.  copy.copy() keeps the text and the
+    attributes; the cause is kept here.
     """
     copied = copy.copy(error)
     if error.__cause__ is not None:
@@ -275,9 +275,9 @@ def is_network_failure(exc: BaseException) -> bool:
     OSError with an errno             yes: the system, getaddrinfo() and
                                       OpenSSL set one
     http.client.RemoteDisconnected    yes, though an OSError without one
-    any other OSError without one     no: our sockets raise none; it comes
-                                      from a signal handler of the caller's,
-                                      as TimeoutError("mine")
+    any other OSError without one     no: our sockets raise none, see
+                                      DeadlineSocket; it comes from a signal
+                                      handler, as TimeoutError("mine")
     OverflowError                     yes: of read1(), if the size of a
                                       chunk is negative
     APIConnectionError                yes
@@ -958,7 +958,8 @@ def build_url(text: str) -> Address:
     if not text.lower().startswith(("http://", "https://")):
         raise ValueError("base_url (or SERV_BASE_URL) lacks http:// or "
                          "https:// at its beginning")
-    # urlsplit() drops tabs and line breaks, and accepts these characters.
+    # urlsplit() drops tabs and line breaks, and accepts "http://a b",
+    # "http://user:password@host" and others of these characters.
     if not text.isprintable() or any(char in text for char in " \\?#@"):
         raise ValueError(wrong)
     try:
@@ -1142,7 +1143,10 @@ class Nesting:
                 self.depth -= 1
 
     def is_closed(self) -> bool:
-        """Whether there were brackets, and all are closed."""
+        """Whether there were brackets, and all are closed.
+
+        It is asked of a tool's arguments, see has_whole_arguments().
+        """
         return self.deepest > 0 and self.depth == 0
 
 
@@ -1242,39 +1246,39 @@ def find_request_id(headers: Headers) -> str | None:
 def find_error(answer: JSON, event_name: str = "") -> JSON:
     """Return the error in a decoded answer or event; None if it is none.
 
-    The first that fits:
+    The first row that fits:
 
-    =========================================  ============  ==========
-    [{"error": E}]                             E             Gemini
-    anything, in an event named "error"        the answer
-    {"error": E}                               E             most
-    {"object": "error"} or {"type": "error"}   the answer    vLLM
-    neither "choices" nor "content"            find_bare_error()
-    {"choices": [{"error": E}]}                E             OpenRouter
-    {"choices": [{"finish_reason": "error"}]}  a message     see FAILED
-    =========================================  ============  ==========
+    ===  =========================================  ==========  ==========
+    1    [{"error": E}]                             E           Gemini
+    2    anything, in an event named "error"        the answer
+    3    {"error": E}                               E           most
+    4    {"object": "error"} or {"type": "error"}   the answer  vLLM
+    5    neither "choices" nor "content"            see find_bare_error()
+    6    {"choices": [{"error": E}]}                E           OpenRouter
+    7    {"choices": [{"finish_reason": "error"}]}  a message   see FAILED
+    ===  =========================================  ==========  ==========
     """
-    if isinstance(answer, list) and answer:
+    if isinstance(answer, list) and answer:                         # 1
         return find_error(answer[0], event_name)
-    if not isinstance(answer, dict):
+    if not isinstance(answer, dict):                                # 2
         return answer if event_name == "error" else None
-    if answer.get("error"):
+    if answer.get("error"):                                         # 3
         return answer["error"]
     kinds = (event_name, answer.get("type"), answer.get("object"))
-    if "error" in kinds:
+    if "error" in kinds:                                            # 2, 4
         return answer
     choices = answer.get("choices")
-    if choices is None and answer.get("content") is None:
+    if choices is None and answer.get("content") is None:           # 5
         return find_bare_error(answer)
     if not isinstance(choices, list):
         return None
     for choice in choices:
         if not isinstance(choice, dict):
             continue
-        if choice.get("error"):
+        if choice.get("error"):                                     # 6
             return choice["error"]
         reason = choice.get("finish_reason")
-        if reason and FAILED.search(str(reason)):
+        if reason and FAILED.search(str(reason)):                   # 7
             return {"message": f"the answer ended with {reason}"}
     return None
 
@@ -1371,15 +1375,15 @@ def build_status_error(status: int, headers: Headers,
                        body: JSON) -> APIStatusError:
     """Return the error that an answer is, by its status or by its body."""
     fields = parse_error(body)
-    what = fields["type"] or http.client.responses.get(status, "")
+    is_in_200 = 200 <= status < 300
     status_is_guess = False
-    if 200 <= status < 300:
-        # The body is an error all the same.
+    if is_in_200:
         stands_for = find_status(fields)
+        status_is_guess = stands_for is None
         status = stands_for or 500
-        if stands_for is None:
-            status_is_guess = True
-            what = "error in a 200 answer"
+    what = fields["type"] or http.client.responses.get(status, "")
+    if status_is_guess:
+        what = "error in a 200 answer"
     retry_after = parse_retry_after(headers, time.time())
     why = add_advice(status, fields, retry_after)
     if 300 <= status < 400:
@@ -1523,7 +1527,7 @@ def iter_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         if after_cr and chunk.startswith(b"\n"):
             chunk = chunk[1:]       # the second half of a CRLF
             after_cr = False
-        if not chunk:
+        if not chunk:       # even behind a CR, it changes nothing
             continue
         after_cr = chunk.endswith(b"\r")
         # Lines of bytes end at LF, CR and CRLF only; those of a str also at
@@ -1559,10 +1563,11 @@ def parse_events(name: str, data: str) -> list[JSONDict]:
     else:
         if isinstance(value, dict):
             events = [value]
-        elif find_error(value, name) is not None:   # it is a list, or a text
-            events = [{"error": find_error(value, name)}]
         else:
-            events = []     # noise: JSON that is no object, such as null
+            # [{"error": ...}], or a text in an event named "error".  What is
+            # no error is noise, such as null.
+            error = find_error(value, name)
+            events = [] if error is None else [{"error": error}]
     if name != "message":
         for event in events:
             # A chunk of chat has no type, and gets none.
@@ -1894,7 +1899,7 @@ class IndexedParts:
                                    "one answer")
         if isinstance(index, int):
             self.by_index[index] = part
-        else:   # its position serves as its index
+        else:   # the first part without an index gets 0, the second 1, ...
             self.by_index.setdefault(len(self.parts), part)
         self.parts.append(part)
         return part
@@ -2420,7 +2425,7 @@ class DeadlineSocket(socket.socket):
     """
 
     # They are set after construction: SSLContext.wrap_socket() makes its
-    # sockets with __new__() alone, so that no __init__() would run.
+    # sockets by SSLSocket._create(), with __new__() and without __init__().
     deadline = 0.0      # by time.monotonic()
     owner = 0           # the process that opened it
     answered = False    # a byte has come since this was set to False
@@ -2606,7 +2611,7 @@ def get_tls_context(ca_file: str | None,
     """Return a TLS context: of a CA file, or of what the system trusts.
 
     With a CA file, nothing else is trusted, except what is in the folder.
-    Without one, OpenSSL reads SSL_CERT_DIR by itself.
+    Without one, OpenSSL reads SSL_CERT_DIR by itself, beside its own CA file.
 
     :raise APIConnectionError: the file cannot be loaded.  The next call tries
         it again.
@@ -2799,8 +2804,8 @@ class Connection(http.client.HTTPConnection):
         skip_interim_answers(self.response)
         # `ended` means that the head was cut, as to b"HTTP/1.1 200 OK".  Then
         # http.client takes the end of the connection for the end of the head.
-        # (At the blank line behind a whole head, it stops reading: it has not
-        # yet seen whether the connection ends there.)
+        # Of b"HTTP/1.1 200 OK\r\n\r\n" it reads no further than the blank
+        # line, so that `ended` is false, even if the connection ends there.
         if self.wire.ended:
             raise http.client.HTTPException("closed inside the header")
         return self.response
@@ -2866,8 +2871,8 @@ def skip_interim_answers(response: http.client.HTTPResponse) -> None:
     https://www.rfc-editor.org/rfc/rfc9110#section-15.2
 
     http.client itself skips 100, but not 102 and 103.  begin() reads a head.
-    It is public, though undocumented, in Python 3.0 to 3.15, and begins with:
-    if self.headers is not None: return.
+    It is public, though undocumented, and does nothing if there are headers
+    (so in Python 3.8 to 3.13).
     """
     while response.status < 200 and response.status != 101:
         response.headers = None     # type: ignore[assignment]

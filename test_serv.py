@@ -2691,6 +2691,16 @@ def test_what_an_error_advises(status, fields, wait, says):
     assert serv.add_advice(status, fields, wait) == says
 
 
+@table("body, says", {
+    "a type": ({"type": "rate_limit_error"}, "429 rate_limit_error: slow"),
+    "a code": ({"code": 429}, "429 Too Many Requests: slow"),
+    "neither": ({}, "500 error in a 200 answer: slow. Try again later.")})
+def test_what_an_error_in_a_200_is_called(body, says):
+    body = {"error": {"message": "slow", **body}}
+    headers = http.client.HTTPMessage()
+    assert str(serv.build_status_error(200, headers, body)) == says
+
+
 # -- Whether to try again, and when -------------------------------------------
 
 def made(status, should_retry=None, **fields):
