@@ -2696,9 +2696,8 @@ def test_what_an_error_advises(status, fields, wait, says):
     "a code": ({"code": 429}, "429 Too Many Requests: slow"),
     "neither": ({}, "500 error in a 200 answer: slow. Try again later.")})
 def test_what_an_error_in_a_200_is_called(body, says):
-    body = {"error": {"message": "slow", **body}}
-    headers = http.client.HTTPMessage()
-    assert str(serv.build_status_error(200, headers, body)) == says
+    error = error_of(http_answer({"error": {"message": "slow", **body}}))
+    assert str(error).startswith(says + " (POST ")
 
 
 # -- Whether to try again, and when -------------------------------------------
