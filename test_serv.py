@@ -327,6 +327,8 @@ def parse_body(data):
         check(isinstance(entry.get("role"), str), "role: Field required")
         check(is_content(entry.get("content")), "content: expected text or "
               "a list of objects")
+        check(entry["role"] != "user" or entry.get("content"),
+              "content: Field required")
     for name in ("max_tokens", "max_completion_tokens"):
         check(type(body.get(name, 1)) is int and body.get(name, 1) >= 0,
               name + ": expected a whole number")
@@ -385,8 +387,11 @@ def check_messages(body):
         check(isinstance(tool.get("name"), str), "tools: name: Field required")
     check(isinstance(body.get("tool_choice", {}), dict),
           "tool_choice: expected an object")
-    thinking = body.get("thinking") or {}
-    if thinking.get("type") == "enabled":
+    thinking = body.get("thinking") or {"type": "disabled"}
+    kind = thinking.get("type") if isinstance(thinking, dict) else None
+    check(kind in ("enabled", "disabled", "adaptive"), "thinking: expected "
+          "{type: enabled, budget_tokens}")
+    if kind == "enabled":
         check("budget_tokens" in thinking,
               "thinking: budget_tokens: Field required")
         budget = thinking["budget_tokens"]
@@ -670,6 +675,14 @@ FAKE_REFUSES = {
     "content that is a number": (
         CHAT, {"messages": [{"role": "user", "content": 5}]},
         "content: expected text or a list of objects"),
+    "a message of a user without content": (
+        CHAT, {"messages": [{"role": "user"}]}, "content: Field required"),
+    "messages: thinking that is no object": (
+        MESSAGES, {"thinking": True},
+        "thinking: expected {type: enabled, budget_tokens}"),
+    "messages: thinking of an unknown type": (
+        MESSAGES, {"thinking": {"type": "on"}},
+        "thinking: expected {type: enabled, budget_tokens}"),
     "chat: no system prompt": (
         CHAT, {"messages": [FAKE_SAYS]}, "A system prompt is required. Add a "
         "system or developer message."),
