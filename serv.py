@@ -1250,9 +1250,10 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
 
     ===  =========================================  ==========  ==========
     1    [{"error": E}]                             E           Gemini
-    2    anything, in an event named "error"        the answer
+    2    no object, in an event named "error"       the answer
     3    {"error": E}                               E           most
-    4    {"object": "error"} or {"type": "error"}   the answer  vLLM
+    4    an object in an event named "error"        the answer
+         {"object": "error"} or {"type": "error"}   the answer  vLLM
     5    neither "choices" nor "content"            see find_bare_error()
     6    {"choices": [{"error": E}]}                E           OpenRouter
     7    {"choices": [{"finish_reason": "error"}]}  a message   see FAILED
@@ -1265,7 +1266,7 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
     if answer.get("error"):                                         # 3
         return answer["error"]
     kinds = (event_name, answer.get("type"), answer.get("object"))
-    if "error" in kinds:                                            # 2, 4
+    if "error" in kinds:                                            # 4
         return answer
     choices = answer.get("choices")
     if choices is None and answer.get("content") is None:           # 5
