@@ -1296,10 +1296,10 @@ def find_bare_error(answer: JSONDict) -> JSON:
     text = answer.get("message") or answer.get("detail")
     if not errors and not text:
         return None
-    kind = get_str(answer, "type") or "error"   # without a type, it is one
-    is_error_type = kind.lower().endswith("error") or kind in STATUS_OF_TYPE
-    if not is_error_type:
-        return None
+    kind = get_str(answer, "type")
+    if kind is not None:
+        if not kind.lower().endswith("error") and kind not in STATUS_OF_TYPE:
+            return None
     if errors:
         return errors
     return answer if isinstance(text, (str, list)) else None
@@ -2149,7 +2149,9 @@ def begins_object(function: JSONDict) -> bool:
 
 
 def fits(block: JSONDict, kind: str) -> bool:
-    """Whether a delta of a kind belongs into a block."""
+    """Whether a delta belongs into a block: its "text", its "thinking", or,
+    for the kind "tool_use", any block with an input.
+    """
     if kind == "tool_use":
         # Others have an input, too: server_tool_use, mcp_tool_use, ...
         return "input" in block or str(block["type"]).endswith("tool_use")
@@ -2402,6 +2404,16 @@ def expect_list(data: JSONDict, name: str) -> list[JSON]:
 # From the bottom up: the socket; where a call goes (address, proxy, CA); a
 # connection; the kept connections; an exchange, which is one request and its
 # answer; send_request(), which tries exchanges until one is good.
+#
+# What this relies on though no documentation says it.  It is so in Python 3.8
+# to 3.13, and the tests would notice a change:
+#
+#     SSLContext.wrap_socket() makes its sockets by __new__(), not __init__()
+#     SSLSocket.shutdown() forgets the encryption
+#     HTTPConnection.getresponse() works behind a sending that has failed
+#     HTTPResponse.begin() reads one more head, if its headers are None
+#     HTTPResponse.length is what is left of the body; read1() counts it down
+#     urllib.request.proxy_bypass() knows NO_PROXY
 # ---------------------------------------------------------------------------
 
 # What is set on every socket, where the system has it: send at once; probe a
@@ -2426,7 +2438,7 @@ class DeadlineSocket(socket.socket):
     """
 
     # They are set after construction: SSLContext.wrap_socket() makes its
-    # sockets by SSLSocket._create(), with __new__() and without __init__().
+    # sockets without a call of __init__().
     deadline = 0.0      # by time.monotonic()
     owner = 0           # the process that opened it
     answered = False    # a byte has come since this was set to False
@@ -2515,7 +2527,7 @@ class DeadlineSocket(socket.socket):
         Not in a child process, whose parent still uses it.
         """
         if self.owner == os.getpid():
-            # The plain one.  SSLSocket.shutdown() sets its _sslobj to None: a
+            # The plain one.  SSLSocket.shutdown() forgets the encryption: a
             # thread that reads would take what comes for plain text.
             with contextlib.suppress(OSError):  # it has ended already
                 socket.socket.shutdown(self, socket.SHUT_RDWR)
@@ -2688,8 +2700,7 @@ def find_proxy(address: Address) -> Proxy | None:
     if not text:
         return None     # it ignores HTTP_PROXY in a CGI program
     # NO_PROXY may name an IPv6 host with and without brackets.  proxy_bypass()
-    # is public, though undocumented, in every Python 3.  It looks only at the
-    # environment, if a proxy is named there.
+    # looks only at the environment, if a proxy is named there.
     for host in (address.host, f"[{address.host}]"):
         if urllib.request.proxy_bypass(f"{host}:{address.port}"):
             return None
@@ -2789,8 +2800,7 @@ class Connection(http.client.HTTPConnection):
             if not is_network_failure(exc):
                 raise
             # The server may have said why it stopped reading (413): its answer
-            # is read all the same.  getresponse() allows it: http.client's
-            # state is "Request-sent" before the body is sent.
+            # is read all the same.
             self.upload_broke = True
 
     def read_head(self) -> http.client.HTTPResponse:
@@ -2871,9 +2881,8 @@ def skip_interim_answers(response: http.client.HTTPResponse) -> None:
 
     https://www.rfc-editor.org/rfc/rfc9110#section-15.2
 
-    http.client itself skips 100, but not 102 and 103.  begin() reads a head.
-    It is public, though undocumented, and does nothing if there are headers
-    (so in Python 3.8 to 3.13).
+    http.client itself skips 100, but not 102 and 103.  begin() reads a head,
+    but does nothing if there are headers already.
     """
     while response.status < 200 and response.status != 101:
         response.headers = None     # type: ignore[assignment]
@@ -3169,8 +3178,7 @@ class Exchange:
                                        "bytes")
             yield data
         # http.client does not report a body shorter than its Content-Length.
-        # `length` is what is left of it: read1() counts it down, in Python 3.8
-        # to 3.13.  It is None if the body is chunked.
+        # `length` is what is left of it.  It is None if the body is chunked.
         if response.length:
             raise http.client.IncompleteRead(b"", response.length)
         self.at_end = True
