@@ -636,11 +636,12 @@ class Stream:
     def __next__(self) -> str:
         """Return the next piece of text; raise as ``events()`` does."""
         while True:
-            event, text = self._advance()
+            step = self._advance()
+            if step is None:
+                raise StopIteration
+            _, text = step
             if text:
                 return text
-            if event is None:
-                raise StopIteration
 
     def events(self) -> Iterator[JSONDict]:
         """Yield every decoded event: chat chunks, or Messages events.
@@ -653,9 +654,10 @@ class Stream:
         :raise ValueError: another thread is reading this stream.
         """
         while True:
-            event, _ = self._advance()
-            if event is None:
+            step = self._advance()
+            if step is None:
                 return
+            event, _ = step
             # The caller may change its event; the reply must not change.
             yield copy.deepcopy(event)
 
@@ -687,11 +689,10 @@ class Stream:
     # So at least one of the two sees the other.  A close() that sees a reader
     # leaves the closing to it.
 
-    def _advance(self) -> tuple[JSONDict | None, str]:
-        """Return the next event, and the text that it adds.
+    def _advance(self) -> tuple[JSONDict, str] | None:
+        """Return the next event, and the text that it adds; None at the end.
 
-        At the end there is no event.  There may be a text, once: what stands
-        for half an emoji whose other half has not come.
+        :raise ServError: see events().
         """
         if self._is_reading:
             raise ValueError("this stream is being read already")
@@ -710,9 +711,7 @@ class Stream:
             # Each further step raises it again: an end would look as if the
             # answer were whole.
             raise copy_error(self._error)
-        if self._state == "ended":
-            return None, self._exchange.assembler.end()
-        return None, ""
+        return None
 
     def _read(self) -> tuple[JSONDict, str] | None:
         """Return the next event and its text; None at the end, whatever it is.
@@ -1860,25 +1859,25 @@ class HalfCharacter:
     """
 
     def __init__(self) -> None:
-        self.half = ""
+        self.waiting = ""
 
     def join(self, piece: str) -> str:
         """Return what can be shown now."""
         if not piece:
             return ""
-        if self.half or not piece.isascii():
-            piece = self.half + piece
-            self.half = ""
+        if self.waiting or not piece.isascii():
+            piece = self.waiting + piece
+            self.waiting = ""
             if "\ud800" <= piece[-1] <= "\udbff":
-                self.half = piece[-1]
+                self.waiting = piece[-1]
                 piece = piece[:-1]
             piece = clean_text(piece)
         return piece
 
     def end(self) -> str:
-        """Return what stands for a half that waited in vain."""
-        rest = clean_text(self.half)
-        self.half = ""
+        """Return what stands for a half that has waited in vain, if any."""
+        rest = clean_text(self.waiting)
+        self.waiting = ""
         return rest
 
 
@@ -1898,11 +1897,9 @@ class IndexedParts:
         if len(self.parts) >= MAX_PARTS:
             raise APIResponseError(f"more than {MAX_PARTS} calls or blocks in "
                                    "one answer")
+        self.parts.append(part)
         if isinstance(index, int):
             self.by_index[index] = part
-        else:   # the first part without an index gets 0, the second 1, ...
-            self.by_index.setdefault(len(self.parts), part)
-        self.parts.append(part)
         return part
 
     def get(self, index: JSON) -> JSONDict | None:
@@ -1967,11 +1964,10 @@ class ChatAssembler:
             added = self.choices[index].add(choice)
             if index == 0:
                 text += added
-        return self.half.join(text)
-
-    def end(self) -> str:
-        """Return the text that is still to be shown at the end."""
-        return self.half.end()
+        text = self.half.join(text)
+        if self.half.waiting and self.whole:
+            text += self.half.end()
+        return text
 
     def build(self, partial: bool = False,
               clean: Callable[[str], str] = clean_text) -> JSONDict:
@@ -2220,7 +2216,10 @@ class MessagesAssembler:
             if self.started:
                 self.whole = True
         # Nothing to do for content_block_stop, ping and events yet unknown.
-        return self.half.join(text)
+        text = self.half.join(text)
+        if self.half.waiting and self.whole:
+            text += self.half.end()
+        return text
 
     def add_message(self, message: JSONDict) -> str:
         """Add a message with the blocks that it has; return their text."""
@@ -2328,10 +2327,6 @@ class MessagesAssembler:
             if name not in ("type", "text", "thinking", "input"):
                 add_text(block, name, value)
 
-    def end(self) -> str:
-        """Return the text that is still to be shown at the end."""
-        return self.half.end()
-
     def build(self, partial: bool = False,
               clean: Callable[[str], str] = clean_text) -> JSONDict:
         """Return what has arrived as message() would.
@@ -2364,10 +2359,6 @@ class WholeAnswer:
         """Return the answer's text; the event is the answer itself."""
         self.done = True    # no other event follows
         return Reply(self.answer).text
-
-    def end(self) -> str:
-        """Return the text that is still to be shown at the end."""
-        return ""
 
     def build(self, partial: bool = False,
               clean: Callable[[str], str] = clean_text) -> JSONDict:
@@ -2845,21 +2836,26 @@ class Connection(http.client.HTTPConnection):
 
     def keep(self) -> None:
         """Leave it to the next call, if there can be one."""
-        # http.client closes `sock` if the head says "Connection: close".  If
-        # an interim head came first, it has looked at that one only.
-        is_last = (self.sock is None or self.response is None
-                   or self.response.will_close)
-        # A stream that was opened before a fork is the parent's to keep.
-        if self.wire is None or self.wire.owner != os.getpid():
-            is_last = True
-        # tinyproxy garbles the next request where there was no CONNECT.
-        plain_proxy = bool(self.route.proxy) and not self.route.address.tls
-        if is_last or plain_proxy or self.upload_broke:
-            self.discard()
-        else:
+        if self.can_be_kept():
             self.state = "idle"
             self.idle_since = time.monotonic()
             _idle.append(self)
+        else:
+            self.discard()
+
+    def can_be_kept(self) -> bool:
+        """Whether another request may follow on this connection."""
+        # http.client closes `sock` if the head says "Connection: close".
+        if self.wire is None or self.sock is None or self.upload_broke:
+            return False
+        # If an interim head came first, it has looked at that one only.
+        if self.response is None or self.response.will_close:
+            return False
+        # tinyproxy garbles the next request where there was no CONNECT.
+        if self.route.proxy and not self.route.address.tls:
+            return False
+        # A stream that was opened before a fork is the parent's to keep.
+        return self.wire.owner == os.getpid()
 
     def discard(self) -> None:
         """Close it for good; the other side is told at once."""

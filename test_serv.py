@@ -3574,8 +3574,6 @@ STREAM_BLOCKS = {  # a script between the first and the last event; content
         "1 json }", [*stream_parts("Hello"), STREAM_TOOL]),
     "no index": ("- begin text | - text Hel | - text lo | - begin tool_use",
                  [*stream_parts("Hello"), STREAM_TOOL]),
-    "no index in the start": ('- begin tool_use | json {"a": 1}',
-                              [{**STREAM_TOOL, "input": {"a": 1}}]),
     "all at index 0": (
         'begin text | text Hel | end | begin tool_use | json {"a": 1} | end |'
         ' begin text | text lo | end',
