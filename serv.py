@@ -258,9 +258,10 @@ class InternalServerError(APIStatusError):
 def copy_error(error: ServError) -> ServError:
     """Return an equal error, to be raised in place of this one.
 
-    So no traceback keeps the request in memory, and no exception that quotes
-    the server is the context of an error.  copy.copy() keeps the text and the
-    attributes; the cause is kept here.
+    copy.copy() keeps the text and the attributes, and drops the rest: the old
+    traceback, whose frames hold requests and connections; the context, which
+    may be an exception that quotes the server; and the cause, which is kept
+    here.
     """
     copied = copy.copy(error)
     if error.__cause__ is not None:
@@ -413,8 +414,9 @@ def stream(messages: Messages, *, endpoint: str = "chat",
     The stream ends without an error only if the answer is proven whole: in
     chat by ``[DONE]``, or by a finish_reason for every choice; in Messages
     by a stop_reason, or ``message_stop``.  Some servers send ``[DONE]`` even
-    if they have cut the answer: then ``reply.stop_reason`` is ``None``.  The
-    rest, and every exception, is as for ``chat()``.
+    if they have cut the answer: then ``reply.stop_reason`` is ``None``.
+    Behind a reason, the stream waits for the token counts, until ``[DONE]``,
+    ``message_stop``, the end of the answer or ``timeout``.  The rest, and every exception, is as for ``chat()``.
     """
     request = build_request(
         endpoint, messages, streaming=True, model=model, system=system,
@@ -2396,15 +2398,9 @@ def expect_list(data: JSONDict, name: str) -> list[JSON]:
 # connection; the kept connections; an exchange, which is one request and its
 # answer; send_request(), which tries exchanges until one is good.
 #
-# What this relies on though no documentation says it.  It is so in Python 3.8
-# to 3.13, and the tests would notice a change:
-#
-#     SSLContext.wrap_socket() makes its sockets by __new__(), not __init__()
-#     SSLSocket.shutdown() forgets the encryption
-#     HTTPConnection.getresponse() works behind a sending that has failed
-#     HTTPResponse.begin() reads one more head, if its headers are None
-#     HTTPResponse.length is what is left of the body; read1() counts it down
-#     urllib.request.proxy_bypass() knows NO_PROXY
+# A comment that begins with "Undocumented" names what this relies on though no
+# documentation says it.  It is so in Python 3.8 to 3.13; the tests would
+# notice a change.
 # ---------------------------------------------------------------------------
 
 # What is set on every socket, where the system has it: send at once; probe a
@@ -2428,8 +2424,8 @@ class DeadlineSocket(socket.socket):
     inherits them, it is ssl.SSLSocket.
     """
 
-    # They are set after construction: SSLContext.wrap_socket() makes its
-    # sockets without a call of __init__().
+    # Undocumented: SSLContext.wrap_socket() makes its sockets without a call of
+    # __init__().  So these are set after construction.
     deadline = 0.0      # by time.monotonic()
     owner = 0           # the process that opened it
     answered = False    # a byte has come since this was set to False
@@ -2518,8 +2514,8 @@ class DeadlineSocket(socket.socket):
         Not in a child process, whose parent still uses it.
         """
         if self.owner == os.getpid():
-            # The plain one.  SSLSocket.shutdown() forgets the encryption: a
-            # thread that reads would take what comes for plain text.
+            # Undocumented: SSLSocket.shutdown() forgets the encryption.  With
+            # it, a thread that reads would take what comes for plain text.
             with contextlib.suppress(OSError):  # it has ended already
                 socket.socket.shutdown(self, socket.SHUT_RDWR)
 
@@ -2690,8 +2686,9 @@ def find_proxy(address: Address) -> Proxy | None:
     text = urllib.request.getproxies().get(scheme)
     if not text:
         return None     # it ignores HTTP_PROXY in a CGI program
-    # NO_PROXY may name an IPv6 host with and without brackets.  proxy_bypass()
-    # looks only at the environment, if a proxy is named there.
+    # NO_PROXY may name an IPv6 host with and without brackets.  Undocumented:
+    # proxy_bypass() takes "host:port", and looks only at the environment, if
+    # a proxy is named there.
     for host in (address.host, f"[{address.host}]"):
         if urllib.request.proxy_bypass(f"{host}:{address.port}"):
             return None
@@ -2791,7 +2788,7 @@ class Connection(http.client.HTTPConnection):
             if not is_network_failure(exc):
                 raise
             # The server may have said why it stopped reading (413): its answer
-            # is read all the same.
+            # is read all the same.  Undocumented: getresponse() allows that.
             self.upload_broke = True
 
     def read_head(self) -> http.client.HTTPResponse:
@@ -2804,10 +2801,11 @@ class Connection(http.client.HTTPConnection):
                 raise APIConnectionError("the request could not be sent whole")
             raise
         skip_interim_answers(self.response)
-        # `ended` means that the head was cut, as to b"HTTP/1.1 200 OK".  Then
-        # http.client takes the end of the connection for the end of the head.
-        # Of b"HTTP/1.1 200 OK\r\n\r\n" it reads no further than the blank
-        # line, so that `ended` is false, even if the connection ends there.
+        # `ended` means that the head was cut, as to b"HTTP/1.1 200 OK".
+        # Undocumented: then http.client takes the end of the connection for
+        # the end of the head.  Of b"HTTP/1.1 200 OK\r\n\r\n" it reads no
+        # further than the blank line, so that `ended` is false, even if the
+        # connection ends there.
         if self.wire.ended:
             raise http.client.HTTPException("closed inside the header")
         return self.response
@@ -2845,7 +2843,8 @@ class Connection(http.client.HTTPConnection):
 
     def can_be_kept(self) -> bool:
         """Whether another request may follow on this connection."""
-        # http.client closes `sock` if the head says "Connection: close".
+        # Undocumented: if the head says "Connection: close", http.client sets
+        # `sock` to None.
         if self.wire is None or self.sock is None or self.upload_broke:
             return False
         # If an interim head came first, it has looked at that one only.
@@ -2877,9 +2876,9 @@ def skip_interim_answers(response: http.client.HTTPResponse) -> None:
 
     https://www.rfc-editor.org/rfc/rfc9110#section-15.2
 
-    http.client itself skips 100, but not 102 and 103.  begin() reads a head,
-    but does nothing if there are headers already.
+    http.client itself skips 100, but not 102 and 103.
     """
+    # Undocumented: begin() reads a head, unless there are headers already.
     while response.status < 200 and response.status != 101:
         response.headers = None     # type: ignore[assignment]
         response.begin()
@@ -3174,7 +3173,8 @@ class Exchange:
                                        "bytes")
             yield data
         # http.client does not report a body shorter than its Content-Length.
-        # `length` is what is left of it.  It is None if the body is chunked.
+        # Undocumented: `length` is what is left of it, as read1() counts it
+        # down; it is None if the body is chunked.
         if response.length:
             raise http.client.IncompleteRead(b"", response.length)
         self.at_end = True
