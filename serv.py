@@ -416,7 +416,8 @@ def stream(messages: Messages, *, endpoint: str = "chat",
     by a stop_reason, or ``message_stop``.  Some servers send ``[DONE]`` even
     if they have cut the answer: then ``reply.stop_reason`` is ``None``.
     Behind a reason, the stream waits for the token counts, until ``[DONE]``,
-    ``message_stop``, the end of the answer or ``timeout``.  The rest, and every exception, is as for ``chat()``.
+    ``message_stop``, the end of the answer or ``timeout``.  The rest, and
+    every exception, is as for ``chat()``.
     """
     request = build_request(
         endpoint, messages, streaming=True, model=model, system=system,
@@ -2424,8 +2425,8 @@ class DeadlineSocket(socket.socket):
     inherits them, it is ssl.SSLSocket.
     """
 
-    # Undocumented: SSLContext.wrap_socket() makes its sockets without a call of
-    # __init__().  So these are set after construction.
+    # Undocumented: SSLContext.wrap_socket() makes its sockets without a call
+    # of __init__().  So these are set after construction.
     deadline = 0.0      # by time.monotonic()
     owner = 0           # the process that opened it
     answered = False    # a byte has come since this was set to False
