@@ -1250,6 +1250,7 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
 
     The first row that fits:
 
+    row  the answer                                 the error   sent by
     ===  =========================================  ==========  ==========
     1    [{"error": E}]                             E           Gemini
     2    no object, in an event named "error"       the answer
@@ -2109,10 +2110,10 @@ def begins_next_call(piece: JSONDict, call: JSONDict) -> bool:
         ==========================  =========================  ======
         the call so far             the piece                  begins
         ==========================  =========================  ======
-        id "a" name "f"             id "b" name "g"            yes  1
-        name "f" arguments "{}"     id "b" name "f"            yes  2
-        name "f" arguments "{}"     name "g"                   yes  2
-        name "f" arguments "{}"     name "f" arguments "{"     yes  2
+        id "a" name "f"             id "b" name "g"            yes: a
+        name "f" arguments "{}"     id "b" name "f"            yes: b
+        name "f" arguments "{}"     name "g"                   yes: b
+        name "f" arguments "{}"     name "f" arguments "{"     yes: b
         name "f" arguments "{}"     name "f"                   no
         name "f" arguments "{"      name "f" arguments "}"     no
         any                         without a name             no
@@ -2123,12 +2124,13 @@ def begins_next_call(piece: JSONDict, call: JSONDict) -> bool:
     if not name:
         return False
     has_other_name = name != begun.get("name")
-    if piece.get("id") and call.get("id") and has_other_name:       # 1
+    if piece.get("id") and call.get("id") and has_other_name:       # a
         return True
     if not has_whole_arguments(begun):
         return False
-    return bool(piece.get("id") or has_other_name                   # 2
-                or begins_object(function))
+    if piece.get("id") or has_other_name:                           # b
+        return True
+    return begins_object(function)
 
 
 def has_whole_arguments(function: JSONDict) -> bool:
