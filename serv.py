@@ -119,7 +119,7 @@ MAX_IDLE = 256
 
 # Sizes, in bytes.  In memory, an answer takes 3 to 10 times its size, as a
 # rule; the worst, 32 MiB of nested empty dicts, takes 1 GiB.  The worst
-# stream, 64 MiB of them, takes 4 GiB while its reply is built.
+# stream, of the same, takes 90 times its size while its reply is built.
 READ_SIZE = 1 << 16     # of one read or write
 MAX_BODY = 1 << 25      # of the answer to a call, or of an event: 32 MiB
 MAX_STREAM = 1 << 26    # of the answer to stream(): 64 MiB, ten times the
@@ -654,7 +654,8 @@ class Stream:
         :raise APIStatusError: the server sent an error event.
         :raise APIResponseError: an event is broken, or too large.
             Each holds in ``reply`` what had arrived.
-        :raise ValueError: another thread is reading this stream.
+        :raise ValueError: this stream is being read already: by another
+            thread, or by the step that a signal handler has interrupted.
         """
         while True:
             step = self._advance()
@@ -1379,9 +1380,8 @@ def build_status_error(status: int, headers: Headers,
                        body: JSON) -> APIStatusError:
     """Return the error that an answer is, by its status or by its body."""
     fields = parse_error(body)
-    is_in_200 = 200 <= status < 300
     status_is_guess = False
-    if is_in_200:
+    if 200 <= status < 300:
         stands_for = find_status(fields)
         status_is_guess = stands_for is None
         status = stands_for or 500
@@ -1531,7 +1531,7 @@ def iter_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         if after_cr and chunk.startswith(b"\n"):
             chunk = chunk[1:]       # the second half of a CRLF
             after_cr = False
-        if not chunk:       # even behind a CR, it changes nothing
+        if not chunk:       # it changes nothing, not even `after_cr`
             continue
         after_cr = chunk.endswith(b"\r")
         # Lines of bytes end at LF, CR and CRLF only; those of a str also at
@@ -2355,14 +2355,13 @@ class WholeAnswer:
     """The answer to a stream request that came whole, as plain JSON."""
 
     whole = True
+    done = True     # no other event follows
 
     def __init__(self, answer: JSONDict) -> None:
         self.answer = answer
-        self.done = False
 
     def add(self, event: JSONDict) -> str:
         """Return the answer's text; the event is the answer itself."""
-        self.done = True    # no other event follows
         return Reply(self.answer).text
 
     def build(self, partial: bool = False,
@@ -2401,9 +2400,9 @@ def expect_list(data: JSONDict, name: str) -> list[JSON]:
 # connection; the kept connections; an exchange, which is one request and its
 # answer; send_request(), which tries exchanges until one is good.
 #
-# A comment that begins with "Undocumented" names what this relies on though no
-# documentation says it.  It is so in Python 3.8 to 3.13; the tests would
-# notice a change.
+# A comment with "Undocumented" names what this relies on though no
+# documentation says it.  It is so in Python 3.8 to 3.13, on which the tests
+# run.
 # ---------------------------------------------------------------------------
 
 # What is set on every socket, where the system has it: send at once; probe a
@@ -2850,7 +2849,8 @@ class Connection(http.client.HTTPConnection):
         # `sock` to None.
         if self.wire is None or self.sock is None or self.upload_broke:
             return False
-        # If an interim head came first, it has looked at that one only.
+        # If an interim head came first, http.client has looked for that in the
+        # interim head only.
         if self.response is None or self.response.will_close:
             return False
         # tinyproxy garbles the next request where there was no CONNECT.
@@ -2991,7 +2991,7 @@ class Exchange:
         self.route = Route(request.address)
         self.connection = (take_connection(self.route) if reuse
                            else Connection(self.route))
-        self.sent = time.monotonic()
+        self.begun = time.monotonic()   # this try
         self.response: http.client.HTTPResponse | None = None
         self.at_end = False             # the body was read to its end
 
@@ -3044,7 +3044,7 @@ class Exchange:
             return False
         if not self.connection.reused or wire is None or wire.answered:
             return False
-        return time.monotonic() < self.sent + STALE_SECONDS
+        return time.monotonic() < self.begun + STALE_SECONDS
 
     def is_good(self) -> bool:
         """Whether the status is one of success."""
@@ -3062,7 +3062,7 @@ class Exchange:
         headers = http.client.HTTPMessage()
         headers.set_payload("")     # str() needs one
         for name, value in self.get_headers().items():
-            # New Pythons refuse a space in a name, as in "[api key]".
+            # RFC 9110: a name has no space, as "[api key]" has.
             name = self.redact_text(name).replace(" ", "-")
             headers[name] = self.redact_text(value)
         return headers

@@ -6302,7 +6302,7 @@ def test_the_key_is_in_no_part_of_an_error(call, data):
             call(server)
     net_assert_secret(caught.value)
     for name in getattr(caught.value, "headers", {}):
-        assert " " not in name  # Python is to refuse that
+        assert " " not in name  # RFC 9110
 
 
 def test_an_error_that_a_stream_raises_again_is_as_clean():
