@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     import argparse
     from typing import (Any, Callable, Iterable, Iterator, Mapping,
                         NoReturn, Sequence, Union)
-    Assembler = Union["ChatAssembler", "MessagesAssembler", "WholeAnswer"]
+    Assembler = Union["ChatAssembler", "MessagesAssembler"]
     JSON = Any  # a decoded JSON value
     JSONDict = dict[str, JSON]
     Messages = Union[str, Sequence[Mapping[str, JSON]]]
@@ -256,12 +256,10 @@ class InternalServerError(APIStatusError):
 
 
 def copy_error(error: ServError) -> ServError:
-    """Return an equal error, to be raised in place of this one.
+    """Return a copy with the cause, but without the traceback and the context.
 
-    copy.copy() keeps the text and the attributes, and drops the rest: the old
-    traceback, whose frames hold requests and connections; the context, which
-    may be an exception that quotes the server; and the cause, which is kept
-    here.
+    The context may quote the server.  The traceback of an error that is kept
+    and raised again would grow, and keep the frames of the first raise alive.
     """
     copied = copy.copy(error)
     if error.__cause__ is not None:
@@ -272,25 +270,15 @@ def copy_error(error: ServError) -> ServError:
 def is_network_failure(exc: BaseException) -> bool:
     """Whether an exception comes from the network.
 
-    ================================  ==================================
-    OSError with an errno             yes: the system, getaddrinfo() and
-                                      OpenSSL set one
-    http.client.RemoteDisconnected    yes, though an OSError without one
-    any other OSError without one     no: our sockets raise none, see
-                                      DeadlineSocket; it comes from a signal
-                                      handler, as TimeoutError("mine")
-    OverflowError                     yes: of read1(), if the size of a
-                                      chunk is negative
-    APIConnectionError                yes
-    http.client.HTTPException         yes
-    ================================  ==================================
+    The system, getaddrinfo() and OpenSSL give each OSError a number, errno.
+    One without it, as TimeoutError("mine"), comes from a signal handler of
+    the caller: it is none of ours.
     """
-    if isinstance(exc, http.client.RemoteDisconnected):
+    if isinstance(exc, OSError) and exc.errno is not None:
         return True
-    if isinstance(exc, OSError):
-        return exc.errno is not None
-    return isinstance(exc, (OverflowError, APIConnectionError,
-                            http.client.HTTPException))
+    # read1() raises OverflowError if the size of a chunk is negative.
+    return isinstance(exc, (http.client.HTTPException, OverflowError,
+                            APIConnectionError))
 
 
 def is_call_failure(exc: BaseException) -> bool:
@@ -735,14 +723,14 @@ class Stream:
                 # Ctrl-C, or what a signal handler of the caller raised.
                 self._fail(APIConnectionError("reading was interrupted"))
                 raise
-            if exchange.assembler.whole and is_network_failure(exc):
+            if exchange.is_whole() and is_network_failure(exc):
                 self._leave("ended")
             else:
                 self._fail(exchange.explain(exc))
         else:
             if step is not None:
                 return step
-            if exchange.assembler.whole:
+            if exchange.is_whole():
                 self._leave("ended", keep=True)
             else:
                 cut = APIConnectionError("the answer was cut")
@@ -1973,18 +1961,17 @@ class ChatAssembler:
             text += self.half.end()
         return text
 
-    def build(self, partial: bool = False,
-              clean: Callable[[str], str] = clean_text) -> JSONDict:
+    def build(self, partial: bool = False) -> JSONDict:
         """Return what has arrived as chat() would.
 
-        clean() gets each text; it may remove the key, too.  ``partial`` is
-        for MessagesAssembler.build() only: chat has arguments as text.
+        ``partial`` is for MessagesAssembler.build() only: chat has arguments
+        as text.
         """
         choices = [{"index": index, **self.choices[index].build()}
                    for index in sorted(self.choices)]
         answer: JSONDict = map_text(
             {**self.fields, "object": "chat.completion", "choices": choices},
-            clean)
+            clean_text)
         return answer
 
 
@@ -2332,43 +2319,21 @@ class MessagesAssembler:
             if name not in ("type", "text", "thinking", "input"):
                 add_text(block, name, value)
 
-    def build(self, partial: bool = False,
-              clean: Callable[[str], str] = clean_text) -> JSONDict:
+    def build(self, partial: bool = False) -> JSONDict:
         """Return what has arrived as message() would.
 
-        clean() gets each text; it may remove the key, too.  A tool's input is
-        decoded; if it may be partial, it is a text.  Claude refuses a next
-        turn with empty text blocks: they are left out.
+        A tool's input is decoded; if it may be partial, it is a text.  Claude
+        refuses a next turn with empty text blocks: they are left out.
         """
         content = []
         for block in self.blocks.parts:
-            block = map_text(block, clean)
+            block = map_text(block, clean_text)
             if "input" in block:
                 block["input"] = parse_arguments(block["input"], partial)
             if block["type"] != "text" or block.get("text"):
                 content.append(block)
-        fields = map_text({"role": "assistant", **self.fields}, clean)
+        fields = map_text({"role": "assistant", **self.fields}, clean_text)
         return {**fields, "type": "message", "content": content}
-
-
-class WholeAnswer:
-    """The answer to a stream request that came whole, as plain JSON."""
-
-    whole = True
-    done = True     # no other event follows
-
-    def __init__(self, answer: JSONDict) -> None:
-        self.answer = answer
-
-    def add(self, event: JSONDict) -> str:
-        """Return the answer's text; the event is the answer itself."""
-        return Reply(self.answer).text
-
-    def build(self, partial: bool = False,
-              clean: Callable[[str], str] = clean_text) -> JSONDict:
-        """Return the answer; clean() gets each text."""
-        answer: JSONDict = map_text(self.answer, clean)
-        return answer
 
 
 def expect_dict(data: JSONDict, name: str) -> JSONDict:
@@ -2431,7 +2396,7 @@ class DeadlineSocket(socket.socket):
     deadline = 0.0      # by time.monotonic()
     owner = 0           # the process that opened it
     answered = False    # a byte has come since this was set to False
-    ended = False       # the other side has closed it
+    ended = False       # the end has been read
 
     def check(self) -> float:
         """Return the seconds left.
@@ -2483,12 +2448,12 @@ class DeadlineSocket(socket.socket):
         So http.client reads, by socket.SocketIO, which gives only the buffer.
         """
         # In a TLSSocket, super() is SSLSocket.
-        size = self.when_ready(super().recv_into, buffer, len(buffer))
+        size = int(self.when_ready(super().recv_into, buffer, len(buffer)))
         if size:
             self.answered = True
         else:
             self.ended = True
-        return int(size)
+        return size
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """Send all of it, as http.client does to write."""
@@ -2803,11 +2768,8 @@ class Connection(http.client.HTTPConnection):
                 raise APIConnectionError("the request could not be sent whole")
             raise
         skip_interim_answers(self.response)
-        # `ended` means that the head was cut, as to b"HTTP/1.1 200 OK".
-        # Undocumented: then http.client takes the end of the connection for
-        # the end of the head.  Of b"HTTP/1.1 200 OK\r\n\r\n" it reads no
-        # further than the blank line, so that `ended` is false, even if the
-        # connection ends there.
+        # http.client takes the end of the connection for the end of the head.
+        # Undocumented: of a whole head, it reads only up to the blank line.
         if self.wire.ended:
             raise http.client.HTTPException("closed inside the header")
         return self.response
@@ -2995,9 +2957,9 @@ class Exchange:
         self.response: http.client.HTTPResponse | None = None
         self.at_end = False             # the body was read to its end
 
-        self.answer: JSONDict = {}      # unless it is a stream
+        self.answer: JSONDict = {}      # if it came whole, as plain JSON
         # Of a stream: what puts it together, and its events, each with the
-        # text that it adds.  (iter_stream() may set a WholeAnswer instead.)
+        # text that it adds.
         self.assembler: Assembler
         if request.endpoint == "chat":
             self.assembler = ChatAssembler(request.choices)
@@ -3070,19 +3032,23 @@ class Exchange:
     def to_reply(self) -> Reply:
         """Return the whole answer; leave the connection to the next call."""
         self.keep_connection()
-        return Reply(self.answer, self.get_headers(), self.elapsed,
-                     retries=self.retries)
+        return self.build_reply()
+
+    def is_whole(self) -> bool:
+        """Whether what has arrived is the whole answer."""
+        return bool(self.answer) or self.assembler.whole
 
     def build_reply(self) -> Reply:
-        """Return what has arrived of a stream."""
-        partial = not self.assembler.whole
-        return Reply(self.assembler.build(partial), self.get_headers(),
-                     self.elapsed, partial, self.retries)
+        """Return what has arrived."""
+        partial = not self.is_whole()
+        return Reply(self.answer or self.assembler.build(partial),
+                     self.get_headers(), self.elapsed, partial, self.retries)
 
     def build_partial_reply(self) -> Reply:
         """Return what had arrived of a stream that failed, without the key."""
-        return Reply(self.assembler.build(True, self.redact_text),
-                     self.clean_headers(), self.elapsed, True, self.retries)
+        data = self.answer or self.assembler.build(partial=True)
+        return Reply(map_text(data, self.redact_text), self.clean_headers(),
+                     self.elapsed, True, self.retries)
 
     def begin_stream(self) -> None:
         """Prepare the reading of a stream."""
@@ -3101,7 +3067,7 @@ class Exchange:
         """Yield each decoded event of a stream, and the text that it adds.
 
         Some servers answer with plain JSON instead.  Then the whole answer is
-        one event, and a WholeAnswer takes the place of the assembler.
+        one event.
         """
         chunks = self.iter_body()
         head = b""
@@ -3116,10 +3082,9 @@ class Exchange:
         if kind == "events":
             yield from self.iter_decoded(itertools.chain([head], chunks))
         else:
-            answer = self.parse_answer(self.read_body(head, chunks))
-            self.assembler = WholeAnswer(answer)
+            self.answer = self.parse_answer(self.read_body(head, chunks))
             self.elapsed = time.monotonic() - self.started
-            yield answer, self.assembler.add(answer)
+            yield self.answer, Reply(self.answer).text
 
     def iter_decoded(self, chunks: Iterator[bytes]
                      ) -> Iterator[tuple[JSONDict, str]]:
@@ -3254,9 +3219,7 @@ class Exchange:
             error = APIConnectionError(f"{what}: {text}{self.find_hint(exc)}")
             if isinstance(exc, ssl.SSLCertVerificationError):
                 error._worth_a_retry = False
-        # Of http.client's exceptions, RemoteDisconnected is an OSError, too.
-        if isinstance(exc, OSError) and not isinstance(
-                exc, http.client.RemoteDisconnected):
+        if isinstance(exc, OSError) and exc.errno is not None:
             error.__cause__ = exc.with_traceback(None)
         return error
 
@@ -3332,8 +3295,6 @@ def send_request(request: Request) -> Exchange:
         # Without room for the wait there is no use in waiting.
         if (wait is None or failed == request.max_retries
                 or time.monotonic() + wait >= exchange.deadline):
-            # `error` itself stays without a traceback, which would refer to
-            # this frame, and so to `error`: a cycle.
             raise copy_error(error)
         failed += 1
         warn(f"retry {failed} of {request.max_retries} in {wait:.1f} s: "
