@@ -1685,8 +1685,8 @@ class GrowingList:
 
     1. A piece with an index belongs to the entry of its type and index.
     2. Without an index, the first piece of an event continues the last entry,
-       if both are texts of one type and id: {"type": "text", "text": "He"}
-       and, in the next event, {"type": "text", "text": "llo"} are one entry.
+       if that is a text and has its type and id: {"type": "text", "text":
+       "He"} and, in the next event, {"type": "text", "text": "llo"} are one.
     3. Any other piece is a new entry: so two citations stay two.
     """
 
@@ -1723,12 +1723,13 @@ class GrowingList:
         return entry
 
     def can_continue_last(self, piece: JSONDict) -> bool:
-        """Whether the last entry is a text of the same type and id."""
+        """Whether the last entry is a text with the piece's type and id."""
         last = self.entries[-1] if self.entries else None
-        if not isinstance(last, dict) or last.get("type") != piece.get("type"):
+        if not isinstance(last, dict):
             return False
-        if piece.get("id") not in (None, last.get("id")):
-            return False
+        for name in ("type", "id"):     # {"signature": "..."} has neither
+            if piece.get(name) not in (None, last.get(name)):
+                return False
         return any(last.get(name) is not None for name in ENTRY_TEXTS)
 
 
@@ -3024,9 +3025,7 @@ class Exchange:
         headers = http.client.HTTPMessage()
         headers.set_payload("")     # str() needs one
         for name, value in self.get_headers().items():
-            # RFC 9110: a name has no space, as "[api key]" has.
-            name = self.redact_text(name).replace(" ", "-")
-            headers[name] = self.redact_text(value)
+            headers[self.redact_text(name)] = self.redact_text(value)
         return headers
 
     def to_reply(self) -> Reply:
@@ -3260,7 +3259,7 @@ class Exchange:
         text = clean_text(text)
         if len(self.request.secret) < MIN_SECRET:
             return text
-        return text.replace(self.request.secret, "[api key]")
+        return text.replace(self.request.secret, "[api-key]")
 
     def keep_connection(self) -> None:
         """Leave the connection to the next call."""
@@ -3430,16 +3429,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     import argparse
 
     class Parser(argparse.ArgumentParser):
-        """A parser that raises, and shows no value: it may be a key."""
+        """A parser that raises."""
 
         def error(self, message: str) -> NoReturn:
-            # What argparse quotes is a value, and comes last.  So
-            # "argument --json: ignored explicit argument 'sk-...'"
-            # becomes "argument --json: it takes no value".
-            shown = re.split("['\"]", message)[0].strip()
-            shown = shown.replace("ignored explicit argument",
-                                  "it takes no value")
-            raise ValueError(f"{shown}; see --help")
+            # As "argument -m/--model: expected one argument".  Only the name
+            # is shown: behind it may be a value, which may be a key.
+            name = message.partition(":")[0]
+            raise ValueError(f"{name}: lacks a value, or takes none; "
+                             "see --help")
 
     parser = Parser(usage="", add_help=False, allow_abbrev=False)
     add = parser.add_argument

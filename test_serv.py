@@ -3093,6 +3093,11 @@ STREAM_DELTAS = {  # the deltas of a choice; its message, at the end
          {"content": stream_parts("b")}],
         {"content": [*stream_parts("a"), {"type": "image"},
                      *stream_parts("b")]}),
+    "a part without a type: to the last": (
+        [{"blocks": [{"type": "thinking", "thinking": "a"}]},
+         {"blocks": [{"signature": "S"}]}],
+        {"blocks": [{"type": "thinking", "thinking": "a",
+                     "signature": "S"}]}),
     "a list that came whole": ([{"content": stream_parts("a", "b")}],
                                {"content": stream_parts("a", "b")}),
     "a list in a part (Magistral)": (
@@ -6339,7 +6344,7 @@ def test_no_key_of_the_call_is_in_an_error(options, monkeypatch):
     "1 character": ("o", "the services of chat"),
     "4, in the URL too": ("chat", "the services of chat"),
     "7": ("service", "the services of chat"),
-    "8: it is removed": ("services", "the [api key] of chat")})
+    "8: it is removed": ("services", "the [api-key] of chat")})
 def test_a_key_of_less_than_8_characters_is_no_secret(key, shown):
     with Server(http_answer({"error": "the services of chat"},
                             "401 No")) as server:
