@@ -267,24 +267,24 @@ def copy_error(error: ServError) -> ServError:
     return copied
 
 
-def is_network_failure(exc: BaseException) -> bool:
-    """Whether an exception comes from the network.
+class NetworkError(Exception):
+    """An OSError of one of our sockets; the caller never sees it.
 
-    The system, getaddrinfo() and OpenSSL give each OSError a number, errno.
-    One without it, as TimeoutError("mine"), comes from a signal handler of
-    the caller: it is none of ours.
+    It is made where the OSError is raised.  So any other OSError comes from
+    the caller's own code (a signal handler may raise one in the middle of a
+    call), and is not caught.
     """
-    if isinstance(exc, OSError) and exc.errno is not None:
-        return True
-    # read1() raises OverflowError if the size of a chunk is negative.
-    return isinstance(exc, (http.client.HTTPException, OverflowError,
-                            APIConnectionError))
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause.with_traceback(None)
 
 
-def is_call_failure(exc: BaseException) -> bool:
-    """Whether an exception is a failure of the call, and no interrupt."""
-    return isinstance(exc, ServError) or is_network_failure(exc)
-
+# What is caught: failures of the network, and all failures of a call.
+# OverflowError comes from http.client, if the size of a chunk is negative.
+NETWORK_FAILURES = (NetworkError, APIConnectionError,
+                    http.client.HTTPException, OverflowError)
+CALL_FAILURES = (ServError, *NETWORK_FAILURES)
 
 STATUS_ERRORS: dict[int, type[APIStatusError]] = {
     400: BadRequestError, 401: AuthenticationError, 402: BillingError,
@@ -718,15 +718,15 @@ class Stream:
         exchange = self._exchange
         try:
             step = next(exchange.events, None)
-        except BaseException as exc:
-            if not is_call_failure(exc):
-                # Ctrl-C, or what a signal handler of the caller raised.
-                self._fail(APIConnectionError("reading was interrupted"))
-                raise
-            if exchange.is_whole() and is_network_failure(exc):
+        except CALL_FAILURES as exc:
+            if exchange.is_whole() and isinstance(exc, NETWORK_FAILURES):
                 self._leave("ended")
             else:
                 self._fail(exchange.explain(exc))
+        except BaseException:
+            # Ctrl-C, or what a signal handler of the caller raised.
+            self._fail(APIConnectionError("reading was interrupted"))
+            raise
         else:
             if step is not None:
                 return step
@@ -2402,7 +2402,7 @@ class DeadlineSocket(socket.socket):
     def check(self) -> float:
         """Return the seconds left.
 
-        :raise OSError: none is left; ``errno`` is ETIMEDOUT.
+        :raise NetworkError: none is left.
         :raise APIConnectionError: this is a child of the process that opened
             it.  Parent and child would each read parts of one answer.
         """
@@ -2410,7 +2410,7 @@ class DeadlineSocket(socket.socket):
             raise APIConnectionError("the connection was opened before a fork")
         left = self.deadline - time.monotonic()
         if left <= 0:
-            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            raise build_network_error(errno.ETIMEDOUT)
         return left
 
     def wait(self, writing: bool) -> None:
@@ -2432,16 +2432,18 @@ class DeadlineSocket(socket.socket):
                 writing = False
             except ssl.SSLWantWriteError:
                 writing = True
+            except OSError as exc:
+                raise NetworkError(exc)
             self.wait(writing)
 
     def connect(self, address: Any) -> None:
-        """Connect; raise OSError if that fails."""
+        """Connect to an address."""
         code = self.connect_ex(address)
         if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
             self.wait(writing=True)
             code = self.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            raise OSError(code, os.strerror(code))
+            raise build_network_error(code)
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
         """Receive into a buffer.
@@ -2474,6 +2476,8 @@ class DeadlineSocket(socket.socket):
             super().recv_into(bytearray(1), 1)
         except (BlockingIOError, ssl.SSLWantReadError):
             return False
+        except OSError:     # it is broken
+            return True
         return True
 
     def shut_down(self) -> None:
@@ -2496,6 +2500,11 @@ class TLSSocket(DeadlineSocket, ssl.SSLSocket):  # type: ignore[misc]
     """
 
 
+def build_network_error(code: int) -> NetworkError:
+    """Return the error of a number of the system, an ``errno``."""
+    return NetworkError(OSError(code, os.strerror(code)))
+
+
 def is_ready(sock: socket.socket, writing: bool, seconds: float) -> bool:
     """Wait for some seconds at most; return whether a socket is ready."""
     if hasattr(select, "poll"):
@@ -2514,28 +2523,33 @@ def open_socket(host: str, port: int, deadline: float) -> DeadlineSocket:
     No address takes more than CONNECT_TIMEOUT, nor more than its share of
     the time left, so that a dead one leaves time for the next.
     """
-    found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    try:
+        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    except socket.gaierror as exc:
+        raise NetworkError(exc)
+    cause = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
     for number, (family, kind, protocol, _, address) in enumerate(found):
-        to_try = len(found) - number
         now = time.monotonic()
-        share = max(deadline - now, 0.0) / to_try
-        sock = None
+        share = max(deadline - now, 0.0) / (len(found) - number)
         try:
             sock = DeadlineSocket(family, kind, protocol)
-            sock.setblocking(False)
-            sock.owner = os.getpid()
-            sock.deadline = now + min(share, CONNECT_TIMEOUT)
+        except OSError as exc:      # as for IPv6, if the system has none
+            cause = exc
+            continue
+        sock.setblocking(False)
+        sock.owner = os.getpid()
+        sock.deadline = now + min(share, CONNECT_TIMEOUT)
+        try:
             sock.connect(address)
             set_options(sock)
             return sock
-        except BaseException as exc:
-            if sock is not None:
-                sock.close()
-            is_last = to_try == 1
-            if is_last or not is_network_failure(exc):
-                raise
-            # Else the next address is tried.
-    raise OSError(errno.ENOENT, "the host has no address")
+        except NetworkError as exc:
+            sock.close()
+            cause = exc.cause
+        except BaseException:
+            sock.close()
+            raise
+    raise NetworkError(cause)   # of the last address
 
 
 def set_options(sock: socket.socket) -> None:
@@ -2551,8 +2565,11 @@ def start_tls(sock: DeadlineSocket, host: str, context: ssl.SSLContext,
               deadline: float) -> DeadlineSocket:
     """Return the socket with TLS, its certificate and host name checked."""
     # It takes the descriptor over, and detaches the old socket from it.
-    secure = context.wrap_socket(sock, server_hostname=host,
-                                 do_handshake_on_connect=False)
+    try:
+        secure = context.wrap_socket(sock, server_hostname=host,
+                                     do_handshake_on_connect=False)
+    except OSError as exc:
+        raise NetworkError(exc)
     if not isinstance(secure, TLSSocket):
         # A package has replaced ssl.SSLContext by its own.
         secure.close()
@@ -2593,8 +2610,6 @@ def get_tls_context(ca_file: str | None,
         try:
             context = ssl.create_default_context(cafile=ca_file, capath=ca_dir)
         except OSError as exc:  # an SSLError too: no certificate is in it
-            if not is_network_failure(exc):
-                raise
             error = APIConnectionError(f"SSL_CERT_FILE={ca_file} cannot be "
                                        f"loaded: {exc.strerror or exc}")
             error._worth_a_retry = False
@@ -2752,9 +2767,7 @@ class Connection(http.client.HTTPConnection):
                            "Proxy-Authorization": self.route.proxy.login}
         try:
             self.request("POST", target, request.body, headers)
-        except OSError as exc:
-            if not is_network_failure(exc):
-                raise
+        except NetworkError:
             # The server may have said why it stopped reading (413): its answer
             # is read all the same.  Undocumented: getresponse() allows that.
             self.upload_broke = True
@@ -2789,9 +2802,7 @@ class Connection(http.client.HTTPConnection):
             # of the connection.
             if self.wire.has_input():
                 return False
-        except Exception as exc:
-            if not is_network_failure(exc):
-                raise
+        except NETWORK_FAILURES:
             return False
         # What http.client has read behind the answer is dropped with it.
         self.response.close()
@@ -2863,7 +2874,10 @@ def open_tunnel(sock: DeadlineSocket, proxy: Proxy, address: Address) -> None:
     # http.client closes its socket behind this answer, because it has no
     # length.  So it gets a second descriptor of the connection.  Nothing is
     # lost in its buffer: with TLS, the client speaks first.
-    duplicate = sock.dup()      # a DeadlineSocket, too
+    try:
+        duplicate = sock.dup()      # a DeadlineSocket, too
+    except OSError as exc:
+        raise NetworkError(exc)
     duplicate.owner = sock.owner
     duplicate.deadline = sock.deadline
     tunnel.sock = duplicate
@@ -2984,11 +2998,11 @@ class Exchange:
                 self.answer = self.parse_answer(self.read_body(b"", chunks))
             self.elapsed = time.monotonic() - self.started
             return None
-        except BaseException as exc:
-            if not is_call_failure(exc):
-                self.close()
-                raise
+        except CALL_FAILURES as exc:
             error = self.explain(exc)
+        except BaseException:       # Ctrl-C, for example
+            self.close()
+            raise
         self.complete_error(error)
         if self.at_end:     # see iter_body()
             self.keep_connection()
@@ -3154,9 +3168,9 @@ class Exchange:
         try:
             for chunk in chunks:
                 data.write(chunk)
-        except Exception as exc:
+        except CALL_FAILURES:
             # An error status is the news, even without its whole body.
-            if self.is_good() or not is_call_failure(exc):
+            if self.is_good():
                 raise
         return data.getvalue()
 
@@ -3193,7 +3207,7 @@ class Exchange:
         return build_status_error(self.response.status, self.clean_headers(),
                                   map_text(body, self.redact_text))
 
-    def explain(self, exc: BaseException) -> ServError:
+    def explain(self, exc: Exception) -> ServError:
         """Return what was raised as an error of this call.
 
         A failure of the network is a timeout, if it comes at the deadline;
@@ -3204,7 +3218,7 @@ class Exchange:
         """
         is_late = time.monotonic() >= self.deadline - CLOCK_ERROR
         error: ServError
-        if is_late and is_network_failure(exc):
+        if is_late and isinstance(exc, NETWORK_FAILURES):
             error = APITimeoutError(
                 f"timed out: not within {self.request.timeout:g} s; raise "
                 "timeout (or SERV_TIMEOUT), or ask for less")
@@ -3215,14 +3229,16 @@ class Exchange:
             if self.response is not None:
                 what = "the answer was cut"
             text = str(exc) or type(exc).__name__
-            error = APIConnectionError(f"{what}: {text}{self.find_hint(exc)}")
-            if isinstance(exc, ssl.SSLCertVerificationError):
+            if isinstance(exc, NetworkError):
+                text += self.find_hint(exc.cause)
+            error = APIConnectionError(f"{what}: {text}")
+        if isinstance(exc, NetworkError):
+            error.__cause__ = exc.cause
+            if isinstance(exc.cause, ssl.SSLCertVerificationError):
                 error._worth_a_retry = False
-        if isinstance(exc, OSError) and exc.errno is not None:
-            error.__cause__ = exc.with_traceback(None)
         return error
 
-    def find_hint(self, exc: BaseException) -> str:
+    def find_hint(self, exc: OSError) -> str:
         """Return what would help against a failure of the network."""
         if isinstance(exc, (ConnectionRefusedError, socket.gaierror)):
             if self.route.proxy:
