@@ -22,11 +22,11 @@ the messages and attributes of errors.  It does not remove other secrets that
 you put into headers.  Tools that record local variables, http.client's
 debuglevel and audit hooks of Python can still see the key; so can whoever
 has both a record of the traffic and the file that SSLKEYLOGFILE names.
-Redirects are not followed.  Certificates are always checked (with
-SSL_CERT_FILE or SSL_CERT_DIR without VERIFY_X509_STRICT, which Python 3.13
-added).  A plain ``http://`` URL sends the key unencrypted.  No host is
-contacted except the one in ``base_url``, through your proxy if the
-environment names one.
+Redirects are not followed.  Certificates are always checked.  (If
+SSL_CERT_FILE or SSL_CERT_DIR is set, the extra checks of their form that
+Python 3.13 added are off.)  A plain ``http://`` URL sends the key
+unencrypted.  No host is contacted except the one in ``base_url``, through
+your proxy if the environment names one.
 
 Sections, top to bottom: errors; the calls; Reply, ToolCall and Stream;
 building requests; reading answers; server-sent events; putting streams
@@ -110,7 +110,7 @@ STALE_SECONDS = 1.0     # if a reused connection ends within this time, before
                         # a byte of the answer, the request is sent once more;
                         # see was_stale()
 LAST_CHUNK_SECONDS = 0.01   # to reuse the connection of a stream, whose last
-                            # chunk may come behind [DONE]; see is_usable()
+                            # chunk may come after [DONE]; see is_usable()
 
 # Idle connections; the oldest are closed first.  Each takes one descriptor,
 # of which a process often has 1,024.  If more threads than this make calls at
@@ -399,11 +399,13 @@ def stream(messages: Messages, *, endpoint: str = "chat",
     raises here.  From then on nothing is retried.  ``timeout`` covers the
     whole stream, including the time that the caller spends between pieces.
 
-    The stream ends without an error only if the answer is proven whole: in
-    chat by ``[DONE]``, or by a finish_reason for every choice; in Messages
-    by a stop_reason, or ``message_stop``.  Some servers send ``[DONE]`` even
-    if they have cut the answer: then ``reply.stop_reason`` is ``None``.
-    Behind a reason, the stream waits for the token counts, until ``[DONE]``,
+    The stream ends without an error only if the server says that the answer
+    is whole: in chat by ``[DONE]``, or by a finish_reason for every choice;
+    in Messages by a stop_reason, or ``message_stop``.  Some servers say so
+    with ``[DONE]`` although they have cut the answer.  Then there is no
+    reason: ``reply.stop_reason`` is ``None``.
+
+    After a reason, the stream waits for the token counts, until ``[DONE]``,
     ``message_stop``, the end of the answer or ``timeout``.  The rest, and
     every exception, is as for ``chat()``.
     """
@@ -711,7 +713,7 @@ class Stream:
         This is the one place where a stream ends, except close():
 
             at the end, and proven whole            "ended"
-            the network fails behind that proof     "ended"
+            the network fails after that proof      "ended"
             any other failure of the call           "failed"
             an interrupt, which goes on its way     "failed"
         """
@@ -1640,14 +1642,14 @@ def find_body_type(head: bytes) -> str | None:
 # Putting streams together.  No I/O: events in; text pieces, and in the end
 # an answer as the call without streaming returns it, out.
 #
-# What proves a stream whole, by the property `whole` of each class:
+# What proves a stream whole, by `whole` of each class:
 #
-#     chat         [DONE], or a finish_reason for every choice; and there are
-#                  as many choices as the request asked for
+#     chat         [DONE], or a finish_reason for every choice; in both cases
+#                  there must be as many choices as the request asked for
 #     Messages     a stop_reason; or message_stop, if message_start has come
 #
-# Content that comes behind a reason withdraws that proof.  Behind [DONE] and
-# message_stop, nothing is read.
+# If content comes after a reason, the reason no longer counts: another one
+# must come.  After [DONE] and message_stop, nothing is read.
 #
 # Where servers differ from the two references, a comment names one that does.
 # ---------------------------------------------------------------------------
@@ -1962,12 +1964,8 @@ class ChatAssembler:
             text += self.half.end()
         return text
 
-    def build(self, partial: bool = False) -> JSONDict:
-        """Return what has arrived as chat() would.
-
-        ``partial`` is for MessagesAssembler.build() only: chat has arguments
-        as text.
-        """
+    def build(self) -> JSONDict:
+        """Return what has arrived as chat() would."""
         choices = [{"index": index, **self.choices[index].build()}
                    for index in sorted(self.choices)]
         answer: JSONDict = map_text(
@@ -1991,7 +1989,7 @@ class ChatChoice:
         """Add a choice of a chunk; return what it adds to the text."""
         delta = expect_dict(choice, "delta")
         if not delta and not self.has_content:
-            # The whole answer may be here, in one message.  Beside or behind
+            # The whole answer may be here, in one message.  Beside or after
             # deltas, a message only repeats them (Perplexity).
             delta = expect_dict(choice, "message")
         self.add_delta(delta)
@@ -2320,17 +2318,18 @@ class MessagesAssembler:
             if name not in ("type", "text", "thinking", "input"):
                 add_text(block, name, value)
 
-    def build(self, partial: bool = False) -> JSONDict:
+    def build(self) -> JSONDict:
         """Return what has arrived as message() would.
 
-        A tool's input is decoded; if it may be partial, it is a text.  Claude
-        refuses a next turn with empty text blocks: they are left out.
+        A tool's input is decoded; before the answer is whole, it is a text.
+        Claude refuses a next turn with empty text blocks: they are left out.
         """
         content = []
         for block in self.blocks.parts:
             block = map_text(block, clean_text)
             if "input" in block:
-                block["input"] = parse_arguments(block["input"], partial)
+                block["input"] = parse_arguments(block["input"],
+                                                 partial=not self.whole)
             if block["type"] != "text" or block.get("text"):
                 content.append(block)
         fields = map_text({"role": "assistant", **self.fields}, clean_text)
@@ -2798,13 +2797,13 @@ class Connection(http.client.HTTPConnection):
             # that was read to its end, this reads nothing.)
             if self.response.read1(1):
                 return False
-            # If anything has come behind the answer, as a rule it is the end
-            # of the connection.
+            # Whatever has come after the answer, the connection is of no more
+            # use.  Mostly, it is its end.
             if self.wire.has_input():
                 return False
         except NETWORK_FAILURES:
             return False
-        # What http.client has read behind the answer is dropped with it.
+        # What http.client has read beyond the answer is dropped with it.
         self.response.close()
         return True
 
@@ -2871,9 +2870,9 @@ def open_tunnel(sock: DeadlineSocket, proxy: Proxy, address: Address) -> None:
     host = f"[{address.host}]" if ":" in address.host else address.host
     target = f"{host}:{address.port}"
     tunnel = http.client.HTTPConnection(proxy.host, proxy.port)
-    # http.client closes its socket behind this answer, because it has no
-    # length.  So it gets a second descriptor of the connection.  Nothing is
-    # lost in its buffer: with TLS, the client speaks first.
+    # http.client closes its socket after this answer, because the answer has
+    # no length.  So it gets a second descriptor of the connection.  Nothing
+    # is lost in its buffer: with TLS, the client speaks first.
     try:
         duplicate = sock.dup()      # a DeadlineSocket, too
     except OSError as exc:
@@ -3054,12 +3053,12 @@ class Exchange:
     def build_reply(self) -> Reply:
         """Return what has arrived."""
         partial = not self.is_whole()
-        return Reply(self.answer or self.assembler.build(partial),
+        return Reply(self.answer or self.assembler.build(),
                      self.get_headers(), self.elapsed, partial, self.retries)
 
     def build_partial_reply(self) -> Reply:
         """Return what had arrived of a stream that failed, without the key."""
-        data = self.answer or self.assembler.build(partial=True)
+        data = self.answer or self.assembler.build()
         return Reply(map_text(data, self.redact_text), self.clean_headers(),
                      self.elapsed, True, self.retries)
 
@@ -3115,7 +3114,7 @@ class Exchange:
                     self.elapsed = now - self.started
                     if event is DONE:
                         assembler.add(DONE)
-                        return      # what stands behind it does not count
+                        return      # what comes after it does not count
                     if find_error(event, name) is not None:
                         raise self.build_status_error(event)
                     yield event, assembler.add(event)
@@ -3449,7 +3448,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
         def error(self, message: str) -> NoReturn:
             # As "argument -m/--model: expected one argument".  Only the name
-            # is shown: behind it may be a value, which may be a key.
+            # is shown: the rest may quote a value, which may be a key.
             name = message.partition(":")[0]
             raise ValueError(f"{name}: lacks a value, or takes none; "
                              "see --help")
@@ -3469,8 +3468,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("-v", "--verbose", action="store_true")
     add("--version", action="store_true")
     add("-h", "--help", action="store_true")
-    # What is behind "--" is cut off first: argparse treats it in another way
-    # in each Python.
+    # What comes after "--" is cut off first: argparse treats it in another
+    # way in each Python.
     end = argv.index("--") if "--" in argv else len(argv)
     # "Intermixed": options may stand between the words of the prompt.
     args, unknown = parser.parse_known_intermixed_args(argv[:end])
@@ -3612,7 +3611,7 @@ class Note:
             print(self.text, end="", file=sys.stderr, flush=True)
 
     def erase(self) -> None:
-        """Erase it, and the ^C that a terminal may have put behind it."""
+        """Erase it, and the ^C that a terminal may have put after it."""
         if self.is_shown:
             self.is_shown = False
             print("\r" + " " * (len(self.text) + 2) + "\r", end="",
