@@ -154,14 +154,7 @@ class ServError(Exception):
     reply: Reply | None = None
     request_id: str | None = None
     retries: int = 0
-    # Set where the error is made, and read by retry_wait() only:
-    #     APIConnectionError  true; but false for a refused certificate, a CA
-    #                         file or TLS context that cannot be used, and a
-    #                         proxy that wants a login
-    #     APITimeoutError     false
-    #     APIStatusError      see is_worth_a_retry()
-    #     all others          false
-    _worth_a_retry: bool = False
+    _worth_a_retry: bool = False    # see retry_wait()
 
 
 class APIConnectionError(ServError):
@@ -677,11 +670,12 @@ class Stream:
             else:
                 self._exchange.close()
 
-    # While one thread reads, another may call close():
-    #     the reader sets _is_reading, then looks at _state;
-    #     close() sets _state, then looks at _is_reading.
-    # So at least one of the two sees the other.  A close() that sees a reader
-    # leaves the closing to it.
+    # While one thread reads, another may call close().  If close() comes
+    #     between two steps, it closes the connection itself;
+    #     during a step, it ends the wait, and the reader closes.
+    # Neither can miss the other, because each says first what it does: the
+    # reader sets _is_reading, then looks at _state; close() sets _state, then
+    # looks at _is_reading.
 
     def _advance(self) -> tuple[JSONDict, str] | None:
         """Return the next event, and the text that it adds; None at the end.
@@ -700,7 +694,8 @@ class Stream:
             self._is_reading = False
             if self._state == "closed":
                 with self._lock:
-                    self._exchange.close()  # does nothing the second time
+                    # If close() has done it already, this does nothing.
+                    self._exchange.close()
         if self._state == "failed" and self._error is not None:
             # Each further step raises it again: an end would look as if the
             # answer were whole.
@@ -818,7 +813,8 @@ def build_request(endpoint: str, messages: Messages, *,
     address = build_url(base_url or os.environ.get("SERV_BASE_URL")
                         or BASE_URL)
     seconds = build_timeout(timeout)
-    # For ChatAssembler.whole.  If it is wrong, the server says so.
+    # A stream without one of these choices is cut.  (A wrong n is refused by
+    # the server.)
     choices = params.get("n")
     if type(choices) is not int or choices < 1:
         choices = 1
@@ -1144,9 +1140,18 @@ class Nesting:
 
 
 def parse_arguments(value: JSON, partial: bool) -> JSON:
-    """Return a tool's arguments as a dict; as text if they are no object.
+    """Return a tool's arguments, which are JSON text or decoded JSON.
 
-    If they may be partial, they are text, whatever they look like.
+    ==============  ==============
+    the arguments   returned
+    ==============  ==============
+    '{"a": 1}'      {"a": 1}
+    '', None, {}    {}
+    '[1]', '{"a'    the same text
+    [1]             '[1]'
+    ==============  ==============
+
+    If they may be partial, they are returned as text, whatever they are.
     """
     if partial:
         if isinstance(value, str):
@@ -1281,41 +1286,41 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
 def find_bare_error(answer: JSONDict) -> JSON:
     """Return an error that stands where an answer should be, or None.
 
-    Errors: {"message": "No."}, {"type": "rate_limit_error", "detail": "No."};
-    not: {"type": "ping", "message": "Hi"}, {"type": "message_start",
-    "message": {}}, {"id": "x"}.
+    =============================================  ==========  ==========
+    the answer                                     the error   sent by
+    =============================================  ==========  ==========
+    {"errors": E}                                  E           Cloudflare
+    {"message": "No."}                             the answer  DashScope
+    {"detail": "No."}                              the answer  FastAPI
+    {"type": "rate_limit_error", "detail": "No."}  the answer
+    {"type": "ping", "message": "Hi"}              none: it has the type
+                                                   of something else
+    {"message": {}}, {"id": "x"}                   none
+    =============================================  ==========  ==========
     """
-    errors = answer.get("errors")       # Cloudflare
-    # "message": DashScope; "detail": FastAPI.
-    text = answer.get("message") or answer.get("detail")
-    if not errors and not text:
+    kind = get_str(answer, "type") or "error"
+    if not kind.lower().endswith("error") and kind not in STATUS_OF_TYPE:
         return None
-    kind = get_str(answer, "type")
-    if kind is not None:
-        if not kind.lower().endswith("error") and kind not in STATUS_OF_TYPE:
-            return None
-    if errors:
-        return errors
-    return answer if isinstance(text, (str, list)) else None
+    if answer.get("errors"):
+        return answer["errors"]
+    text = answer.get("message") or answer.get("detail")
+    return answer if text and isinstance(text, (str, list)) else None
 
 
 def parse_error(body: JSON) -> JSONDict:
     """Return ``type``, ``code``, ``param`` and ``message`` of an error.
 
-    The body is text (a proxy's HTML) or decoded JSON, as
-    {"error": {"message": "No."}}, {"error": "No.", "code": 404},
-    {"errors": [{"message": "No."}]}, [{"error": ...}], {"detail": ...}.
+    The body is decoded JSON, or text (a proxy's HTML).
     """
     error = find_error(body)
     if error is None:
         error = body
-    if isinstance(error, list) and error:
+    if isinstance(error, list) and error:   # [{"message": "No."}]
         error = error[0]
-    if isinstance(error, dict):
+    if isinstance(error, dict):             # {"message": "No.", "code": 404}
         code = error.get("code")
         text = error.get("message") or error.get("detail") or ""
-    else:
-        # A text.  Its code may stand beside it.
+    else:                                   # {"error": "No.", "code": 404}
         code = body.get("code") if isinstance(body, dict) else None
         text = error or ""
     return {"type": get_str(error, "type"),
@@ -1436,6 +1441,16 @@ def retry_wait(error: ServError, failed: int) -> float | None:
     """Return the seconds to wait before the next try; None for no more.
 
     ``failed`` is how many tries had failed before the one of this error.
+    What is worth a retry is set where the error is made:
+
+    ==================  =================================================
+    APIConnectionError  yes; but not for a refused certificate, a CA file
+                        or TLS context that cannot be used, and a proxy
+                        that wants a login
+    APITimeoutError     no
+    APIStatusError      see is_worth_a_retry()
+    all others          no
+    ==================  =================================================
     """
     if not error._worth_a_retry:
         return None
@@ -1507,21 +1522,19 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
 def iter_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the lines of a stream: they end with LF, CRLF or CR.
 
-    A CR at the end of a chunk ends a line at once.  If the next chunk begins
-    with LF, that is the second half of a CRLF, and no other line: the chunks
-    b"a\\r" and b"\\nb\\n" have the lines b"a" and b"b".
-
-    A line in pieces, as in b"a" and b"b\\n", is joined only when its end is
-    here, so that time stays linear.
+    A CR at the end of a chunk ends a line at once.  A line in pieces, as in
+    b"a" and b"b\\n", is joined only when its end is here, so that time stays
+    linear.
     """
     pieces: list[bytes] = []    # of a line whose end has not come
     size = 0                    # of these pieces
-    after_cr = False            # the last chunk ended with CR
+    after_cr = False            # the bytes so far end with CR
     for chunk in chunks:
+        # Of b"a\r" and b"\nb\n", the LF belongs to the CR: it ends no line.
         if after_cr and chunk.startswith(b"\n"):
-            chunk = chunk[1:]       # the second half of a CRLF
+            chunk = chunk[1:]
             after_cr = False
-        if not chunk:       # it changes nothing, not even `after_cr`
+        if not chunk:
             continue
         after_cr = chunk.endswith(b"\r")
         # Lines of bytes end at LF, CR and CRLF only; those of a str also at
@@ -1571,23 +1584,34 @@ def parse_events(name: str, data: str) -> list[JSONDict]:
 
 
 def parse_odd_data(name: str, data: str, reason: str) -> list[JSONDict]:
-    """Return the events in data that is not one JSON value, such as [DONE]."""
+    """Return the events in data that is not one JSON value.
+
+    The first row that fits:
+
+    ==================================  ===================================
+    the data                            the events
+    ==================================  ===================================
+    text, in an event named "error"     an error
+    nothing                             none; it keeps the connection alive
+    [DONE], or an object on each line   these; blank lines have been lost
+    text that does not begin with {,    none; it is a vendor's own
+    under a name not of the formats
+    any other text                      APIResponseError
+    ==================================  ===================================
+    """
     if name == "error":
         return [{"message": data}]
     lines = [line for line in data.split("\n") if line.strip()]
     if not lines:
-        return []       # an event that keeps the connection alive
+        return []
     try:
-        # [DONE]; or several events, whose blank lines were lost.
         return [parse_line(line) for line in lines]
     except ValueError:
         pass
-    # Text under a name that is not of the format is a vendor's own event; but
-    # text that begins as an object is a broken one.  An event without a name
-    # is called "message".
-    is_of_format = name == "message" or name.startswith(
+    # An event without a name is called "message".
+    is_of_formats = name == "message" or name.startswith(
         ("message_", "content_block_"))
-    if not is_of_format and not data.lstrip().startswith("{"):
+    if not is_of_formats and not data.lstrip().startswith("{"):
         return []
     raise APIResponseError(f"a broken event: {reason}")
 
@@ -1685,7 +1709,8 @@ class GrowingText:
 class GrowingList:
     """A list whose entries come in pieces, as content parts do.
 
-    1. A piece with an index belongs to the entry of its type and index.
+    1. A piece with an index belongs to the entry of its type and index:
+       {"index": 0, "text": "He"} and {"index": 0, "text": "llo"} are one.
     2. Without an index, the first piece of an event continues the last entry,
        if that is a text and has its type and id: {"type": "text", "text":
        "He"} and, in the next event, {"type": "text", "text": "llo"} are one.
@@ -1747,32 +1772,38 @@ def add_to_entry(entry: JSONDict, piece: JSONDict) -> None:
 def add_text(target: JSONDict, name: str, value: JSON) -> None:
     """Add a piece to a field that is a text, or a list of parts.
 
-    1. A text behind nothing, or behind a text: a text, which grows.
-    2. A list; or a text behind a list: a list of parts, which grows.
-    3. Anything else behind a text or a list: an error.
-    4. Nothing, as ""; or anything else behind anything else: see put().
-
-    :raise APIResponseError: for 3.
+    ===============  ===================  ================================
+    the field        the piece            the field then
+    ===============  ===================  ================================
+    nothing          a text               a text that grows
+    a text           a text               a longer text
+    any              a list               a list; see add_parts()
+    a list           a text               a list; see add_parts()
+    a text, a list   an object, a number  APIResponseError
+    any              anything else        see put(): "" and [] add nothing
+    ===============  ===================  ================================
     """
     old = target.get(name)
-    if isinstance(value, str) and value and not isinstance(old, GrowingList):
+    if not value or not isinstance(value, (str, list)):
+        is_growing = isinstance(old, (GrowingText, GrowingList))
+        if is_growing and not is_empty(value):
+            raise APIResponseError(f"a broken event: {name} was text and is "
+                                   f"now {type(value).__name__}")
+        put(target, name, value)
+    elif isinstance(value, list) or isinstance(old, GrowingList):
+        add_parts(target, name, value)
+    else:
         if not isinstance(old, GrowingText):
             old = GrowingText(old if isinstance(old, str) else "")
             target[name] = old
-        old.pieces.append(value)                                    # 1
-    elif isinstance(value, (str, list)) and value:
-        add_parts(target, name, value)                              # 2
-    elif isinstance(old, (GrowingText, GrowingList)) and not is_empty(value):
-        raise APIResponseError(f"a broken event: {name} was text and is now "
-                               f"{type(value).__name__}")           # 3
-    else:
-        put(target, name, value)                                    # 4
+        old.pieces.append(value)
 
 
 def add_parts(target: JSONDict, name: str, value: str | list[JSON]) -> None:
-    """Add to a list of parts.
+    """Add a list of parts, or a text, to a list of parts.
 
-    Magistral sends both lists and texts.  A text is a part like any other.
+    Magistral sends both.  A text, also one that came before the list, is a
+    part like any other.
     """
     old = target.get(name)
     if not isinstance(old, GrowingList):
@@ -1797,8 +1828,8 @@ def add_object(target: JSONDict, name: str, piece: JSONDict) -> None:
         if key in ("arguments", "input", "data", "transcript"):
             add_text(fields, key, value)
         elif key == "name" and isinstance(value, str):
-            # Names come in pieces, or whole in every piece.  So what equals
-            # the name so far is taken for a repetition.
+            # Names come in pieces ("get_", then "time"), or whole in every
+            # piece.  So what equals the name so far is a repetition.
             if fields.get(key) != value:
                 fields[key] = (get_str(fields, key) or "") + value
                 if len(fields[key]) > MAX_NAME:
@@ -1811,8 +1842,8 @@ def add_object(target: JSONDict, name: str, piece: JSONDict) -> None:
 def put(target: JSONDict, name: str, value: JSON) -> None:
     """Set a field, unless the value is empty and something is there.
 
-    Objects are merged.  The value becomes a part of the target.  It need not
-    be copied: the caller does not have it, because events() yields copies.
+    Objects are merged.  The value itself is set, not a copy of it: nobody
+    else changes it, because Stream.events() yields copies.
     """
     old = target.get(name)
     if is_empty(value):
@@ -1993,6 +2024,7 @@ class ChatChoice:
             # deltas, a message only repeats them (Perplexity).
             delta = expect_dict(choice, "message")
         self.add_delta(delta)
+        came = has_content(delta)
         fields = dict(choice)
         for name in ("index", "delta", "message"):
             fields.pop(name, None)
@@ -2001,20 +2033,20 @@ class ChatChoice:
         if fields != self.fields:   # most chunks repeat them, too
             for name, value in fields.items():
                 put(self.fields, name, value)
-        # A finish_reason covers the content beside it: so this comes last.
-        # DashScope's own format has the text "null" until the end.
+        if came:
+            self.has_content = True
+        # A finish_reason stands for the content beside it, but not for what
+        # comes after it.  DashScope sends the text "null" until the end.
         reason = fields.get("finish_reason")
         if reason and reason != "null":
             self.finished = True
+        elif came:
+            self.finished = False
         return find_raw_text(delta.get("content"))
 
     def add_delta(self, delta: JSONDict) -> None:
         """Add to the message."""
         for name, value in delta.items():
-            # Some repeat the role in every chunk.  It is no content.
-            if value and name != "role":
-                self.has_content = True
-                self.finished = False
             if name == "tool_calls":
                 for piece in expect_list(delta, name):
                     if isinstance(piece, dict):
@@ -2057,11 +2089,22 @@ class ChatChoice:
     def find_call(self, piece: JSONDict) -> JSONDict | None:
         """Return the call that a piece continues; None if it begins one.
 
-        1. A known id means its call: id "x", behind index 0 id "x" name "f".
-        2. A new id without an index begins a call: id "y" name "f".
-        3. Else it continues the newest call of its index: index 0 arguments
-           "{"; without an index, the last call: arguments "}".
-        4. But some gateways count all calls as 0: see begins_next_call().
+        1. A known id means its call.
+        2. A new id without an index begins a call.
+        3. Else the piece goes to the newest call of its index; without an
+           index, to the last call.
+        4. But some gateways give all calls one index: see begins_next_call().
+
+        These pieces, one after the other, make three calls, x, y and z:
+
+        ================================  =====================
+        index 0 id "x" name "f"           begins x
+        index 1 id "y" name "f"           begins y
+        index 0 arguments "{"             goes to x; rule 3
+        id "z" name "g"                   begins z; rule 2
+        arguments "{}"                    goes to z; rule 3
+        id "x" arguments "}"              goes to x; rule 1
+        ================================  =====================
         """
         id, index = piece.get("id"), piece.get("index")
         if isinstance(id, str) and id in self.call_of_id:           # 1
@@ -2085,6 +2128,11 @@ class ChatChoice:
         if calls:
             message["tool_calls"] = calls
         return {**self.fields, "message": message}
+
+
+def has_content(delta: JSONDict) -> bool:
+    """Whether anything is in a delta; some repeat the role in every chunk."""
+    return any(value and name != "role" for name, value in delta.items())
 
 
 def begins_next_call(piece: JSONDict, call: JSONDict) -> bool:
@@ -2135,13 +2183,15 @@ def begins_object(function: JSONDict) -> bool:
     return isinstance(arguments, dict)
 
 
+def takes_input(block: JSONDict) -> bool:
+    """Whether a block is a tool's: tool_use, server_tool_use, ..."""
+    return "input" in block or str(block["type"]).endswith("tool_use")
+
+
 def fits(block: JSONDict, kind: str) -> bool:
-    """Whether a delta belongs into a block: its "text", its "thinking", or,
-    for the kind "tool_use", any block with an input.
-    """
+    """Whether a delta for a block of a kind can go to this block."""
     if kind == "tool_use":
-        # Others have an input, too: server_tool_use, mcp_tool_use, ...
-        return "input" in block or str(block["type"]).endswith("tool_use")
+        return takes_input(block)
     return bool(block["type"] == kind)
 
 
@@ -2237,7 +2287,7 @@ class MessagesAssembler:
                 add_text(block, name, value)
             elif name != "type":
                 put(block, name, value)
-        if fits(block, "tool_use"):
+        if takes_input(block):
             self.tools[index] = block
         return block
 
@@ -2262,11 +2312,13 @@ class MessagesAssembler:
 
         Some gateways mix up the indexes, or begin no block for a delta:
 
-        1. Text comes into the middle of a tool's input: start 0 (a tool),
-           input 0, text 0, input 0.  This input goes to the tool, too.
-        2. All deltas have index 0: start 0 (thinking), start 1 (text),
-           text 0.  It goes to the last block, if that is of its kind.
-        3. Else it begins a block: start 0 (a tool), text 0.
+        ====  ===================================  =======  ================
+        rule  the events so far                    delta    goes to
+        ====  ===================================  =======  ================
+        1     start 0 (a tool), input 0, text 0    input 0  the tool of 0
+        2     start 0 (thinking), start 1 (text)   text 0   the last block
+        3     start 0 (a tool)                     text 0   a new block
+        ====  ===================================  =======  ================
         """
         if kind == "tool_use" and index in self.tools:              # 1
             return self.tools[index]
@@ -2387,8 +2439,9 @@ class DeadlineSocket(socket.socket):
     socket module would raise a TimeoutError, as a caller's signal handler may
     do in the middle of a call; nobody could tell them apart.
 
-    In these methods super() is socket.socket; in those of a TLSSocket, which
-    inherits them, it is ssl.SSLSocket.
+    In these methods, super() is socket.socket.  In a TLSSocket, which
+    inherits them, super() is ssl.SSLSocket: Python looks for a method in
+    TLSSocket, DeadlineSocket, SSLSocket and socket, in this order.
     """
 
     # Undocumented: SSLContext.wrap_socket() makes its sockets without a call
@@ -2449,7 +2502,6 @@ class DeadlineSocket(socket.socket):
 
         So http.client reads, by socket.SocketIO, which gives only the buffer.
         """
-        # In a TLSSocket, super() is SSLSocket.
         size = int(self.when_ready(super().recv_into, buffer, len(buffer)))
         if size:
             self.answered = True
@@ -2459,7 +2511,6 @@ class DeadlineSocket(socket.socket):
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """Send all of it, as http.client does to write."""
-        # In a TLSSocket, super() is SSLSocket.
         view = memoryview(data)
         while view:
             size = self.when_ready(super().send, view[:READ_SIZE],
@@ -2492,11 +2543,7 @@ class DeadlineSocket(socket.socket):
 
 
 class TLSSocket(DeadlineSocket, ssl.SSLSocket):  # type: ignore[misc]
-    """The same with TLS.
-
-    Python looks for a method in TLSSocket, DeadlineSocket, SSLSocket and
-    socket, in this order.
-    """
+    """The same with TLS."""
 
 
 def build_network_error(code: int) -> NetworkError:
@@ -2792,13 +2839,12 @@ class Connection(http.client.HTTPConnection):
         assert self.wire is not None and self.response is not None
         self.wire.deadline = limit
         try:
-            # A stream was left at [DONE].  The last chunk of its body may come
-            # a little later: this waits for it until the limit.  (Of an answer
-            # that was read to its end, this reads nothing.)
+            # A stream was left at [DONE].  The last chunk of its body, which
+            # is empty, may come a little later: wait for it until the limit.
+            # (Of an answer that was read to its end, this reads nothing.)
             if self.response.read1(1):
                 return False
-            # Whatever has come after the answer, the connection is of no more
-            # use.  Mostly, it is its end.
+            # After the answer, nothing may come, not even the end.
             if self.wire.has_input():
                 return False
         except NETWORK_FAILURES:
@@ -2854,7 +2900,8 @@ def skip_interim_answers(response: http.client.HTTPResponse) -> None:
 
     http.client itself skips 100, but not 102 and 103.
     """
-    # Undocumented: begin() reads a head, unless there are headers already.
+    # Undocumented: begin() reads a head.  It returns at once if there are
+    # headers already.
     while response.status < 200 and response.status != 101:
         response.headers = None     # type: ignore[assignment]
         response.begin()
@@ -2965,6 +3012,11 @@ class Exchange:
         self.retries = retries          # tries that had failed before
 
         self.route = Route(request.address)
+        # What is removed from errors, because a server may repeat it.
+        secrets = [request.secret]
+        if self.route.proxy and self.route.proxy.login:
+            secrets.append(self.route.proxy.login.split()[-1])
+        self.secrets = [text for text in secrets if len(text) >= MIN_SECRET]
         self.connection = (take_connection(self.route) if reuse
                            else Connection(self.route))
         self.begun = time.monotonic()   # this try
@@ -3270,11 +3322,11 @@ class Exchange:
         error.args = (f"{text} ({self.redact_text(where)})",)
 
     def redact_text(self, text: str) -> str:
-        """Return text of the server without the key, as clean text."""
+        """Return text of the server without secrets, as clean text."""
         text = clean_text(text)
-        if len(self.request.secret) < MIN_SECRET:
-            return text
-        return text.replace(self.request.secret, "[api-key]")
+        for secret in self.secrets:
+            text = text.replace(secret, "[removed]")
+        return text
 
     def keep_connection(self) -> None:
         """Leave the connection to the next call."""

@@ -6345,7 +6345,7 @@ def test_no_key_of_the_call_is_in_an_error(options, monkeypatch):
     "1 character": ("o", "the services of chat"),
     "4, in the URL too": ("chat", "the services of chat"),
     "7": ("service", "the services of chat"),
-    "8: it is removed": ("services", "the [api-key] of chat")})
+    "8: it is removed": ("services", "the [removed] of chat")})
 def test_a_key_of_less_than_8_characters_is_no_secret(key, shown):
     with Server(http_answer({"error": "the services of chat"},
                             "401 No")) as server:
