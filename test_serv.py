@@ -6429,6 +6429,17 @@ def test_an_https_call_goes_through_a_tunnel_that_is_kept(
         ("/v1/chat/completions", "localhost", "Bearer " + KEY, None)] * 2
 
 
+def test_the_login_of_a_proxy_that_repeats_it_is_in_no_error(monkeypatch):
+    basic = net_basic("user:pass").split()[1]
+    with Server(http_answer("Proxy-Authorization: Basic " + basic,
+                            "407 No", "text/html")) as proxy:
+        monkeypatch.setenv("http_proxy", "http://user:pass@127.0.0.1:%d"
+                           % proxy.port)
+        error = net_error(serv.APIStatusError, net_chat, "http://host.test")
+    net_assert_secret(error, basic)
+    assert "Basic [removed]" in str(error)
+
+
 def test_a_connection_to_a_proxy_without_a_tunnel_is_not_kept(monkeypatch):
     """tinyproxy garbles what follows a stream."""
     with Server(net_echo) as proxy:
