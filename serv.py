@@ -601,9 +601,9 @@ class Stream:
         self._state = "open"
         self._error: ServError | None = None
         self._is_reading = False
-        # Held while the stream ends, never during a wait.  A signal handler
-        # may call close() while its own thread holds it: so it is an RLock.
-        self._lock = threading.RLock()
+        # Whoever acquires it ends the stream.  Nobody waits for it, and nobody
+        # releases it: a stream ends once.
+        self._ending = threading.Lock()
 
     def __iter__(self) -> Stream:
         return self
@@ -661,14 +661,13 @@ class Stream:
         If another thread waits for a piece, its wait ends at once, and its
         loop ends without an error.
         """
-        with self._lock:
-            if self._state != "open":
-                return
-            self._state = "closed"
-            if self._is_reading:
-                self._exchange.end_wait()
-            else:
-                self._exchange.close()
+        if not self._ending.acquire(blocking=False):
+            return      # it has ended
+        self._state = "closed"
+        if self._is_reading:
+            self._exchange.end_wait()
+        else:
+            self._exchange.close()
 
     # While one thread reads, another may call close().  If close() comes
     #     between two steps, it closes the connection itself;
@@ -693,10 +692,8 @@ class Stream:
         finally:
             self._is_reading = False
             if self._state == "closed":
-                with self._lock:
-                    # If close() has done it already, this does nothing.
-                    self._exchange.close()
-        if self._state == "failed" and self._error is not None:
+                self._exchange.close()
+        if self._error is not None and self._state != "closed":
             # Each further step raises it again: an end would look as if the
             # answer were whole.
             raise copy_error(self._error)
@@ -739,20 +736,19 @@ class Stream:
 
         The connection is closed, or kept for the next call.
         """
-        with self._lock:
-            if self._state != "open":
-                return
-            self._state = state
-            if keep:
-                self._exchange.keep_connection()
-            else:
-                self._exchange.close()
+        if not self._ending.acquire(blocking=False):
+            return
+        self._state = state
+        if keep:
+            self._exchange.keep_connection()
+        else:
+            self._exchange.close()
 
     def _fail(self, error: ServError) -> None:
         """End with an error, unless close() was faster."""
         self._exchange.complete_error(error)
         error.reply = self._exchange.build_partial_reply()
-        self._error = error         # is raised only if this has "failed"
+        self._error = error
         self._leave("failed")
 
 
@@ -2132,7 +2128,7 @@ class ChatChoice:
 
 def has_content(delta: JSONDict) -> bool:
     """Whether anything is in a delta; some repeat the role in every chunk."""
-    return any(value and name != "role" for name, value in delta.items())
+    return any(value for name, value in delta.items() if name != "role")
 
 
 def begins_next_call(piece: JSONDict, call: JSONDict) -> bool:
