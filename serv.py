@@ -3112,16 +3112,15 @@ class Exchange:
 
     def begin_stream(self) -> None:
         """Prepare the reading of a stream."""
-        labelled = (self.get_headers().get_content_type()
-                    == "text/event-stream")
+        content_type = self.get_headers().get_content_type()
+        labelled = content_type == "text/event-stream"
         self.events = self.iter_stream(labelled)
-        if labelled:
-            return      # an error in it is raised by the first step
-        # It may be an error: that is raised before the caller gets a stream.
-        # (The first event of a true stream may take minutes.)
-        first = next(self.events, None)
-        if first is not None:
-            self.events = itertools.chain([first], self.events)
+        if not labelled:
+            # The answer may be an error.  So its first event is read before
+            # the caller gets a stream.  (In general, it may take minutes.)
+            first = next(self.events, None)
+            if first is not None:
+                self.events = itertools.chain([first], self.events)
 
     def iter_stream(self, labelled: bool) -> Iterator[tuple[JSONDict, str]]:
         """Yield each decoded event of a stream, and the text that it adds.
@@ -3131,14 +3130,13 @@ class Exchange:
         """
         chunks = self.iter_body()
         head = b""
-        kind = None
         for chunk in chunks:
             head += chunk
             kind = find_body_type(head)
             if kind is not None:
                 break
-        if kind is None and labelled:
-            kind = "events"     # an empty body: there are none
+        else:   # the body is empty, or nearly so
+            kind = "events" if labelled else "other"
         if kind == "events":
             yield from self.iter_decoded(itertools.chain([head], chunks))
         else:
@@ -3155,7 +3153,7 @@ class Exchange:
                 for event in parse_events(name, data):
                     now = time.monotonic()
                     # The caller may have held a piece beyond the deadline.
-                    # Behind a proven end, what is here already (the usage)
+                    # After a proven end, what is here already (the usage)
                     # is accepted even so.
                     if now >= self.deadline and not assembler.whole:
                         raise APITimeoutError("an event came too late")
