@@ -1294,13 +1294,16 @@ def find_bare_error(answer: JSONDict) -> JSON:
     {"message": {}}, {"id": "x"}                   none
     =============================================  ==========  ==========
     """
+    errors = answer.get("errors")
+    text = answer.get("message") or answer.get("detail")
+    if not errors and not text:
+        return None
     kind = get_str(answer, "type") or "error"
     if not kind.lower().endswith("error") and kind not in STATUS_OF_TYPE:
         return None
-    if answer.get("errors"):
-        return answer["errors"]
-    text = answer.get("message") or answer.get("detail")
-    return answer if text and isinstance(text, (str, list)) else None
+    if errors:
+        return errors
+    return answer if isinstance(text, (str, list)) else None
 
 
 def parse_error(body: JSON) -> JSONDict:
@@ -2128,7 +2131,10 @@ class ChatChoice:
 
 def has_content(delta: JSONDict) -> bool:
     """Whether anything is in a delta; some repeat the role in every chunk."""
-    return any(value for name, value in delta.items() if name != "role")
+    for name, value in delta.items():
+        if value and name != "role":
+            return True
+    return False
 
 
 def begins_next_call(piece: JSONDict, call: JSONDict) -> bool:
