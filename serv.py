@@ -669,10 +669,15 @@ class Stream:
         else:
             self._exchange.close()
 
-    # While one thread reads, another may call close().  If close() comes
-    #     between two steps, it closes the connection itself;
-    #     during a step, it ends the wait, and the reader closes.
-    # Neither can miss the other, because each says first what it does: the
+    # While one thread reads, another may call close():
+    #
+    #     close() comes           what happens
+    #     between two steps       close() closes the connection
+    #     during a step           it ends the wait; the reader closes
+    #     as a step begins        one of these two, or both: closing again
+    #     or ends                 does nothing
+    #
+    # Neither misses the other, because each says first what it does.  The
     # reader sets _is_reading, then looks at _state; close() sets _state, then
     # looks at _is_reading.
 
@@ -700,7 +705,7 @@ class Stream:
         return None
 
     def _read(self) -> tuple[JSONDict, str] | None:
-        """Return the next event and its text; None at the end, whatever it is.
+        """Return the next event and its text; None if the stream has ended.
 
         This is the one place where a stream ends, except close():
 
@@ -745,7 +750,10 @@ class Stream:
             self._exchange.close()
 
     def _fail(self, error: ServError) -> None:
-        """End with an error, unless close() was faster."""
+        """End with an error, unless close() was faster.
+
+        _advance() raises it.
+        """
         self._exchange.complete_error(error)
         error.reply = self._exchange.build_partial_reply()
         self._error = error
@@ -809,8 +817,8 @@ def build_request(endpoint: str, messages: Messages, *,
     address = build_url(base_url or os.environ.get("SERV_BASE_URL")
                         or BASE_URL)
     seconds = build_timeout(timeout)
-    # A stream without one of these choices is cut.  (A wrong n is refused by
-    # the server.)
+    # How many choices are asked for: a stream that brings fewer was cut.  (The
+    # server refuses a wrong n.)
     choices = params.get("n")
     if type(choices) is not int or choices < 1:
         choices = 1
@@ -1138,14 +1146,15 @@ class Nesting:
 def parse_arguments(value: JSON, partial: bool) -> JSON:
     """Return a tool's arguments, which are JSON text or decoded JSON.
 
-    ==============  ==============
-    the arguments   returned
-    ==============  ==============
-    '{"a": 1}'      {"a": 1}
-    '', None, {}    {}
-    '[1]', '{"a'    the same text
-    [1]             '[1]'
-    ==============  ==============
+    ===================  ==============
+    the arguments        returned
+    ===================  ==============
+    '{"a": 1}'           {"a": 1}
+    {"a": 1}             {"a": 1}
+    '[1]', '{"a', ''     the same text
+    None, {}, []         {}
+    [1]                  '[1]'
+    ===================  ==============
 
     If they may be partial, they are returned as text, whatever they are.
     """
@@ -1248,10 +1257,10 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
     2    no object, in an event named "error"       the answer
     3    {"error": E}                               E           most
     4    an object in an event named "error"        the answer
-         {"object": "error"} or {"type": "error"}   the answer  vLLM
-    5    neither "choices" nor "content"            see find_bare_error()
-    6    {"choices": [{"error": E}]}                E           OpenRouter
-    7    {"choices": [{"finish_reason": "error"}]}  a message   see FAILED
+    5    {"object": "error"} or {"type": "error"}   the answer  vLLM
+    6    neither "choices" nor "content"            see find_bare_error()
+    7    {"choices": [{"error": E}]}                E           OpenRouter
+    8    {"choices": [{"finish_reason": "error"}]}  a message   see FAILED
     ===  =========================================  ==========  ==========
     """
     if isinstance(answer, list) and answer:                         # 1
@@ -1260,21 +1269,22 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
         return answer if event_name == "error" else None
     if answer.get("error"):                                         # 3
         return answer["error"]
-    kinds = (event_name, answer.get("type"), answer.get("object"))
-    if "error" in kinds:                                            # 4
+    if event_name == "error":                                       # 4
+        return answer
+    if "error" in (answer.get("type"), answer.get("object")):       # 5
         return answer
     choices = answer.get("choices")
-    if choices is None and answer.get("content") is None:           # 5
+    if choices is None and answer.get("content") is None:           # 6
         return find_bare_error(answer)
     if not isinstance(choices, list):
         return None
     for choice in choices:
         if not isinstance(choice, dict):
             continue
-        if choice.get("error"):                                     # 6
+        if choice.get("error"):                                     # 7
             return choice["error"]
         reason = choice.get("finish_reason")
-        if reason and FAILED.search(str(reason)):                   # 7
+        if reason and FAILED.search(str(reason)):                   # 8
             return {"message": f"the answer ended with {reason}"}
     return None
 
@@ -1289,8 +1299,7 @@ def find_bare_error(answer: JSONDict) -> JSON:
     {"message": "No."}                             the answer  DashScope
     {"detail": "No."}                              the answer  FastAPI
     {"type": "rate_limit_error", "detail": "No."}  the answer
-    {"type": "ping", "message": "Hi"}              none: it has the type
-                                                   of something else
+    {"type": "ping", "message": "Hi"}              none
     {"message": {}}, {"id": "x"}                   none
     =============================================  ==========  ==========
     """
@@ -1298,9 +1307,10 @@ def find_bare_error(answer: JSONDict) -> JSON:
     text = answer.get("message") or answer.get("detail")
     if not errors and not text:
         return None
-    kind = get_str(answer, "type") or "error"
-    if not kind.lower().endswith("error") and kind not in STATUS_OF_TYPE:
-        return None
+    kind = get_str(answer, "type")
+    if kind is not None:
+        if not kind.lower().endswith("error") and kind not in STATUS_OF_TYPE:
+            return None     # the type of something else
     if errors:
         return errors
     return answer if isinstance(text, (str, list)) else None
@@ -1576,8 +1586,8 @@ def parse_events(name: str, data: str) -> list[JSONDict]:
             events = [] if error is None else [{"error": error}]
     if name != "message":
         for event in events:
-            # A chunk of chat has no type, and gets none.
-            if event is not DONE and "choices" not in event:
+            is_of_chat = event is DONE or "choices" in event
+            if not is_of_chat:      # chat's chunks have no type
                 event.setdefault("type", name)
     return events
 
@@ -1587,16 +1597,16 @@ def parse_odd_data(name: str, data: str, reason: str) -> list[JSONDict]:
 
     The first row that fits:
 
-    ==================================  ===================================
-    the data                            the events
-    ==================================  ===================================
-    text, in an event named "error"     an error
-    nothing                             none; it keeps the connection alive
-    [DONE], or an object on each line   these; blank lines have been lost
-    text that does not begin with {,    none; it is a vendor's own
-    under a name not of the formats
-    any other text                      APIResponseError
-    ==================================  ===================================
+    =================================  ===================================
+    the data                           the events
+    =================================  ===================================
+    text, in an event named "error"    an error
+    nothing                            none; it keeps the connection alive
+    [DONE], or an object on each line  these; blank lines have been lost
+    text without { at its beginning,
+    in an event of a vendor's own      none
+    any other text                     APIResponseError
+    =================================  ===================================
     """
     if name == "error":
         return [{"message": data}]
@@ -1608,9 +1618,9 @@ def parse_odd_data(name: str, data: str, reason: str) -> list[JSONDict]:
     except ValueError:
         pass
     # An event without a name is called "message".
-    is_of_formats = name == "message" or name.startswith(
+    is_a_vendors = name != "message" and not name.startswith(
         ("message_", "content_block_"))
-    if not is_of_formats and not data.lstrip().startswith("{"):
+    if is_a_vendors and not data.lstrip().startswith("{"):
         return []
     raise APIResponseError(f"a broken event: {reason}")
 
@@ -1628,7 +1638,8 @@ def parse_line(line: str) -> JSONDict:
 def parse_stream_error(body: JSON) -> JSON:
     """Return the error in a body that is an event stream, else the body.
 
-    The body came with an error's status, so its first event is the error.
+    The body came with an error's status, so its first event is the error,
+    whatever its name.
     """
     if not isinstance(body, str):
         return body
@@ -1689,7 +1700,7 @@ class GrowingText:
 
     def __init__(self, text: str = "") -> None:
         self.pieces = [text]
-        # For is_closed(), which is asked of a tool's arguments only.
+        # For is_closed(), which is asked of a call's arguments only.
         self.nesting = Nesting()
         self.scanned = 0    # how many pieces it has seen
 
@@ -1753,8 +1764,10 @@ class GrowingList:
         last = self.entries[-1] if self.entries else None
         if not isinstance(last, dict):
             return False
-        for name in ("type", "id"):     # {"signature": "..."} has neither
-            if piece.get(name) not in (None, last.get(name)):
+        for name in ("type", "id"):
+            # A piece such as {"signature": "..."} may have neither.
+            value = piece.get(name)
+            if value is not None and value != last.get(name):
                 return False
         return any(last.get(name) is not None for name in ENTRY_TEXTS)
 
@@ -1771,31 +1784,36 @@ def add_to_entry(entry: JSONDict, piece: JSONDict) -> None:
 def add_text(target: JSONDict, name: str, value: JSON) -> None:
     """Add a piece to a field that is a text, or a list of parts.
 
-    ===============  ===================  ================================
-    the field        the piece            the field then
-    ===============  ===================  ================================
-    nothing          a text               a text that grows
-    a text           a text               a longer text
-    any              a list               a list; see add_parts()
-    a list           a text               a list; see add_parts()
-    a text, a list   an object, a number  APIResponseError
-    any              anything else        see put(): "" and [] add nothing
-    ===============  ===================  ================================
+    The first row that fits:
+
+    ===  ===============  ===================  ========================
+    row  the field        the piece            what becomes of it
+    ===  ===============  ===================  ========================
+    1    any              "", [], {}, None     see put(): it adds nothing
+    2    any              a list               a list; see add_parts()
+    3    a list           a text               a list; see add_parts()
+    4    nothing, a text  a text               a text, which grows
+    5    a text, a list   an object, a number  APIResponseError
+    6    anything else    an object, a number  see put()
+    ===  ===============  ===================  ========================
     """
     old = target.get(name)
-    if not value or not isinstance(value, (str, list)):
-        is_growing = isinstance(old, (GrowingText, GrowingList))
-        if is_growing and not is_empty(value):
-            raise APIResponseError(f"a broken event: {name} was text and is "
-                                   f"now {type(value).__name__}")
+    if is_empty(value):                                             # 1
         put(target, name, value)
-    elif isinstance(value, list) or isinstance(old, GrowingList):
+    elif isinstance(value, list):                                   # 2
         add_parts(target, name, value)
-    else:
+    elif isinstance(value, str) and isinstance(old, GrowingList):   # 3
+        add_parts(target, name, value)
+    elif isinstance(value, str):                                    # 4
         if not isinstance(old, GrowingText):
             old = GrowingText(old if isinstance(old, str) else "")
             target[name] = old
         old.pieces.append(value)
+    elif isinstance(old, (GrowingText, GrowingList)):               # 5
+        raise APIResponseError(f"a broken event: {name} was text and is now "
+                               f"{type(value).__name__}")
+    else:                                                           # 6
+        put(target, name, value)
 
 
 def add_parts(target: JSONDict, name: str, value: str | list[JSON]) -> None:
@@ -1991,7 +2009,7 @@ class ChatAssembler:
                 text += added
         text = self.half.join(text)
         if self.half.waiting and self.whole:
-            text += self.half.end()
+            text += self.half.end()     # its other half does not come any more
         return text
 
     def build(self) -> JSONDict:
@@ -2088,32 +2106,47 @@ class ChatChoice:
     def find_call(self, piece: JSONDict) -> JSONDict | None:
         """Return the call that a piece continues; None if it begins one.
 
-        1. A known id means its call.
-        2. A new id without an index begins a call.
-        3. Else the piece goes to the newest call of its index; without an
-           index, to the last call.
-        4. But some gateways give all calls one index: see begins_next_call().
+        By the references, a call is the newest of the piece's index.  But some
+        servers send no index, and Gemini gives all calls the index 0, often
+        without ids.  And others repeat the name, or send another id, in every
+        piece of one call.  The first row that fits:
 
-        These pieces, one after the other, make three calls, x, y and z:
-
-        ================================  =====================
-        index 0 id "x" name "f"           begins x
-        index 1 id "y" name "f"           begins y
-        index 0 arguments "{"             goes to x; rule 3
-        id "z" name "g"                   begins z; rule 2
-        arguments "{}"                    goes to z; rule 3
-        id "x" arguments "}"              goes to x; rule 1
-        ================================  =====================
+        ===  =========================  ==========================  =========
+        row  the newest of its index,   the piece                   it
+             or without one the last
+        ===  =========================  ==========================  =========
+        1    any                        a known id                  continues
+                                                                    that call
+        2    any                        a new id, and no index      begins
+        3    none                       any                         begins
+        4    any                        no name                     continues
+        5    id "a" name "f"            id "b" name "g"             begins
+        6    name "f" arguments "{"     any                         continues
+        7    name "f" arguments "{}"    name "g"                    begins
+        7    name "f" arguments "{}"    id "b" name "f"             begins
+        7    name "f" arguments "{}"    name "f" arguments "{"      begins
+        8    name "f" arguments "{}"    name "f"                    continues
+        ===  =========================  ==========================  =========
         """
         id, index = piece.get("id"), piece.get("index")
         if isinstance(id, str) and id in self.call_of_id:           # 1
             return self.call_of_id[id]
         if id and not isinstance(index, int):                       # 2
             return None
-        call = self.calls.get(index)                                # 3
-        if call is not None and begins_next_call(piece, call):      # 4
+        call = self.calls.get(index)
+        if call is None:                                            # 3
             return None
-        return call
+        new, begun = get_dict(piece, "function"), get_dict(call, "function")
+        if not new.get("name"):                                     # 4
+            return call
+        is_another = new["name"] != begun.get("name")
+        if is_another and id and call.get("id"):                    # 5
+            return None
+        if not has_whole_arguments(begun):                          # 6
+            return call
+        if is_another or id or begins_object(new):                  # 7
+            return None
+        return call                                                 # 8
 
     def build(self) -> JSONDict:
         """Return the choice; a call without a name is none."""
@@ -2135,38 +2168,6 @@ def has_content(delta: JSONDict) -> bool:
         if value and name != "role":
             return True
     return False
-
-
-def begins_next_call(piece: JSONDict, call: JSONDict) -> bool:
-    """Whether a piece with the index of a call begins the next one.
-
-    Gemini gives all its calls the index 0, often without ids.  But others
-    repeat the name in every piece of a call:
-
-        ==========================  =========================  ======
-        the call so far             the piece                  begins
-        ==========================  =========================  ======
-        id "a" name "f"             id "b" name "g"            yes: a
-        name "f" arguments "{}"     id "b" name "f"            yes: b
-        name "f" arguments "{}"     name "g"                   yes: b
-        name "f" arguments "{}"     name "f" arguments "{"     yes: b
-        name "f" arguments "{}"     name "f"                   no
-        name "f" arguments "{"      name "f" arguments "}"     no
-        any                         without a name             no
-        ==========================  =========================  ======
-    """
-    function, begun = get_dict(piece, "function"), get_dict(call, "function")
-    name = function.get("name")
-    if not name:
-        return False
-    has_other_name = name != begun.get("name")
-    if piece.get("id") and call.get("id") and has_other_name:       # a
-        return True
-    if not has_whole_arguments(begun):
-        return False
-    if piece.get("id") or has_other_name:                           # b
-        return True
-    return begins_object(function)
 
 
 def has_whole_arguments(function: JSONDict) -> bool:
@@ -2219,7 +2220,7 @@ class MessagesAssembler:
     def __init__(self) -> None:
         self.fields: JSONDict = {}      # of the message, except its blocks
         self.blocks = IndexedParts()
-        # The newest tool of each index, for find_other_block().
+        # The newest tool of each index, for find_block().
         self.tools: dict[int | None, JSONDict] = {}
         self.half = HalfCharacter()
         self.started = False            # message_start has come
@@ -2296,38 +2297,33 @@ class MessagesAssembler:
     def find_block(self, index: int | None, kind: str) -> JSONDict:
         """Return the block that a delta of a kind goes to.
 
-        As a rule, it is the newest block of its index.  If no block has the
-        index, the delta begins one.  (But -1 is an error: the gateway means
-        a block that is there, and who knows which.)
+        By the reference, it is the block of the delta's index, and of its
+        kind.  But some gateways mix up the indexes, or begin no block.  The
+        first row that fits:
+
+        ===  ==================================  =================  =========
+        row  blocks that have begun              the delta          goes to
+        ===  ==================================  =================  =========
+        1    0 is a text                         a text for 0       block 0
+        2    0 is a tool; then a text for 0 has  an input for 0     the tool
+             begun a text
+        3    0 is thinking, 1, the last, a text  a text for 0       block 1
+        4    none with index -1                  a text for -1      an error
+        5    0 is a tool; or there is no 0       a text for 0       a new one
+        ===  ==================================  =================  =========
         """
         block = self.blocks.get(index)      # without an index, the last one
-        if block is None:
-            if index is not None and index < 0:
-                raise APIResponseError("a broken event: a delta for no block")
-            return self.begin_block(index, {"type": kind})
-        if fits(block, kind):
-            return block
-        return self.find_other_block(index, kind)
-
-    def find_other_block(self, index: int | None, kind: str) -> JSONDict:
-        """Return the block of a delta whose index means another kind of block.
-
-        Some gateways mix up the indexes, or begin no block for a delta:
-
-        ====  ===================================  =======  ================
-        rule  the events so far                    delta    goes to
-        ====  ===================================  =======  ================
-        1     start 0 (a tool), input 0, text 0    input 0  the tool of 0
-        2     start 0 (thinking), start 1 (text)   text 0   the last block
-        3     start 0 (a tool)                     text 0   a new block
-        ====  ===================================  =======  ================
-        """
-        if kind == "tool_use" and index in self.tools:              # 1
-            return self.tools[index]
-        last = self.blocks.parts[-1]
-        if fits(last, kind):                                        # 2
-            return last
-        return self.begin_block(index, {"type": kind})              # 3
+        if block is not None:
+            if fits(block, kind):                                   # 1
+                return block
+            if kind == "tool_use" and index in self.tools:          # 2
+                return self.tools[index]
+            last = self.blocks.parts[-1]
+            if fits(last, kind):                                    # 3
+                return last
+        elif index is not None and index < 0:                       # 4
+            raise APIResponseError("a broken event: a delta for no block")
+        return self.begin_block(index, {"type": kind})              # 5
 
     def add_delta(self, index: int | None, delta: JSONDict) -> str:
         """Add a delta to its block; return what it adds to the text."""
@@ -2382,6 +2378,7 @@ class MessagesAssembler:
         for block in self.blocks.parts:
             block = map_text(block, clean_text)
             if "input" in block:
+                # As message() has it; it may be decoded already.
                 block["input"] = parse_arguments(block["input"],
                                                  partial=not self.whole)
             if block["type"] != "text" or block.get("text"):
@@ -2502,7 +2499,7 @@ class DeadlineSocket(socket.socket):
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
         """Receive into a buffer.
 
-        So http.client reads, by socket.SocketIO, which gives only the buffer.
+        So http.client reads, by socket.SocketIO, which passes only the buffer.
         """
         size = int(self.when_ready(super().recv_into, buffer, len(buffer)))
         if size:
@@ -2573,7 +2570,9 @@ def open_socket(host: str, port: int, deadline: float) -> DeadlineSocket:
     """
     try:
         found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-    except socket.gaierror as exc:
+    except OSError as exc:      # a gaierror, as a rule
+        if exc.errno is None:
+            raise       # TimeoutError("mine") of a signal handler
         raise NetworkError(exc)
     cause = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
     for number, (family, kind, protocol, _, address) in enumerate(found):
@@ -2612,7 +2611,8 @@ def set_options(sock: socket.socket) -> None:
 def start_tls(sock: DeadlineSocket, host: str, context: ssl.SSLContext,
               deadline: float) -> DeadlineSocket:
     """Return the socket with TLS, its certificate and host name checked."""
-    # It takes the descriptor over, and detaches the old socket from it.
+    # It takes the descriptor over, and detaches the old socket from it.  What
+    # it returns is a TLSSocket, as get_tls_context() has asked for.
     try:
         secure = context.wrap_socket(sock, server_hostname=host,
                                      do_handshake_on_connect=False)
@@ -2643,25 +2643,34 @@ def get_tls_context(ca_file: str | None,
                     ca_dir: str | None) -> ssl.SSLContext:
     """Return a TLS context: of a CA file, or of what the system trusts.
 
-    With a CA file, nothing else is trusted, except what is in the folder.
-    Without one, OpenSSL reads SSL_CERT_DIR by itself, beside its own CA file.
+    =============  ============  ======================================
+    SSL_CERT_FILE  SSL_CERT_DIR  what is trusted
+    =============  ============  ======================================
+    -              -             what the system trusts
+    -              a folder      the system's file, and the folder: both
+                                 are OpenSSL's own doing
+    a file         -             the file
+    a file         a folder      the file, and the folder
+    =============  ============  ======================================
 
-    :raise APIConnectionError: the file cannot be loaded.  The next call tries
+    :raise APIConnectionError: a file cannot be loaded.  The next call tries
         it again.
     """
     context = _tls_contexts.get((ca_file, ca_dir))
     if context is not None:
         return context
-    if not ca_file:
-        context = ssl.create_default_context()
-    else:
-        try:
+    try:
+        if ca_file:
             context = ssl.create_default_context(cafile=ca_file, capath=ca_dir)
-        except OSError as exc:  # an SSLError too: no certificate is in it
-            error = APIConnectionError(f"SSL_CERT_FILE={ca_file} cannot be "
-                                       f"loaded: {exc.strerror or exc}")
-            error._worth_a_retry = False
-            raise error
+        else:
+            context = ssl.create_default_context()
+    except OSError as exc:  # an SSLError too: no certificate is in the file
+        # Python says the name of another file: that of SSLKEYLOGFILE.
+        name = exc.filename or f"SSL_CERT_FILE={ca_file}"
+        error = APIConnectionError(f"{name} cannot be loaded: "
+                                   f"{exc.strerror or exc}")
+        error._worth_a_retry = False
+        raise error
     if ca_file or ca_dir:
         # Python 3.13 added checks of a certificate's form that many a
         # company's own CA fails, as for its key usage.  Chain, date and host
@@ -2817,7 +2826,8 @@ class Connection(http.client.HTTPConnection):
             self.request("POST", target, request.body, headers)
         except NetworkError:
             # The server may have said why it stopped reading (413): its answer
-            # is read all the same.  Undocumented: getresponse() allows that.
+            # is read all the same.  Undocumented: getresponse() allows that,
+            # because the request counts as sent before its bytes are sent.
             self.upload_broke = True
 
     def read_head(self) -> http.client.HTTPResponse:
@@ -2861,6 +2871,7 @@ class Connection(http.client.HTTPConnection):
             self.state = "idle"
             self.idle_since = time.monotonic()
             _idle.append(self)
+            close_old()
         else:
             self.discard()
 

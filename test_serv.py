@@ -6676,6 +6676,16 @@ def test_a_ca_file_that_cannot_be_used_is_named_and_not_kept(
         assert net_chat(server) == "Hi"
 
 
+def test_a_file_for_tls_keys_that_cannot_be_written_is_named(
+        net_tls, monkeypatch, tmp_path):
+    path = tmp_path / "none" / "keys"
+    monkeypatch.setenv("SSLKEYLOGFILE", str(path))
+    with Server(net_echo, net_tls) as server:
+        error = net_error(NET_FAIL, net_chat, server, max_retries=5)
+    assert str(path) in str(error) and "SSL_CERT_FILE" not in str(error)
+    assert error.retries == 0
+
+
 def test_a_ca_is_loaded_once(net_tls, net_ca):
     """It costs tens of milliseconds."""
     with Server(http_answer(bare_answer("Hi"), connection="close"),
