@@ -2106,27 +2106,26 @@ class ChatChoice:
     def find_call(self, piece: JSONDict) -> JSONDict | None:
         """Return the call that a piece continues; None if it begins one.
 
-        By the references, a call is the newest of the piece's index.  But some
-        servers send no index, and Gemini gives all calls the index 0, often
-        without ids.  And others repeat the name, or send another id, in every
+        By the reference, a piece goes to the call of its index.  But some
+        servers send no index: then the last call is meant.  Gemini gives all
+        calls the index 0, often without ids: then the newest is meant, or a
+        new one.  And others repeat the name, or send another id, in every
         piece of one call.  The first row that fits:
 
-        ===  =========================  ==========================  =========
-        row  the newest of its index,   the piece                   it
-             or without one the last
-        ===  =========================  ==========================  =========
-        1    any                        a known id                  continues
-                                                                    that call
-        2    any                        a new id, and no index      begins
-        3    none                       any                         begins
-        4    any                        no name                     continues
-        5    id "a" name "f"            id "b" name "g"             begins
-        6    name "f" arguments "{"     any                         continues
-        7    name "f" arguments "{}"    name "g"                    begins
-        7    name "f" arguments "{}"    id "b" name "f"             begins
-        7    name "f" arguments "{}"    name "f" arguments "{"      begins
-        8    name "f" arguments "{}"    name "f"                    continues
-        ===  =========================  ==========================  =========
+        ===  ========================  ==========================  ==========
+        row  newest call of the index  the piece                   goes to
+        ===  ========================  ==========================  ==========
+        1    any                       a known id                  its call
+        2    any                       a new id, and no index      a new call
+        3    none                      any                         a new call
+        4    any                       no name                     the newest
+        5    id "a" name "f"           id "b" name "g"             a new call
+        6    name "f" arguments "{"    any                         the newest
+        7    name "f" arguments "{}"   name "g"                    a new call
+        7    name "f" arguments "{}"   id "b" name "f"             a new call
+        7    name "f" arguments "{}"   name "f" arguments "{"      a new call
+        8    name "f" arguments "{}"   name "f"                    the newest
+        ===  ========================  ==========================  ==========
         """
         id, index = piece.get("id"), piece.get("index")
         if isinstance(id, str) and id in self.call_of_id:           # 1
