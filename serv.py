@@ -1586,9 +1586,9 @@ def parse_events(name: str, data: str) -> list[JSONDict]:
             events = [] if error is None else [{"error": error}]
     if name != "message":
         for event in events:
-            is_of_chat = event is DONE or "choices" in event
-            if not is_of_chat:      # chat's chunks have no type
-                event.setdefault("type", name)
+            is_of_chat = "choices" in event or event is DONE
+            if "type" not in event and not is_of_chat:
+                event["type"] = name
     return events
 
 
@@ -1787,12 +1787,12 @@ def add_text(target: JSONDict, name: str, value: JSON) -> None:
     The first row that fits:
 
     ===  ===============  ===================  ========================
-    row  the field        the piece            what becomes of it
+    row  the field        the piece            what becomes of the field
     ===  ===============  ===================  ========================
-    1    any              "", [], {}, None     see put(): it adds nothing
-    2    any              a list               a list; see add_parts()
-    3    a list           a text               a list; see add_parts()
-    4    nothing, a text  a text               a text, which grows
+    1    any              "", [], {}, None     see put(): it stays
+    2    a list           a text               a list; see add_parts()
+    3    nothing, a text  a text               a text, which grows
+    4    any              a list               a list; see add_parts()
     5    a text, a list   an object, a number  APIResponseError
     6    anything else    an object, a number  see put()
     ===  ===============  ===================  ========================
@@ -1800,15 +1800,16 @@ def add_text(target: JSONDict, name: str, value: JSON) -> None:
     old = target.get(name)
     if is_empty(value):                                             # 1
         put(target, name, value)
-    elif isinstance(value, list):                                   # 2
+    elif isinstance(value, str):
+        if isinstance(old, GrowingList):                            # 2
+            add_parts(target, name, value)
+        else:                                                       # 3
+            if not isinstance(old, GrowingText):
+                old = GrowingText(old if isinstance(old, str) else "")
+                target[name] = old
+            old.pieces.append(value)
+    elif isinstance(value, list):                                   # 4
         add_parts(target, name, value)
-    elif isinstance(value, str) and isinstance(old, GrowingList):   # 3
-        add_parts(target, name, value)
-    elif isinstance(value, str):                                    # 4
-        if not isinstance(old, GrowingText):
-            old = GrowingText(old if isinstance(old, str) else "")
-            target[name] = old
-        old.pieces.append(value)
     elif isinstance(old, (GrowingText, GrowingList)):               # 5
         raise APIResponseError(f"a broken event: {name} was text and is now "
                                f"{type(value).__name__}")
@@ -2040,8 +2041,7 @@ class ChatChoice:
             # The whole answer may be here, in one message.  Beside or after
             # deltas, a message only repeats them (Perplexity).
             delta = expect_dict(choice, "message")
-        self.add_delta(delta)
-        came = has_content(delta)
+        has_content = self.add_delta(delta)
         fields = dict(choice)
         for name in ("index", "delta", "message"):
             fields.pop(name, None)
@@ -2050,20 +2050,23 @@ class ChatChoice:
         if fields != self.fields:   # most chunks repeat them, too
             for name, value in fields.items():
                 put(self.fields, name, value)
-        if came:
+        if has_content:
             self.has_content = True
         # A finish_reason stands for the content beside it, but not for what
         # comes after it.  DashScope sends the text "null" until the end.
         reason = fields.get("finish_reason")
         if reason and reason != "null":
             self.finished = True
-        elif came:
+        elif has_content:
             self.finished = False
         return find_raw_text(delta.get("content"))
 
-    def add_delta(self, delta: JSONDict) -> None:
-        """Add to the message."""
+    def add_delta(self, delta: JSONDict) -> bool:
+        """Add to the message; return whether there was any content."""
+        has_content = False
         for name, value in delta.items():
+            if value and name != "role":    # some repeat it in every chunk
+                has_content = True
             if name == "tool_calls":
                 for piece in expect_list(delta, name):
                     if isinstance(piece, dict):
@@ -2075,6 +2078,7 @@ class ChatChoice:
                 add_object(self.message, name, value)
             else:
                 put(self.message, name, value)
+        return has_content
 
     def add_logprobs(self, logprobs: JSONDict) -> None:
         """Add the log probabilities of tokens: lists that go on."""
@@ -2159,14 +2163,6 @@ class ChatChoice:
         if calls:
             message["tool_calls"] = calls
         return {**self.fields, "message": message}
-
-
-def has_content(delta: JSONDict) -> bool:
-    """Whether anything is in a delta; some repeat the role in every chunk."""
-    for name, value in delta.items():
-        if value and name != "role":
-            return True
-    return False
 
 
 def has_whole_arguments(function: JSONDict) -> bool:
@@ -2330,10 +2326,11 @@ class MessagesAssembler:
         # Some gateways send "" for a block of another kind: we ignore it, so
         # that it begins no block.
         if kind == "text_delta":
-            if delta.get("text"):
+            text = delta.get("text")
+            if text:
                 block = self.find_block(index, "text")
-                add_text(block, "text", delta["text"])
-                return get_str(delta, "text") or ""
+                add_text(block, "text", text)
+                return find_raw_text(text)
         elif kind == "thinking_delta":
             if delta.get("thinking"):
                 block = self.find_block(index, "thinking")
