@@ -118,8 +118,8 @@ LAST_CHUNK_SECONDS = 0.01   # to reuse the connection of a stream, whose last
 MAX_IDLE = 256
 
 # Sizes, in bytes.  In memory, an answer takes 3 to 10 times its size, as a
-# rule; the worst, 32 MiB of nested empty dicts, takes 1 GiB.  The worst
-# stream, of the same, takes 90 times its size while its reply is built.
+# rule.  At worst, if it is full of empty dicts, one of 32 MiB takes 2 GiB, and
+# a stream of 64 MiB takes 5 GiB while its reply is built.
 READ_SIZE = 1 << 16     # of one read or write
 MAX_BODY = 1 << 25      # of the answer to a call, or of an event: 32 MiB
 MAX_STREAM = 1 << 26    # of the answer to stream(): 64 MiB, ten times the
@@ -2013,13 +2013,16 @@ class ChatAssembler:
             text += self.half.end()     # its other half does not come any more
         return text
 
-    def build(self) -> JSONDict:
-        """Return what has arrived as chat() would."""
+    def build(self, clean: Callable[[str], str] = clean_text) -> JSONDict:
+        """Return what has arrived as chat() would.
+
+        Each text goes through ``clean``, which may remove secrets, too.
+        """
         choices = [{"index": index, **self.choices[index].build()}
                    for index in sorted(self.choices)]
         answer: JSONDict = map_text(
             {**self.fields, "object": "chat.completion", "choices": choices},
-            clean_text)
+            clean)
         return answer
 
 
@@ -2364,22 +2367,23 @@ class MessagesAssembler:
             if name not in ("type", "text", "thinking", "input"):
                 add_text(block, name, value)
 
-    def build(self) -> JSONDict:
+    def build(self, clean: Callable[[str], str] = clean_text) -> JSONDict:
         """Return what has arrived as message() would.
 
-        A tool's input is decoded; before the answer is whole, it is a text.
+        Each text goes through ``clean``, which may remove secrets, too.  A
+        tool's input is decoded; before the answer is whole, it is a text.
         Claude refuses a next turn with empty text blocks: they are left out.
         """
         content = []
         for block in self.blocks.parts:
-            block = map_text(block, clean_text)
+            block = map_text(block, clean)
             if "input" in block:
                 # As message() has it; it may be decoded already.
                 block["input"] = parse_arguments(block["input"],
                                                  partial=not self.whole)
             if block["type"] != "text" or block.get("text"):
                 content.append(block)
-        fields = map_text({"role": "assistant", **self.fields}, clean_text)
+        fields = map_text({"role": "assistant", **self.fields}, clean)
         return {**fields, "type": "message", "content": content}
 
 
@@ -3119,9 +3123,12 @@ class Exchange:
 
     def build_partial_reply(self) -> Reply:
         """Return what had arrived of a stream that failed, without the key."""
-        data = self.answer or self.assembler.build()
-        return Reply(map_text(data, self.redact_text), self.clean_headers(),
-                     self.elapsed, True, self.retries)
+        if self.answer:
+            data = map_text(self.answer, self.redact_text)
+        else:
+            data = self.assembler.build(self.redact_text)
+        return Reply(data, self.clean_headers(), self.elapsed, True,
+                     self.retries)
 
     def begin_stream(self) -> None:
         """Prepare the reading of a stream."""
