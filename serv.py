@@ -251,8 +251,9 @@ class InternalServerError(APIStatusError):
 def copy_error(error: ServError) -> ServError:
     """Return a copy with the cause, but without the traceback and the context.
 
-    The context may quote the server.  The traceback of an error that is kept
-    and raised again would grow, and keep the frames of the first raise alive.
+    copy.copy() keeps the text and the attributes only.  The context may quote
+    the server.  The traceback of an error that is kept and raised again would
+    grow, and keep the frames of the first raise alive.
     """
     copied = copy.copy(error)
     if error.__cause__ is not None:
@@ -264,8 +265,8 @@ class NetworkError(Exception):
     """An OSError of one of our sockets; the caller never sees it.
 
     It is made where the OSError is raised.  So any other OSError comes from
-    the caller's own code (a signal handler may raise one in the middle of a
-    call), and is not caught.
+    the caller's own code, such as a signal handler that raises TimeoutError
+    in the middle of a call, and is not caught.
     """
 
     def __init__(self, cause: OSError) -> None:
@@ -274,7 +275,7 @@ class NetworkError(Exception):
 
 
 # What is caught: failures of the network, and all failures of a call.
-# OverflowError comes from http.client, if the size of a chunk is negative.
+# OverflowError comes from http.client, for a chunk with a size far below 0.
 NETWORK_FAILURES = (NetworkError, APIConnectionError,
                     http.client.HTTPException, OverflowError)
 CALL_FAILURES = (ServError, *NETWORK_FAILURES)
@@ -323,7 +324,8 @@ def chat(messages: Messages, *, model: str | None = None,
     :param max_retries: how often a failed try is repeated.  Repeated are
         connection failures (except a refused certificate or proxy login),
         408, 409, 429 (except ``insufficient_quota``) and 5xx.  If an answer
-        has the header ``x-should-retry: true`` or ``false``, that decides.
+        has the header ``x-should-retry: true`` or ``false``, that decides,
+        whatever the status.
         A retry may be billed.  Each is a warning to the logger ``serv``, if
         the program has imported ``logging``.
 
@@ -398,9 +400,10 @@ def stream(messages: Messages, *, endpoint: str = "chat",
     with ``[DONE]`` although they have cut the answer.  Then there is no
     reason: ``reply.stop_reason`` is ``None``.
 
-    After a reason, the stream waits for the token counts, until ``[DONE]``,
-    ``message_stop``, the end of the answer or ``timeout``.  The rest, and
-    every exception, is as for ``chat()``.
+    After a reason, the stream waits for the token counts.  So if a server
+    sends no ``[DONE]`` or ``message_stop`` and leaves the connection open, a
+    loop over the stream ends only at ``timeout`` (without an error).  The
+    rest, and every exception, is as for ``chat()``.
     """
     request = build_request(
         endpoint, messages, streaming=True, model=model, system=system,
@@ -739,7 +742,8 @@ class Stream:
     def _leave(self, state: str, keep: bool = False) -> None:
         """Go from "open" to another state, unless close() was faster.
 
-        The connection is closed, or kept for the next call.
+        The connection is closed, or kept for the next call.  (If close() was
+        faster, it is closed there, or at the end of _advance().)
         """
         if not self._ending.acquire(blocking=False):
             return
@@ -1586,6 +1590,7 @@ def parse_events(name: str, data: str) -> list[JSONDict]:
             events = [] if error is None else [{"error": error}]
     if name != "message":
         for event in events:
+            # An event of chat has no type.
             is_of_chat = "choices" in event or event is DONE
             if "type" not in event and not is_of_chat:
                 event["type"] = name
@@ -1648,6 +1653,17 @@ def parse_stream_error(body: JSON) -> JSON:
         if events:
             return events[0]
     return body
+
+
+def read_beginning(chunks: Iterator[bytes]) -> tuple[bytes, str | None]:
+    """Read a body until its type is known; return what was read, and it."""
+    head = b""
+    for chunk in chunks:
+        head += chunk
+        body_type = find_body_type(head)
+        if body_type is not None:
+            return head, body_type
+    return head, None
 
 
 def find_body_type(head: bytes) -> str | None:
@@ -2484,6 +2500,8 @@ class DeadlineSocket(socket.socket):
             except ssl.SSLWantWriteError:
                 writing = True
             except OSError as exc:
+                if exc.errno is None:
+                    raise       # a signal handler's, as TimeoutError("mine")
                 raise NetworkError(exc)
             self.wait(writing)
 
@@ -2572,7 +2590,7 @@ def open_socket(host: str, port: int, deadline: float) -> DeadlineSocket:
         found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     except OSError as exc:      # a gaierror, as a rule
         if exc.errno is None:
-            raise       # TimeoutError("mine") of a signal handler
+            raise       # a signal handler's, as TimeoutError("mine")
         raise NetworkError(exc)
     cause = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
     for number, (family, kind, protocol, _, address) in enumerate(found):
@@ -2856,12 +2874,12 @@ class Connection(http.client.HTTPConnection):
             # (Of an answer that was read to its end, this reads nothing.)
             if self.response.read1(1):
                 return False
-            # After the answer, nothing may come, not even the end.
+            # Nothing may wait in the socket, not even the end.
             if self.wire.has_input():
                 return False
         except NETWORK_FAILURES:
             return False
-        # What http.client has read beyond the answer is dropped with it.
+        # If http.client has read beyond the answer, that is dropped here.
         self.response.close()
         return True
 
@@ -3149,15 +3167,10 @@ class Exchange:
         one event.
         """
         chunks = self.iter_body()
-        head = b""
-        for chunk in chunks:
-            head += chunk
-            kind = find_body_type(head)
-            if kind is not None:
-                break
-        else:   # the body is empty, or nearly so
-            kind = "events" if labelled else "other"
-        if kind == "events":
+        head, body_type = read_beginning(chunks)
+        if body_type is None:   # the body is empty, or nearly so
+            body_type = "events" if labelled else "other"
+        if body_type == "events":
             yield from self.iter_decoded(itertools.chain([head], chunks))
         else:
             self.answer = self.parse_answer(self.read_body(head, chunks))
@@ -3234,7 +3247,8 @@ class Exchange:
             for chunk in chunks:
                 data.write(chunk)
         except CALL_FAILURES:
-            # An error status is the news, even without its whole body.
+            # An error status is the news, even without its whole body; also
+            # if the time is over.
             if self.is_good():
                 raise
         return data.getvalue()
@@ -3252,13 +3266,15 @@ class Exchange:
         text = decode_body(data)
         try:
             answer = parse_json(text)
+            is_json = True
         except ValueError:
             answer = text
+            is_json = False
         if not self.is_good():
             raise self.build_status_error(parse_stream_error(answer))
-        if not isinstance(answer, str) and find_error(answer) is not None:
+        if is_json and find_error(answer) is not None:
             raise self.build_status_error(answer)
-        if isinstance(answer, str) and self.ended_with_connection():
+        if not is_json and self.ended_with_connection():
             if text.lstrip().startswith("{"):
                 raise APIConnectionError("the answer was cut")
         if not is_answer(answer, self.request.endpoint):
