@@ -266,7 +266,8 @@ class NetworkError(Exception):
 
     It is made where the OSError is raised.  So any other OSError comes from
     the caller's own code, such as a signal handler that raises TimeoutError
-    in the middle of a call, and is not caught.
+    in the middle of a call, and is not caught.  (But one with an ``errno``
+    that is raised just while a socket works is taken for the system's.)
     """
 
     def __init__(self, cause: OSError) -> None:
@@ -439,8 +440,10 @@ FAILED = re.compile(r"""
     # does not match: stop, length, content_filter
     """, re.VERBOSE | re.IGNORECASE)
 
-# The names under which vendors send reasoning.
+# The names under which vendors send reasoning: as text, or as entries of a
+# list (OpenRouter, MiniMax; LiteLLM).
 REASONING_TEXTS = ("thinking", "reasoning_content", "reasoning")
+REASONING_LISTS = ("reasoning_details", "thinking_blocks")
 
 
 # A typing.NamedTuple would be shorter, but typing is slow to import.
@@ -517,13 +520,18 @@ class Reply(dict):  # type: ignore[type-arg]
     @property
     def thinking(self) -> str:
         """The reasoning text; ``""`` if there is none."""
-        texts = []
+        message = self.message
         # Chat has it beside the content, Messages in blocks of the content.
-        for part in [self.message, *get_dicts(self.message, "content")]:
-            for name in REASONING_TEXTS:
-                if part.get(name):
-                    texts.append(find_text(part[name]))
-                    break
+        # In content, Databricks has {"type": "reasoning", "summary": [...]}.
+        texts = [find_first_text(part, (*REASONING_TEXTS, "summary"))
+                 for part in [message, *get_dicts(message, "content")]]
+        if any(texts):
+            return "".join(texts)
+        for name in REASONING_LISTS:
+            texts = [find_first_text(entry, ENTRY_TEXTS)
+                     for entry in get_dicts(message, name)]
+            if any(texts):
+                break
         return "".join(texts)
 
     @property
@@ -541,7 +549,7 @@ class Reply(dict):  # type: ignore[type-arg]
             calls.append((call.get("id"), function.get("name"), given))
         for block in get_dicts(self.message, "content"):
             if block.get("type") == "tool_use":
-                given = block.get("input")
+                given = block.get("input") or {}
                 calls.append((block.get("id"), block.get("name"), given))
         return [ToolCall(id, name, parse_arguments(given, self.partial))
                 for id, name, given in calls
@@ -581,7 +589,12 @@ class Reply(dict):  # type: ignore[type-arg]
     @property
     def usage(self) -> JSONDict:
         """The token counts, as sent; ``{}`` if there are none."""
-        return get_dict(self, "usage")
+        # In a stream, Groq has them in x_groq, Moonshot in the choice.
+        places = [self, get_dict(self, "x_groq"), *get_dicts(self, "choices")]
+        for place in places:
+            if get_dict(place, "usage"):
+                return get_dict(place, "usage")
+        return {}
 
     @property
     def request_id(self) -> str | None:
@@ -1221,11 +1234,21 @@ def find_raw_text(content: JSON) -> str:
     return "".join(part["text"] for part in content if is_text_part(part))
 
 
+def find_first_text(data: JSONDict, names: tuple[str, ...]) -> str:
+    """Return the text of the first field that has one, else ""."""
+    for name in names:
+        text = find_text(data.get(name))
+        if text:
+            return text
+    return ""
+
+
 def is_text_part(part: JSON) -> bool:
-    """Whether an entry of a content list is a part of the answer's text."""
+    """Whether an entry of a list is a part of a text."""
     if not isinstance(part, dict) or not isinstance(part.get("text"), str):
         return False
-    return (part.get("type") or "text") in ("text", "output_text")
+    return (part.get("type") or "text") in ("text", "output_text",
+                                            "summary_text")
 
 
 def clean_text(text: str) -> str:
@@ -1259,12 +1282,13 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
     ===  =========================================  ==========  ==========
     1    [{"error": E}]                             E           Gemini
     2    no object, in an event named "error"       the answer
-    3    {"error": E}                               E           most
+    3    {"error": true}                            the answer  Nitro
+         {"error": E}                               E           most
     4    an object in an event named "error"        the answer
     5    {"object": "error"} or {"type": "error"}   the answer  vLLM
     6    neither "choices" nor "content"            see find_bare_error()
     7    {"choices": [{"error": E}]}                E           OpenRouter
-    8    {"choices": [{"finish_reason": "error"}]}  a message   see FAILED
+         {"choices": [{"finish_reason": "error"}]}  a message   see FAILED
     ===  =========================================  ==========  ==========
     """
     if isinstance(answer, list) and answer:                         # 1
@@ -1272,7 +1296,7 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
     if not isinstance(answer, dict):                                # 2
         return answer if event_name == "error" else None
     if answer.get("error"):                                         # 3
-        return answer["error"]
+        return answer if answer["error"] is True else answer["error"]
     if event_name == "error":                                       # 4
         return answer
     if "error" in (answer.get("type"), answer.get("object")):       # 5
@@ -1288,7 +1312,7 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
         if choice.get("error"):                                     # 7
             return choice["error"]
         reason = choice.get("finish_reason")
-        if reason and FAILED.search(str(reason)):                   # 8
+        if reason and FAILED.search(str(reason)):
             return {"message": f"the answer ended with {reason}"}
     return None
 
@@ -1300,6 +1324,7 @@ def find_bare_error(answer: JSONDict) -> JSON:
     the answer                                     the error   sent by
     =============================================  ==========  ==========
     {"errors": E}                                  E           Cloudflare
+    {"base_resp": {"status_code": 1002}}           base_resp   MiniMax
     {"message": "No."}                             the answer  DashScope
     {"detail": "No."}                              the answer  FastAPI
     {"type": "rate_limit_error", "detail": "No."}  the answer
@@ -1307,6 +1332,8 @@ def find_bare_error(answer: JSONDict) -> JSON:
     {"message": {}}, {"id": "x"}                   none
     =============================================  ==========  ==========
     """
+    if get_dict(answer, "base_resp").get("status_code"):
+        return answer["base_resp"]
     errors = answer.get("errors")
     text = answer.get("message") or answer.get("detail")
     if not errors and not text:
@@ -1315,9 +1342,9 @@ def find_bare_error(answer: JSONDict) -> JSON:
     if kind is not None:
         if not kind.lower().endswith("error") and kind not in STATUS_OF_TYPE:
             return None     # the type of something else
-    if errors:
+    if errors and isinstance(errors, (str, list)):
         return errors
-    return answer if isinstance(text, (str, list)) else None
+    return answer if text and isinstance(text, (str, list)) else None
 
 
 def parse_error(body: JSON) -> JSONDict:
@@ -1332,10 +1359,19 @@ def parse_error(body: JSON) -> JSONDict:
         error = error[0]
     if isinstance(error, dict):             # {"message": "No.", "code": 404}
         code = error.get("code")
-        text = error.get("message") or error.get("detail") or ""
+        text: JSON = ""
+        for name in ("message", "detail", "msg", "status_msg"):
+            text = text or error.get(name)
+        # {"title": "No."}: better all of it than nothing.
+        if not text and "type" not in error and "error" not in error:
+            text = error
     else:                                   # {"error": "No.", "code": 404}
         code = body.get("code") if isinstance(body, dict) else None
-        text = error or ""
+        text = error
+        more = get_str(body, "message")     # {"error": "Bad", "message": "No"}
+        if more and isinstance(text, str) and text != more:
+            text = f"{text}: {more}"
+    text = text or ""
     return {"type": get_str(error, "type"),
             "code": code if isinstance(code, (str, int)) else None,
             "param": get_str(error, "param"),
@@ -1487,7 +1523,8 @@ def shorten(text: str, limit: int = 400) -> str:
 # ---------------------------------------------------------------------------
 
 BOM = b"\xef\xbb\xbf"
-DONE: JSONDict = {"[DONE]": True}   # stands for [DONE]; compared with "is"
+DONE: JSONDict = {"[DONE]": True}   # stands for [DONE]; it is compared with
+                                    # "is", and the caller never gets it
 
 
 class EventTooLarge(ValueError):
@@ -1627,7 +1664,7 @@ def parse_odd_data(name: str, data: str, reason: str) -> list[JSONDict]:
         ("message_", "content_block_"))
     if is_a_vendors and not data.lstrip().startswith("{"):
         return []
-    raise APIResponseError(f"a broken event: {reason}")
+    raise APIResponseError(f"a broken event: {reason}: {data}")
 
 
 def parse_line(line: str) -> JSONDict:
@@ -1659,7 +1696,7 @@ def read_beginning(chunks: Iterator[bytes]) -> tuple[bytes, str | None]:
     """Read a body until its type is known; return what was read, and it."""
     head = b""
     for chunk in chunks:
-        head += chunk
+        head = (head + chunk).lstrip()  # blank lines mean nothing here
         body_type = find_body_type(head)
         if body_type is not None:
             return head, body_type
@@ -1760,7 +1797,7 @@ class GrowingList:
         """Return the entry that a piece continues, or a new one."""
         index = piece.get("index")
         if isinstance(index, int):                              # 1
-            key = (str(piece.get("type")), index)
+            key = (str(piece.get("type")), index)   # a type may be any JSON
             if key not in self.by_key:
                 self.by_key[key] = self.begin()
             return self.by_key[key]
@@ -1816,14 +1853,13 @@ def add_text(target: JSONDict, name: str, value: JSON) -> None:
     old = target.get(name)
     if is_empty(value):                                             # 1
         put(target, name, value)
-    elif isinstance(value, str):
-        if isinstance(old, GrowingList):                            # 2
-            add_parts(target, name, value)
-        else:                                                       # 3
-            if not isinstance(old, GrowingText):
-                old = GrowingText(old if isinstance(old, str) else "")
-                target[name] = old
-            old.pieces.append(value)
+    elif isinstance(value, str) and isinstance(old, GrowingList):   # 2
+        add_parts(target, name, value)
+    elif isinstance(value, str):                                    # 3
+        if not isinstance(old, GrowingText):
+            old = GrowingText(old if isinstance(old, str) else "")
+            target[name] = old
+        old.pieces.append(value)
     elif isinstance(value, list):                                   # 4
         add_parts(target, name, value)
     elif isinstance(old, (GrowingText, GrowingList)):               # 5
@@ -1863,12 +1899,14 @@ def add_object(target: JSONDict, name: str, piece: JSONDict) -> None:
             add_text(fields, key, value)
         elif key == "name" and isinstance(value, str):
             # Names come in pieces ("get_", then "time"), or whole in every
-            # piece.  So what equals the name so far is a repetition.
-            if fields.get(key) != value:
-                fields[key] = (get_str(fields, key) or "") + value
-                if len(fields[key]) > MAX_NAME:
-                    raise APIResponseError("a broken event: a name is longer "
-                                           f"than {MAX_NAME} characters")
+            # piece.  So what begins with the name so far repeats it.
+            name_so_far = get_str(fields, key) or ""
+            if not value.startswith(name_so_far):
+                value = name_so_far + value
+            fields[key] = value
+            if len(value) > MAX_NAME:
+                raise APIResponseError("a broken event: a name is longer than "
+                                       f"{MAX_NAME} characters")
         else:
             put(fields, key, value)
 
@@ -2060,7 +2098,7 @@ class ChatChoice:
             # The whole answer may be here, in one message.  Beside or after
             # deltas, a message only repeats them (Perplexity).
             delta = expect_dict(choice, "message")
-        has_content = self.add_delta(delta)
+        adds_content = self.add_delta(delta)
         fields = dict(choice)
         for name in ("index", "delta", "message"):
             fields.pop(name, None)
@@ -2069,23 +2107,23 @@ class ChatChoice:
         if fields != self.fields:   # most chunks repeat them, too
             for name, value in fields.items():
                 put(self.fields, name, value)
-        if has_content:
+        if adds_content:
             self.has_content = True
         # A finish_reason stands for the content beside it, but not for what
         # comes after it.  DashScope sends the text "null" until the end.
         reason = fields.get("finish_reason")
         if reason and reason != "null":
             self.finished = True
-        elif has_content:
+        elif adds_content:
             self.finished = False
         return find_raw_text(delta.get("content"))
 
     def add_delta(self, delta: JSONDict) -> bool:
         """Add to the message; return whether there was any content."""
-        has_content = False
+        adds_content = False
         for name, value in delta.items():
             if value and name != "role":    # some repeat it in every chunk
-                has_content = True
+                adds_content = True
             if name == "tool_calls":
                 for piece in expect_list(delta, name):
                     if isinstance(piece, dict):
@@ -2097,7 +2135,7 @@ class ChatChoice:
                 add_object(self.message, name, value)
             else:
                 put(self.message, name, value)
-        return has_content
+        return adds_content
 
     def add_logprobs(self, logprobs: JSONDict) -> None:
         """Add the log probabilities of tokens: lists that go on."""
@@ -2130,45 +2168,56 @@ class ChatChoice:
         """Return the call that a piece continues; None if it begins one.
 
         By the reference, a piece goes to the call of its index.  But some
-        servers send no index: then the last call is meant.  Gemini gives all
-        calls the index 0, often without ids: then the newest is meant, or a
-        new one.  And others repeat the name, or send another id, in every
-        piece of one call.  The first row that fits:
+        servers send no index.  Gemini gives all calls the index 0, often
+        without ids; Mistral may give them all the id "null".  And others
+        repeat the name, or send another id, in every piece of one call.
 
-        ===  ========================  ==========================  ==========
-        row  newest call of the index  the piece                   goes to
-        ===  ========================  ==========================  ==========
-        1    any                       a known id                  its call
-        2    any                       a new id, and no index      a new call
-        3    none                      any                         a new call
-        4    any                       no name                     the newest
-        5    id "a" name "f"           id "b" name "g"             a new call
-        6    name "f" arguments "{"    any                         the newest
-        7    name "f" arguments "{}"   name "g"                    a new call
-        7    name "f" arguments "{}"   id "b" name "f"             a new call
-        7    name "f" arguments "{}"   name "f" arguments "{"      a new call
-        8    name "f" arguments "{}"   name "f"                    the newest
-        ===  ========================  ==========================  ==========
+        So a piece is compared with one call: that of its id, if it is known;
+        else the newest of its index; without an index, the last.  The first
+        row that fits:
+
+        ===  ==========================  ========================  ==========
+        row  that call                   the piece                 goes to
+        ===  ==========================  ========================  ==========
+        1    none                        any                       a new call
+        2    any                         a new id, and no index    a new call
+        3    any                         no name                   that call
+        4    id "a" name "f"             id "b" name "g"           a new call
+        5    name "f" arguments "{"      any                       that call
+        6    name "f" arguments "{}"     name "g"                  a new call
+        7    id "a" name "f" arguments   id "b" name "f"           a new call
+             "{}" index 0                id "a" name "f" index 1   a new call
+        8    name "f" arguments "{}"     name "f" arguments "{"    a new call
+        9    name "f" arguments "{}"     name "f"                  that call
+        ===  ==========================  ========================  ==========
         """
         id, index = piece.get("id"), piece.get("index")
-        if isinstance(id, str) and id in self.call_of_id:           # 1
-            return self.call_of_id[id]
-        if id and not isinstance(index, int):                       # 2
+        newest = self.calls.get(index)
+        call = newest
+        has_new_id = bool(id)
+        if isinstance(id, str) and id in self.call_of_id:
+            call = self.call_of_id[id]
+            has_new_id = False
+        if call is None:                                            # 1
             return None
-        call = self.calls.get(index)
-        if call is None:                                            # 3
+        if has_new_id and not isinstance(index, int):               # 2
             return None
         new, begun = get_dict(piece, "function"), get_dict(call, "function")
-        if not new.get("name"):                                     # 4
+        if not new.get("name"):                                     # 3
             return call
-        is_another = new["name"] != begun.get("name")
-        if is_another and id and call.get("id"):                    # 5
+        has_new_name = new["name"] != begun.get("name")
+        if has_new_name and has_new_id and call.get("id"):          # 4
             return None
-        if not has_whole_arguments(begun):                          # 6
+        if not has_whole_arguments(begun):                          # 5
             return call
-        if is_another or id or begins_object(new):                  # 7
+        if has_new_name:                                            # 6
             return None
-        return call                                                 # 8
+        is_of_other_index = isinstance(index, int) and newest is not call
+        if has_new_id or is_of_other_index:                         # 7
+            return None
+        if begins_object(new) and not id:                           # 8
+            return None
+        return call                                                 # 9
 
     def build(self) -> JSONDict:
         """Return the choice; a call without a name is none."""
@@ -2234,8 +2283,10 @@ class MessagesAssembler:
     def __init__(self) -> None:
         self.fields: JSONDict = {}      # of the message, except its blocks
         self.blocks = IndexedParts()
-        # The newest tool of each index, for find_block().
+        # For find_block(): the newest tool of each index, and the indexes of
+        # blocks that have stopped.
         self.tools: dict[int | None, JSONDict] = {}
+        self.stopped: set[int | None] = set()
         self.half = HalfCharacter()
         self.started = False            # message_start has come
         self.done = False               # message_stop has come
@@ -2265,6 +2316,8 @@ class MessagesAssembler:
         elif kind == "content_block_delta":
             self.whole = False
             text = self.add_delta(index, expect_dict(event, "delta"))
+        elif kind == "content_block_stop":
+            self.stopped.add(index)
         elif kind == "message_delta":
             self.add_fields(expect_dict(event, "delta"))
             self.add_fields({name: value for name, value in event.items()
@@ -2273,7 +2326,7 @@ class MessagesAssembler:
             self.done = True
             if self.started:
                 self.whole = True
-        # Nothing to do for content_block_stop, ping and events yet unknown.
+        # Nothing to do for ping, and for events yet unknown.
         text = self.half.join(text)
         if self.half.waiting and self.whole:
             text += self.half.end()
@@ -2304,6 +2357,7 @@ class MessagesAssembler:
                 add_text(block, name, value)
             elif name != "type":
                 put(block, name, value)
+        self.stopped.discard(index)
         if takes_input(block):
             self.tools[index] = block
         return block
@@ -2315,29 +2369,33 @@ class MessagesAssembler:
         kind.  But some gateways mix up the indexes, or begin no block.  The
         first row that fits:
 
-        ===  ==================================  =================  =========
-        row  blocks that have begun              the delta          goes to
-        ===  ==================================  =================  =========
-        1    0 is a text                         a text for 0       block 0
-        2    0 is a tool; then a text for 0 has  an input for 0     the tool
-             begun a text
-        3    0 is thinking, 1, the last, a text  a text for 0       block 1
-        4    none with index -1                  a text for -1      an error
-        5    0 is a tool; or there is no 0       a text for 0       a new one
-        ===  ==================================  =================  =========
+        ===  =====================================  ==============  =========
+        row  the blocks so far                      the delta       goes to
+        ===  =====================================  ==============  =========
+        1    none has the index 0                   a text for 0    a new one
+             none has the index -1 (LiteLLM)        a text for -1   an error
+        2    0, a tool, has stopped; 1 is a tool    an input for 0  block 1
+        3    0 is a tool                            an input for 0  block 0
+        4    0 is a tool; a text for 0 came since   an input for 0  the tool
+        5    0 is thinking; 1, the last, is a text  a text for 0    block 1
+        6    0 is a tool                            a text for 0    a new one
+        ===  =====================================  ==============  =========
         """
         block = self.blocks.get(index)      # without an index, the last one
-        if block is not None:
-            if fits(block, kind):                                   # 1
-                return block
-            if kind == "tool_use" and index in self.tools:          # 2
-                return self.tools[index]
-            last = self.blocks.parts[-1]
-            if fits(last, kind):                                    # 3
-                return last
-        elif index is not None and index < 0:                       # 4
-            raise APIResponseError("a broken event: a delta for no block")
-        return self.begin_block(index, {"type": kind})              # 5
+        if block is None:                                           # 1
+            if index is not None and index < 0:
+                raise APIResponseError("a broken event: a delta for no block")
+            return self.begin_block(index, {"type": kind})
+        last = self.blocks.parts[-1]
+        if index in self.stopped and fits(last, kind):              # 2
+            return last
+        if fits(block, kind):                                       # 3
+            return block
+        if kind == "tool_use" and index in self.tools:              # 4
+            return self.tools[index]
+        if fits(last, kind):                                        # 5
+            return last
+        return self.begin_block(index, {"type": kind})              # 6
 
     def add_delta(self, index: int | None, delta: JSONDict) -> str:
         """Add a delta to its block; return what it adds to the text."""
@@ -2366,7 +2424,8 @@ class MessagesAssembler:
             block = self.find_block(index, "text")
             if not isinstance(block.get("citations"), list):
                 block["citations"] = []
-            block["citations"].append(delta.get("citation"))
+            if delta.get("citation"):
+                block["citations"].append(delta["citation"])
         else:
             self.add_unknown(index, delta)
         return ""
@@ -2387,15 +2446,15 @@ class MessagesAssembler:
         """Return what has arrived as message() would.
 
         Each text goes through ``clean``, which may remove secrets, too.  A
-        tool's input is decoded; before the answer is whole, it is a text.
-        Claude refuses a next turn with empty text blocks: they are left out.
+        tool's input is decoded, and {} if there is none; before the answer is
+        whole, it is a text.  In the next turn, Claude refuses a tool without
+        an input, and empty text blocks: these are left out.
         """
         content = []
         for block in self.blocks.parts:
             block = map_text(block, clean)
-            if "input" in block:
-                # As message() has it; it may be decoded already.
-                block["input"] = parse_arguments(block["input"],
+            if takes_input(block):
+                block["input"] = parse_arguments(block.get("input") or {},
                                                  partial=not self.whole)
             if block["type"] != "text" or block.get("text"):
                 content.append(block)
@@ -2683,7 +2742,7 @@ def get_tls_context(ca_file: str | None,
         else:
             context = ssl.create_default_context()
     except OSError as exc:  # an SSLError too: no certificate is in the file
-        # Python says the name of another file: that of SSLKEYLOGFILE.
+        # Python says only the name of SSLKEYLOGFILE.
         name = exc.filename or f"SSL_CERT_FILE={ca_file}"
         error = APIConnectionError(f"{name} cannot be loaded: "
                                    f"{exc.strerror or exc}")
@@ -3054,7 +3113,8 @@ class Exchange:
         self.response: http.client.HTTPResponse | None = None
         self.at_end = False             # the body was read to its end
 
-        self.answer: JSONDict = {}      # if it came whole, as plain JSON
+        # The answer, if it came whole, as plain JSON.
+        self.answer: JSONDict | None = None
         # Of a stream: what puts it together, and its events, each with the
         # text that it adds.
         self.assembler: Assembler
@@ -3131,17 +3191,20 @@ class Exchange:
 
     def is_whole(self) -> bool:
         """Whether what has arrived is the whole answer."""
-        return bool(self.answer) or self.assembler.whole
+        return self.answer is not None or self.assembler.whole
 
     def build_reply(self) -> Reply:
         """Return what has arrived."""
+        data = self.answer
+        if data is None:
+            data = self.assembler.build()
         partial = not self.is_whole()
-        return Reply(self.answer or self.assembler.build(),
-                     self.get_headers(), self.elapsed, partial, self.retries)
+        return Reply(data, self.get_headers(), self.elapsed, partial,
+                     self.retries)
 
     def build_partial_reply(self) -> Reply:
         """Return what had arrived of a stream that failed, without the key."""
-        if self.answer:
+        if self.answer is not None:
             data = map_text(self.answer, self.redact_text)
         else:
             data = self.assembler.build(self.redact_text)

@@ -1608,6 +1608,20 @@ CHAT_TEXTS = {
     "of two fields with the thinking one is read": (
         {"content": "A", "reasoning_content": "Hm", "reasoning": "Hm"}, "A",
         "Hm"),
+    "details (MiniMax)": (
+        {"content": "A", "reasoning_details": [
+            {"type": "reasoning.text", "text": "Hm"},
+            {"type": "reasoning.encrypted", "data": "eA=="},
+            {"type": "reasoning.summary", "summary": "."}]}, "A", "Hm."),
+    "blocks (LiteLLM)": (
+        {"content": "A", "thinking_blocks": [THOUGHT]}, "A", "Hm."),
+    "a summary in parts (Databricks)": (
+        {"content": [{"type": "reasoning", "summary": [
+            {"type": "summary_text", "text": "Hm"}]}, text_block("A")]},
+        "A", "Hm"),
+    "details beside the same as text (OpenRouter)": (
+        {"content": "A", "reasoning": "Hm", "reasoning_details": [
+            {"type": "reasoning.text", "text": "Hm"}]}, "A", "Hm"),
     "half a character is U+FFFD, two halves are one": (
         {"content": "\ud83d B \ud83d\ude00", "reasoning": "\ud83d"},
         "\ufffd B \U0001f600", "\ufffd"),
@@ -1915,6 +1929,17 @@ def test_a_round_trip_of_parallel_calls(calls, tools, results, streamed):
 def test_a_reply_that_is_used_as_an_object_says_that_it_is_a_dict(name):
     with pytest.raises(AttributeError, match="%r: it is a dict" % name):
         getattr(serv.Reply(REPLY), name)
+
+
+@table("answer", {
+    "in the answer": {"usage": {"total_tokens": 1}, "choices": [
+        {"usage": {"total_tokens": 2}}]},
+    "in the choice (Moonshot)": {
+        "choices": [{"usage": {"total_tokens": 1}}]},
+    "beside it (Groq)": {"x_groq": {"id": "r", "usage": {"total_tokens": 1}},
+                         "choices": [{}]}})
+def test_the_usage_of_a_reply_is_found_where_it_was_sent(answer):
+    assert serv.Reply(answer).usage == {"total_tokens": 1}
 
 
 @pytest.mark.parametrize("usage, seen", [
@@ -2607,6 +2632,8 @@ NO_ERRORS = {
     "a ping": ({"type": "ping"}, "ping"),
     "a start": ({"type": "message_start", "message": {"content": []}},
                 "message_start"),
+    "a status that is good (MiniMax)": (
+        {"base_resp": {"status_code": 0, "status_msg": "success"}}, ""),
     "a vendor's notice": ({"type": "quota", "message": "50 left"}, "quota"),
     "no detail": ({"detail": ""}, ""),
     "empty details": ({"detail": [], "usage": {}}, ""),
@@ -2626,6 +2653,17 @@ ERROR_BODIES = {
         {"error": {"message": {"why": "No."}}},
         (None, None, None, '{"why": "No."}')),
     "a list for an error": ({"error": ["No."]}, "No."),
+    "true for an error (Nitro)": ({"error": True, "message": "No."}, "No."),
+    "two texts (Fastify)": ({"error": "Bad Request", "message": "No."},
+                            (None, None, None, "Bad Request: No.")),
+    "msg (Zhipu)": ({"code": 401, "msg": "No.", "success": False},
+                    (None, 401, None, "No.")),
+    "status_msg (MiniMax)": (
+        {"base_resp": {"status_code": 1002, "status_msg": "No."}}, "No."),
+    "by field (ASP.NET)": ({"errors": {"model": ["No."]}},
+                           (None, None, None, '{"errors": {"model": ["No."]}}')
+                           ),
+    "words nobody knows": ({"title": "No."}, '{"title": "No."}'),
     "a list": (["No."], "No."),
     "text": ("No.", (None, None, None, "No.")),
     "an empty object": ({}, (None, None, None, "")),
@@ -3272,6 +3310,19 @@ STREAM_CALLS = {  # the pieces, the calls
     "arguments that are no JSON": ('0 x f {"a": ', '- x f {"a": '),
     "a call without a name is none (LiteLLM)": ("-1 - - {} | 0 x f {}",
                                                 "- x f {}"),
+    "one id for all, at two indexes (Mistral)": (
+        "0 null f {} | 1 null f {}", "- null f {} & - null f {}"),
+    "one id for all, and other names": (
+        "- null f {} & - null g { | - null - }",
+        "- null f {} & - null g {}"),
+    "one id for all, the arguments by index": (
+        '0 x f | 0 - - {"a":1} | 1 x g | 1 - - {}',
+        '- x f {"a":1} & - x g {}'),
+    "one id at another index, before whole arguments": (
+        "0 x f { | 1 x f }", "- x f {}"),
+    "one id and one name behind whole arguments: no telling": (
+        "0 x f {} | 0 x f {}", "- x f {}{}"),
+    "a name that grows": ("0 x get | 0 - get_time {}", "- x get_time {}"),
 }
 
 
@@ -3591,6 +3642,24 @@ STREAM_BLOCKS = {  # a script between the first and the last event; content
         'json {"a": 1} | 2 end',
         [*stream_parts("Hm", kind="thinking"), *stream_parts("Hello"),
          {**STREAM_TOOL, "input": {"a": 1}}]),
+    "all deltas at index 0, of two tools": (
+        'begin tool_use | json {"a": 1} | end | 1 begin tool_use | '
+        'json {"b": 2} | 1 end',
+        [{**STREAM_TOOL, "input": {"a": 1}},
+         {**STREAM_TOOL, "input": {"b": 2}}]),
+    "a delta after the end of its block": (
+        'begin tool_use | json {"a" | end | 1 begin text | json : 1} | '
+        '1 text Hi', [{**STREAM_TOOL, "input": {"a": 1}},
+                      *stream_parts("Hi")]),
+    "a tool without an input": (
+        'begin {"type": "tool_use", "id": "t1", "name": "f"} | end',
+        [{"type": "tool_use", "id": "t1", "name": "f", "input": {}}]),
+    "a tool with an empty text for an input": (
+        'begin {"type": "tool_use", "id": "t1", "name": "f", "input": ""}',
+        [{"type": "tool_use", "id": "t1", "name": "f", "input": {}}]),
+    "a citation that is not there": (
+        'begin text | delta {"type": "citations_delta"} | text Hi',
+        [{**stream_parts("Hi")[0], "citations": []}]),
     "no block": ("begin null | text Hi", stream_parts("Hi")),
     "no types": ('begin {} | delta {"text": "Hel"} | delta {"text": "lo"}',
                  stream_parts("Hello")),
@@ -4394,7 +4463,7 @@ def test_stream_that_is_interrupted_does_not_end_in_silence(said):
     "a named nothing": ("event: error\ndata:",
                         "InternalServerError", 500, ""),
     "a named event": ("event: error\ndata: " + json.dumps(chat_chunk()),
-                      "InternalServerError", 500, "")})
+                      "InternalServerError", 500, json.dumps(chat_chunk()))})
 @pytest.mark.parametrize("done", [False, True], ids=["open", "proven"])
 @each_endpoint
 def test_stream_an_error_event_is_raised_with_its_status(
