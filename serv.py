@@ -1332,8 +1332,9 @@ def find_bare_error(answer: JSONDict) -> JSON:
     {"message": {}}, {"id": "x"}                   none
     =============================================  ==========  ==========
     """
-    if get_dict(answer, "base_resp").get("status_code"):
-        return answer["base_resp"]
+    if "base_resp" in answer:
+        response = get_dict(answer, "base_resp")
+        return response if response.get("status_code") else None
     errors = answer.get("errors")
     text = answer.get("message") or answer.get("detail")
     if not errors and not text:
@@ -1344,7 +1345,9 @@ def find_bare_error(answer: JSONDict) -> JSON:
             return None     # the type of something else
     if errors and isinstance(errors, (str, list)):
         return errors
-    return answer if text and isinstance(text, (str, list)) else None
+    if text and isinstance(text, (str, list)):
+        return answer
+    return None
 
 
 def parse_error(body: JSON) -> JSONDict:
