@@ -1360,25 +1360,41 @@ def parse_error(body: JSON) -> JSONDict:
         error = body
     if isinstance(error, list) and error:   # [{"message": "No."}]
         error = error[0]
-    if isinstance(error, dict):             # {"message": "No.", "code": 404}
-        code = error.get("code")
-        text: JSON = ""
-        for name in ("message", "detail", "msg", "status_msg"):
-            text = text or error.get(name)
-        # {"title": "No."}: better all of it than nothing.
-        if not text and "type" not in error and "error" not in error:
-            text = error
-    else:                                   # {"error": "No.", "code": 404}
-        code = body.get("code") if isinstance(body, dict) else None
-        text = error
-        more = get_str(body, "message")     # {"error": "Bad", "message": "No"}
-        if more and isinstance(text, str) and text != more:
-            text = f"{text}: {more}"
-    text = text or ""
+    # In {"error": "No.", "code": 404}, the code stands beside the error.
+    place = error if isinstance(error, dict) else body
+    code = place.get("code") if isinstance(place, dict) else None
+    message = find_message(error, body) or ""
+    if not isinstance(message, str):
+        message = json.dumps(message)
     return {"type": get_str(error, "type"),
             "code": code if isinstance(code, (str, int)) else None,
-            "param": get_str(error, "param"),
-            "message": text if isinstance(text, str) else json.dumps(text)}
+            "param": get_str(error, "param"), "message": message}
+
+
+def find_message(error: JSON, body: JSON) -> JSON:
+    """Return the message of an error, which a body holds.
+
+    ===========================================  ===============
+    the body                                     the message
+    ===========================================  ===============
+    {"error": {"message": "No."}}                No.
+    {"detail": "No."}, {"msg": "No."}            No.
+    {"error": "No."}                             No.
+    {"error": "Bad Request", "message": "No."}   Bad Request: No.
+    {"title": "No."}: no field that we know      {"title": "No."}
+    {"error": {"type": "t"}}                     none
+    ===========================================  ===============
+    """
+    if isinstance(error, dict):
+        for name in ("message", "detail", "msg", "status_msg"):
+            if error.get(name):
+                return error[name]
+        if "type" in error or "error" in error:
+            return None
+    beside = get_str(body, "message")
+    if isinstance(error, str) and beside and beside != error:
+        return f"{error}: {beside}"
+    return error
 
 
 def is_answer(answer: JSON, endpoint: str) -> bool:
