@@ -2348,7 +2348,7 @@ class MessagesAssembler:
         # Nothing to do for ping, and for events yet unknown.
         text = self.half.join(text)
         if self.half.waiting and self.whole:
-            text += self.half.end()
+            text += self.half.end()     # its other half does not come any more
         return text
 
     def add_message(self, message: JSONDict) -> str:
@@ -2466,8 +2466,8 @@ class MessagesAssembler:
 
         Each text goes through ``clean``, which may remove secrets, too.  A
         tool's input is decoded, and {} if there is none; before the answer is
-        whole, it is a text.  In the next turn, Claude refuses a tool without
-        an input, and empty text blocks: these are left out.
+        whole, it is a text.  Empty text blocks, which Claude would refuse in
+        the next turn, are left out.
         """
         content = []
         for block in self.blocks.parts:
