@@ -3303,6 +3303,9 @@ class Exchange:
         limit = MAX_STREAM if self.request.streaming else MAX_BODY
         if not self.is_good():
             limit = MAX_ERROR
+        # Undocumented: this is the Content-Length; None if the body is chunked,
+        # or ends with the connection.
+        expected = response.length
         size = 0
         while True:
             data = response.read1(READ_SIZE)
@@ -3314,10 +3317,8 @@ class Exchange:
                                        "bytes")
             yield data
         # http.client does not report a body shorter than its Content-Length.
-        # Undocumented: `length` is what is left of it, as read1() counts it
-        # down; it is None if the body is chunked.
-        if response.length:
-            raise http.client.IncompleteRead(b"", response.length)
+        if expected is not None and size < expected:
+            raise http.client.IncompleteRead(b"", expected - size)
         self.at_end = True
         response.close()
 
