@@ -3303,8 +3303,8 @@ class Exchange:
         limit = MAX_STREAM if self.request.streaming else MAX_BODY
         if not self.is_good():
             limit = MAX_ERROR
-        # Undocumented: this is the Content-Length; None if the body is chunked,
-        # or ends with the connection.
+        # Undocumented: this is the Content-Length, or None if the body is
+        # chunked or ends with the connection.
         expected = response.length
         size = 0
         while True:
