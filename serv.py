@@ -452,7 +452,8 @@ class ToolCall(collections.namedtuple("ToolCall", "id name arguments")):
 
     ``arguments`` is a dict.  Text that is not a JSON object stays a ``str``.
     While a stream is incomplete, ``arguments`` is always a ``str``, so that
-    no half can look like a whole.
+    no half can look like a whole.  If the token limit cut the answer before
+    the first of them, they are ``""``.
     """
 
     __slots__ = ()
@@ -551,9 +552,14 @@ class Reply(dict):  # type: ignore[type-arg]
             if block.get("type") == "tool_use":
                 given = block.get("input") or {}
                 calls.append((block.get("id"), block.get("name"), given))
-        return [ToolCall(id, name, parse_arguments(given, self.partial))
-                for id, name, given in calls
-                if name and isinstance(name, str)]
+        found = []
+        for id, name, given in calls:
+            arguments = parse_arguments(given, self.partial)
+            if not given and self.truncated:
+                arguments = ""
+            if name and isinstance(name, str):
+                found.append(ToolCall(id, name, arguments))
+        return found
 
     @property
     def stop_reason(self) -> str | None:
@@ -1863,7 +1869,7 @@ def add_text(target: JSONDict, name: str, value: JSON) -> None:
     ===  ===============  ===================  ========================
     1    any              "", [], {}, None     see put(): it stays
     2    a list           a text               a list; see add_parts()
-    3    nothing, a text  a text               a text, which grows
+    3    anything else    a text               a text, which grows
     4    any              a list               a list; see add_parts()
     5    a text, a list   an object, a number  APIResponseError
     6    anything else    an object, a number  see put()
@@ -2977,8 +2983,8 @@ class Connection(http.client.HTTPConnection):
         # `sock` to None.
         if self.wire is None or self.sock is None or self.upload_broke:
             return False
-        # If an interim head came first, http.client has looked for that in the
-        # interim head only.
+        # If an interim head came first, http.client has looked for "close" in
+        # that head only.
         if self.response is None or self.response.will_close:
             return False
         # tinyproxy garbles the next request where there was no CONNECT.
@@ -3237,7 +3243,8 @@ class Exchange:
         self.events = self.iter_stream(labelled)
         if not labelled:
             # The answer may be an error.  So its first event is read before
-            # the caller gets a stream.  (In general, it may take minutes.)
+            # the caller gets a stream.  (That of a true stream may take
+            # minutes.)
             first = next(self.events, None)
             if first is not None:
                 self.events = itertools.chain([first], self.events)
@@ -3358,7 +3365,8 @@ class Exchange:
         if is_json and find_error(answer) is not None:
             raise self.build_status_error(answer)
         if not is_json and self.ended_with_connection():
-            if text.lstrip().startswith("{"):
+            text = text.strip()
+            if text.startswith("{") and not text.endswith("}"):
                 raise APIConnectionError("the answer was cut")
         if not is_answer(answer, self.request.endpoint):
             raise APIResponseError("not the JSON of an answer; check base_url "

@@ -1731,6 +1731,13 @@ TOOL_CALLS = {
             text_block("A"), {
                 "type": "tool_use", "id": "2", "name": "g", "input": {}}),
         [("1", "f", {"a": [1]}), ("2", "g", {})]),
+    "chat: cut off before any argument": (
+        serv.Reply({"choices": [{"finish_reason": "length", "message": {
+            "tool_calls": [chat_call(None)]}}]}), [("1", "f", "")]),
+    "messages: cut off before any argument": (
+        serv.Reply({**message_reply({"type": "tool_use", "id": "1",
+                                     "name": "f", "input": {}}),
+                    "stop_reason": "max_tokens"}), [("1", "f", "")]),
     "messages: a call without a name is none": (
         message_reply({"type": "tool_use", "id": "1", "input": {}}), []),
     "messages: input that is no object is text": (
@@ -5892,6 +5899,8 @@ def test_a_failed_try_is_not_left_to_the_collector():
                          serv.APIStatusError, "101"),
     "a cut body without a length": (
         http_head() + b'{"choices": [{"mess', NET_FAIL, "the answer was cut"),
+    "a body without a length that is too deep": (
+        http_head() + b'{"a": ' * 99 + b"1" + b"}" * 99, NET_ODD, "choices|a"),
     "a cut status line": (b"HTTP/1.1 2", NET_FAIL, "no answer"),
     "no header": (b"HTTP/1.1 200 OK\r\n", NET_FAIL, "header"),
     "a cut header": (b"HTTP/1.1 200 OK\r\nContent-Ty", NET_FAIL, "header"),
