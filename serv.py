@@ -266,13 +266,22 @@ class NetworkError(Exception):
 
     It is made where the OSError is raised.  So any other OSError comes from
     the caller's own code, such as a signal handler that raises TimeoutError
-    in the middle of a call, and is not caught.  (But one with an ``errno``
-    that is raised just while a socket works is taken for the system's.)
+    in the middle of a call, and is not caught.
     """
 
     def __init__(self, cause: OSError) -> None:
         super().__init__(str(cause))
         self.cause = cause.with_traceback(None)
+
+
+def to_network_error(exc: OSError) -> Exception:
+    """Return what to raise in place of an OSError: a NetworkError.
+
+    The system gives each OSError a number, its ``errno``.  One without is a
+    signal handler's, such as TimeoutError("mine"), raised just while a socket
+    worked.  It is returned as it is.
+    """
+    return exc if exc.errno is None else NetworkError(exc)
 
 
 # What is caught: failures of the network, and all failures of a call.
@@ -547,11 +556,11 @@ class Reply(dict):  # type: ignore[type-arg]
             function = get_dict(call, "function") or get_dict(call, "custom")
             # A custom tool has an input instead.
             given = function.get("arguments", function.get("input"))
-            calls.append((call.get("id"), function.get("name"), given))
+            calls.append((get_str(call, "id"), function.get("name"), given))
         for block in get_dicts(self.message, "content"):
             if block.get("type") == "tool_use":
                 given = block.get("input") or {}
-                calls.append((block.get("id"), block.get("name"), given))
+                calls.append((get_str(block, "id"), block.get("name"), given))
         found = []
         for id, name, given in calls:
             arguments = parse_arguments(given, self.partial)
@@ -2584,9 +2593,7 @@ class DeadlineSocket(socket.socket):
             except ssl.SSLWantWriteError:
                 writing = True
             except OSError as exc:
-                if exc.errno is None:
-                    raise       # a signal handler's, as TimeoutError("mine")
-                raise NetworkError(exc)
+                raise to_network_error(exc)
             self.wait(writing)
 
     def connect(self, address: Any) -> None:
@@ -2603,12 +2610,18 @@ class DeadlineSocket(socket.socket):
 
         So http.client reads, by socket.SocketIO, which passes only the buffer.
         """
-        size = int(self.when_ready(super().recv_into, buffer, len(buffer)))
+        try:
+            size = self.when_ready(super().recv_into, buffer, len(buffer))
+        except OSError as exc:
+            # Before Python 3.10, SocketIO fails if one has no arguments.
+            if not exc.args:
+                exc.args = ("",)
+            raise
         if size:
             self.answered = True
         else:
             self.ended = True
-        return size
+        return int(size)
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """Send all of it, as http.client does to write."""
@@ -2627,8 +2640,9 @@ class DeadlineSocket(socket.socket):
             super().recv_into(bytearray(1), 1)
         except (BlockingIOError, ssl.SSLWantReadError):
             return False
-        except OSError:     # it is broken
-            return True
+        except OSError as exc:
+            if exc.errno is None:   # see to_network_error()
+                raise
         return True
 
     def shut_down(self) -> None:
@@ -2673,9 +2687,7 @@ def open_socket(host: str, port: int, deadline: float) -> DeadlineSocket:
     try:
         found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     except OSError as exc:      # a gaierror, as a rule
-        if exc.errno is None:
-            raise       # a signal handler's, as TimeoutError("mine")
-        raise NetworkError(exc)
+        raise to_network_error(exc)
     cause = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
     for number, (family, kind, protocol, _, address) in enumerate(found):
         now = time.monotonic()
@@ -2683,6 +2695,8 @@ def open_socket(host: str, port: int, deadline: float) -> DeadlineSocket:
         try:
             sock = DeadlineSocket(family, kind, protocol)
         except OSError as exc:      # as for IPv6, if the system has none
+            if exc.errno is None:   # see to_network_error()
+                raise
             cause = exc
             continue
         sock.setblocking(False)
@@ -2719,7 +2733,7 @@ def start_tls(sock: DeadlineSocket, host: str, context: ssl.SSLContext,
         secure = context.wrap_socket(sock, server_hostname=host,
                                      do_handshake_on_connect=False)
     except OSError as exc:
-        raise NetworkError(exc)
+        raise to_network_error(exc)
     if not isinstance(secure, TLSSocket):
         # A package has replaced ssl.SSLContext by its own.
         secure.close()
@@ -2767,6 +2781,8 @@ def get_tls_context(ca_file: str | None,
         else:
             context = ssl.create_default_context()
     except OSError as exc:  # an SSLError too: no certificate is in the file
+        if exc.errno is None:   # see to_network_error()
+            raise
         # Python says only the name of SSLKEYLOGFILE.
         name = exc.filename or f"SSL_CERT_FILE={ca_file}"
         error = APIConnectionError(f"{name} cannot be loaded: "
@@ -3038,7 +3054,7 @@ def open_tunnel(sock: DeadlineSocket, proxy: Proxy, address: Address) -> None:
     try:
         duplicate = sock.dup()      # a DeadlineSocket, too
     except OSError as exc:
-        raise NetworkError(exc)
+        raise to_network_error(exc)
     duplicate.owner = sock.owner
     duplicate.deadline = sock.deadline
     tunnel.sock = duplicate
@@ -3775,7 +3791,11 @@ class Note:
         self.is_shown = sys.stderr.isatty()
         width = 80
         if self.is_shown:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            try:
+                size = os.get_terminal_size(sys.stderr.fileno())
+                width = size.columns or 80
+            except OSError:     # Windows takes NUL for a terminal
+                self.is_shown = False
         self.text = shorten(text, 1000)[:max(width - 3, 0)]
 
     def show(self) -> None:

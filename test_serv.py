@@ -6011,12 +6011,23 @@ def net_alarm(handler, seconds=0.04):
         signal.signal(signal.SIGALRM, before)
 
 
+class NetBareTimeout(TimeoutError):
+    """What `raise TimeoutError` raises: it has no arguments."""
+
+    def __new__(cls, *_):
+        return super().__new__(cls)
+
+    def __init__(self, *_):
+        super().__init__()
+
+
 @needs_alarm
 @pytest.mark.parametrize("place, raised", [
     *((place, TimeoutError) for place in (
         "connect", "handshake", "upload", "head", "TLS", "body", "stream",
         "the wait for a retry")),
-    *itertools.product(("head", "stream"), (OSError, KeyboardInterrupt))])
+    *itertools.product(("head", "stream"), (
+        OSError, KeyboardInterrupt, NetBareTimeout))])
 def test_what_a_signals_handler_raises_comes_out(place, raised, net_tls):
     """And nothing is sent again: it might be billed."""
     def handler(*_):
