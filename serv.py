@@ -1661,9 +1661,9 @@ def parse_events(name: str, data: str) -> list[JSONDict]:
             events = [] if error is None else [{"error": error}]
     if name != "message":
         for event in events:
-            # An event of chat has no type.
-            is_of_chat = "choices" in event or event is DONE
-            if "type" not in event and not is_of_chat:
+            # An event of chat has no type, and gets none.
+            has_no_type = "type" not in event and event is not DONE
+            if has_no_type and "choices" not in event:
                 event["type"] = name
     return events
 
@@ -1873,33 +1873,31 @@ def add_text(target: JSONDict, name: str, value: JSON) -> None:
 
     The first row that fits:
 
-    ===  ===============  ===================  ========================
-    row  the field        the piece            what becomes of the field
-    ===  ===============  ===================  ========================
-    1    any              "", [], {}, None     see put(): it stays
-    2    a list           a text               a list; see add_parts()
-    3    anything else    a text               a text, which grows
-    4    any              a list               a list; see add_parts()
-    5    a text, a list   an object, a number  APIResponseError
-    6    anything else    an object, a number  see put()
-    ===  ===============  ===================  ========================
+    ===  ==============  ====================  =========================
+    row  the field       the piece             what becomes of the field
+    ===  ==============  ====================  =========================
+    1    a list          a text (not "")       a list; see add_parts()
+    2    anything else   a text (not "")       a text, which grows
+    3    any             a list (not [])       a list; see add_parts()
+    4    a text, a list  an object, a number   APIResponseError
+    5    any             anything else, as ""  see put()
+    ===  ==============  ====================  =========================
     """
     old = target.get(name)
-    if is_empty(value):                                             # 1
-        put(target, name, value)
-    elif isinstance(value, str) and isinstance(old, GrowingList):   # 2
+    if value and isinstance(value, str):
+        if isinstance(old, GrowingList):                            # 1
+            add_parts(target, name, value)
+        else:                                                       # 2
+            if not isinstance(old, GrowingText):
+                old = GrowingText(old if isinstance(old, str) else "")
+                target[name] = old
+            old.pieces.append(value)
+    elif value and isinstance(value, list):                         # 3
         add_parts(target, name, value)
-    elif isinstance(value, str):                                    # 3
-        if not isinstance(old, GrowingText):
-            old = GrowingText(old if isinstance(old, str) else "")
-            target[name] = old
-        old.pieces.append(value)
-    elif isinstance(value, list):                                   # 4
-        add_parts(target, name, value)
-    elif isinstance(old, (GrowingText, GrowingList)):               # 5
+    elif isinstance(old, (GrowingText, GrowingList)) and not is_empty(value):
         raise APIResponseError(f"a broken event: {name} was text and is now "
-                               f"{type(value).__name__}")
-    else:                                                           # 6
+                               f"{type(value).__name__}")           # 4
+    else:                                                           # 5
         put(target, name, value)
 
 
