@@ -2620,6 +2620,16 @@ def test_a_finish_reason_that_says_the_server_failed_is_an_error(reason):
         assert reason in str(each)
 
 
+def test_a_broken_event_is_shown():
+    with pytest.raises(serv.APIResponseError, match="upstream timed out"):
+        serv.parse_events("message", "upstream timed out")
+
+
+def test_blank_lines_before_a_body_do_not_count():
+    assert serv.read_beginning(iter([b"\r\n" * 999, b" \n{", b"}"])) == (
+        b"{", "json")
+
+
 @pytest.mark.parametrize("event", [
     {}, {"message": None}, {"text": "x"}, {"choices": []}, {"type": "error"}],
     ids=repr)
@@ -3653,6 +3663,11 @@ STREAM_BLOCKS = {  # a script between the first and the last event; content
         'begin tool_use | json {"a": 1} | end | 1 begin tool_use | '
         'json {"b": 2} | 1 end',
         [{**STREAM_TOOL, "input": {"a": 1}},
+         {**STREAM_TOOL, "input": {"b": 2}}]),
+    "an index that is begun again": (
+        'begin tool_use | end | begin tool_use | 1 begin tool_use | '
+        'json {"a": 1} | 1 json {"b": 2}',
+        [STREAM_TOOL, {**STREAM_TOOL, "input": {"a": 1}},
          {**STREAM_TOOL, "input": {"b": 2}}]),
     "a delta after the end of its block": (
         'begin tool_use | json {"a" | end | 1 begin text | json : 1} | '
@@ -5583,6 +5598,14 @@ def test_of_too_many_the_oldest_is_dropped(monkeypatch):
         assert [each.connections for each in servers] == [2, 2, 1, 1]
 
 
+def test_no_more_than_max_idle_are_kept(monkeypatch):
+    monkeypatch.setattr(serv, "MAX_IDLE", 2)
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            net_chat(stack.enter_context(Server(net_echo)))
+        assert len(serv._idle) == 2
+
+
 def test_an_old_connection_is_not_used(monkeypatch):
     with Server(net_echo) as server:
         net_chat(server)
@@ -6043,6 +6066,16 @@ def test_what_a_signals_handler_raises_comes_out(place, raised, net_tls):
         assert caught.value is mine and mine.__cause__ is None
         if server:
             assert server.connections <= 1 and len(server.requests) <= 1
+
+
+@pytest.mark.parametrize("error, ours", [
+    (TimeoutError("mine"), False), (TimeoutError(), False),
+    (ConnectionResetError(errno.ECONNRESET, "reset"), True),
+    (socket.gaierror(socket.EAI_NONAME, "no name"), True),
+    (ssl.SSLError(1, "alert"), True)], ids=repr)
+def test_an_error_without_a_number_is_not_the_systems(error, ours):
+    raised = serv.to_network_error(error)
+    assert (raised.cause if ours else raised) is error
 
 
 @needs_alarm
@@ -7607,6 +7640,20 @@ def terminal():
         pytest.skip("its terminals are none")
     yield terminal
     terminal.close()
+
+
+def test_there_is_no_note_on_a_terminal_without_a_size(monkeypatch):
+    class Nul(io.StringIO):  # as Windows' NUL
+        def isatty(self):
+            return True
+
+        def fileno(self):
+            return null.fileno()
+
+    with open(os.devnull, "w") as null:
+        monkeypatch.setattr(sys, "stderr", Nul())
+        serv.Note("waiting").show()
+        assert sys.stderr.getvalue() == ""
 
 
 @each_way
