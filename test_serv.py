@@ -6074,7 +6074,14 @@ def test_what_a_signals_handler_raises_comes_out(place, raised, net_tls):
     (socket.gaierror(socket.EAI_NONAME, "no name"), True),
     (ssl.SSLError(1, "alert"), True)], ids=repr)
 def test_an_error_without_a_number_is_not_the_systems(error, ours):
-    raised = serv.to_network_error(error)
+    def operation():
+        raise error
+
+    with serv.DeadlineSocket() as sock:
+        sock.owner, sock.deadline = os.getpid(), time.monotonic() + 60
+        with pytest.raises(Exception) as caught:
+            sock.when_ready(operation)
+    raised = caught.value
     assert (raised.cause if ours else raised) is error
 
 
