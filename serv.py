@@ -23,8 +23,8 @@ you put into headers.  Tools that record local variables, http.client's
 debuglevel and audit hooks of Python can still see the key; so can whoever
 has both a record of the traffic and the file that SSLKEYLOGFILE names.
 Redirects are not followed.  Certificates are always checked.  (If
-SSL_CERT_FILE or SSL_CERT_DIR is set, the extra checks of their form that
-Python 3.13 added are off.)  A plain ``http://`` URL sends the key
+SSL_CERT_FILE or SSL_CERT_DIR is set, VERIFY_X509_STRICT is off: checks of
+their form, which Python 3.13 added.)  A plain ``http://`` URL sends the key
 unencrypted.  No host is contacted except the one in ``base_url``, through
 your proxy if the environment names one.
 
@@ -2750,6 +2750,7 @@ def start_tls(sock: DeadlineSocket, host: str, context: ssl.SSLContext,
 
 
 # TLS contexts by their CA settings; creating one takes tens of milliseconds.
+# A CA file that changes later is not read again.
 _tls_contexts: dict[tuple[str | None, str | None], ssl.SSLContext] = {}
 
 
