@@ -18,10 +18,11 @@ What this file does with your key: each call reads it from ``api_key`` or
 from SERV_API_KEY and sends it in the Authorization header of the request to
 ``base_url``, and nowhere else.  This file writes it to no disk and no log,
 and removes it (a key of 8 characters or more, its literal text only) from
-the messages and attributes of errors.  It does not remove other secrets that
-you put into headers.  Tools that record local variables, http.client's
-debuglevel and audit hooks of Python can still see the key; so can whoever
-has both a record of the traffic and the file that SSLKEYLOGFILE names.
+the messages and attributes of errors, as it does with a proxy's login.  It
+does not remove other secrets that you put into headers.  Tools that record
+local variables, http.client's debuglevel and audit hooks of Python can still
+see the key; so can whoever has both a record of the traffic and the file
+that SSLKEYLOGFILE names.
 Redirects are not followed.  Certificates are always checked.  (If
 SSL_CERT_FILE or SSL_CERT_DIR is set, VERIFY_X509_STRICT is off: checks of
 their form, which Python 3.13 added.)  A plain ``http://`` URL sends the key
@@ -462,7 +463,7 @@ class ToolCall(collections.namedtuple("ToolCall", "id name arguments")):
     ``arguments`` is a dict.  Text that is not a JSON object stays a ``str``.
     While a stream is incomplete, ``arguments`` is always a ``str``, so that
     no half can look like a whole.  If the token limit cut the answer before
-    the first of them, they are ``""``.
+    any argument had come, ``arguments`` is ``""``.
     """
 
     __slots__ = ()
@@ -555,20 +556,23 @@ class Reply(dict):  # type: ignore[type-arg]
         for call in get_dicts(self.message, "tool_calls"):
             function = get_dict(call, "function") or get_dict(call, "custom")
             # A custom tool has an input instead.
-            given = function.get("arguments", function.get("input"))
-            calls.append((get_str(call, "id"), function.get("name"), given))
+            sent = function.get("arguments", function.get("input"))
+            calls.append((get_str(call, "id"), function.get("name"), sent))
         for block in get_dicts(self.message, "content"):
             if block.get("type") == "tool_use":
-                given = block.get("input") or {}
-                calls.append((get_str(block, "id"), block.get("name"), given))
-        found = []
-        for id, name, given in calls:
-            arguments = parse_arguments(given, self.partial)
-            if not given and self.truncated:
+                sent = block.get("input") or {}
+                calls.append((get_str(block, "id"), block.get("name"), sent))
+        tool_calls = []
+        for id, name, sent in calls:
+            if not name or not isinstance(name, str):
+                continue
+            if self.truncated and not sent:
+                # Nobody knows whether arguments were still to come.
                 arguments = ""
-            if name and isinstance(name, str):
-                found.append(ToolCall(id, name, arguments))
-        return found
+            else:
+                arguments = parse_arguments(sent, self.partial)
+            tool_calls.append(ToolCall(id, name, arguments))
+        return tool_calls
 
     @property
     def stop_reason(self) -> str | None:
@@ -1349,7 +1353,8 @@ def find_bare_error(answer: JSONDict) -> JSON:
     """
     if "base_resp" in answer:
         response = get_dict(answer, "base_resp")
-        return response if response.get("status_code") else None
+        if response.get("status_code"):     # 0 is a success
+            return response
     errors = answer.get("errors")
     text = answer.get("message") or answer.get("detail")
     if not errors and not text:
@@ -2683,13 +2688,13 @@ def open_socket(host: str, port: int, deadline: float) -> DeadlineSocket:
     the time left, so that a dead one leaves time for the next.
     """
     try:
-        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     except OSError as exc:      # a gaierror, as a rule
         raise to_network_error(exc)
     cause = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-    for number, (family, kind, protocol, _, address) in enumerate(found):
+    for number, (family, kind, protocol, _, address) in enumerate(addresses):
         now = time.monotonic()
-        share = max(deadline - now, 0.0) / (len(found) - number)
+        share = max(deadline - now, 0.0) / (len(addresses) - number)
         try:
             sock = DeadlineSocket(family, kind, protocol)
         except OSError as exc:      # as for IPv6, if the system has none
@@ -2782,8 +2787,12 @@ def get_tls_context(ca_file: str | None,
     except OSError as exc:  # an SSLError too: no certificate is in the file
         if exc.errno is None:   # see to_network_error()
             raise
-        # Python says only the name of SSLKEYLOGFILE.
-        name = exc.filename or f"SSL_CERT_FILE={ca_file}"
+        if exc.filename:    # Python sets it for SSLKEYLOGFILE only
+            name = exc.filename
+        elif ca_file:
+            name = f"SSL_CERT_FILE={ca_file}"
+        else:
+            name = "the system's CA store"
         error = APIConnectionError(f"{name} cannot be loaded: "
                                    f"{exc.strerror or exc}")
         error._worth_a_retry = False

@@ -2620,6 +2620,13 @@ def test_a_finish_reason_that_says_the_server_failed_is_an_error(reason):
         assert reason in str(each)
 
 
+@pytest.mark.parametrize("status", [
+    None, {}, {"status_code": 0}, {"status_code": "0"}], ids=repr)
+def test_a_good_status_of_minimax_hides_no_error(status):
+    body = {"base_resp": status, "message": "No."}
+    assert serv.find_error(body) is not None
+
+
 def test_a_broken_event_is_shown():
     with pytest.raises(serv.APIResponseError, match="upstream timed out"):
         serv.parse_events("message", "upstream timed out")
