@@ -249,19 +249,6 @@ class InternalServerError(APIStatusError):
     status = 500
 
 
-def copy_error(error: ServError) -> ServError:
-    """Return a copy with the cause, but without the traceback and the context.
-
-    copy.copy() keeps the text and the attributes only.  The context may quote
-    the server.  The traceback of an error that is kept and raised again would
-    grow, and keep the frames of the first raise alive.
-    """
-    copied = copy.copy(error)
-    if error.__cause__ is not None:
-        copied.__cause__ = error.__cause__
-    return copied
-
-
 class NetworkError(Exception):
     """An OSError of one of our sockets; the caller never sees it.
 
@@ -735,8 +722,8 @@ class Stream:
                 self._exchange.close()
         if self._error is not None and self._state != "closed":
             # Each further step raises it again: an end would look as if the
-            # answer were whole.
-            raise copy_error(self._error)
+            # answer were whole.  A copy, because a traceback grows.
+            raise copy.copy(self._error) from self._error.__cause__
         return None
 
     def _read(self) -> tuple[JSONDict, str] | None:
@@ -2549,10 +2536,6 @@ class DeadlineSocket(socket.socket):
     Beneath, it does not block, and waits by poll().  With settimeout(), the
     socket module would raise a TimeoutError, as a caller's signal handler may
     do in the middle of a call; nobody could tell them apart.
-
-    In these methods, super() is socket.socket.  In a TLSSocket, which
-    inherits them, super() is ssl.SSLSocket: Python looks for a method in
-    TLSSocket, DeadlineSocket, SSLSocket and socket, in this order.
     """
 
     # Undocumented: SSLContext.wrap_socket() makes its sockets without a call
@@ -2561,6 +2544,14 @@ class DeadlineSocket(socket.socket):
     owner = 0           # the process that opened it
     answered = False    # a byte has come since this was set to False
     ended = False       # the end has been read
+
+    def receive_now(self, buffer: Any) -> int:
+        """Receive what is here, without waiting; return how many bytes."""
+        return socket.socket.recv_into(self, buffer)
+
+    def send_now(self, data: Any) -> int:
+        """Send what can be sent without waiting; return how many bytes."""
+        return socket.socket.send(self, data)
 
     def check(self) -> float:
         """Return the seconds left.
@@ -2614,7 +2605,7 @@ class DeadlineSocket(socket.socket):
         So http.client reads, by socket.SocketIO, which passes only the buffer.
         """
         try:
-            size = self.when_ready(super().recv_into, buffer, len(buffer))
+            size = self.when_ready(self.receive_now, buffer)
         except OSError as exc:
             # Before Python 3.10, SocketIO fails if one has no arguments.
             if not exc.args:
@@ -2630,7 +2621,7 @@ class DeadlineSocket(socket.socket):
         """Send all of it, as http.client does to write."""
         view = memoryview(data)
         while view:
-            size = self.when_ready(super().send, view[:READ_SIZE],
+            size = self.when_ready(self.send_now, view[:READ_SIZE],
                                    writing=True)
             view = view[size:]
 
@@ -2640,7 +2631,7 @@ class DeadlineSocket(socket.socket):
         A byte that has come is lost: the connection is of no more use.
         """
         try:
-            super().recv_into(bytearray(1), 1)
+            self.receive_now(bytearray(1))
         except (BlockingIOError, ssl.SSLWantReadError):
             return False
         except OSError as exc:
@@ -2662,6 +2653,14 @@ class DeadlineSocket(socket.socket):
 
 class TLSSocket(DeadlineSocket, ssl.SSLSocket):  # type: ignore[misc]
     """The same with TLS."""
+
+    def receive_now(self, buffer: Any) -> int:
+        """Receive and decrypt what is here, without waiting."""
+        return ssl.SSLSocket.recv_into(self, buffer)
+
+    def send_now(self, data: Any) -> int:
+        """Encrypt and send what can be sent without waiting."""
+        return ssl.SSLSocket.send(self, data)
 
 
 def build_network_error(code: int) -> NetworkError:
@@ -3419,7 +3418,10 @@ class Exchange:
                 f"timed out: not within {self.request.timeout:g} s; raise "
                 "timeout (or SERV_TIMEOUT), or ask for less")
         elif isinstance(exc, ServError):
-            error = copy_error(exc)
+            # What was raised before it may quote the server; the traceback
+            # would keep this try in memory.
+            error = exc.with_traceback(None)
+            error.__context__ = None
         else:
             what = "no answer"
             if self.response is not None:
@@ -3506,7 +3508,9 @@ def send_request(request: Request) -> Exchange:
         # Without room for the wait there is no use in waiting.
         if (wait is None or failed == request.max_retries
                 or time.monotonic() + wait >= exchange.deadline):
-            raise copy_error(error)
+            # A copy, because a frame and an error that refer to each other
+            # would wait for the garbage collector.
+            raise copy.copy(error) from error.__cause__
         failed += 1
         warn(f"retry {failed} of {request.max_retries} in {wait:.1f} s: "
              f"{error}")
