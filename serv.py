@@ -2543,7 +2543,6 @@ class DeadlineSocket(socket.socket):
     deadline = 0.0      # by time.monotonic()
     owner = 0           # the process that opened it
     answered = False    # a byte has come since this was set to False
-    ended = False       # the end has been read
 
     def receive_now(self, buffer: Any) -> int:
         """Receive what is here, without waiting; return how many bytes."""
@@ -2613,8 +2612,6 @@ class DeadlineSocket(socket.socket):
             raise
         if size:
             self.answered = True
-        else:
-            self.ended = True
         return int(size)
 
     def sendall(self, data: Any, flags: int = 0) -> None:
@@ -2965,10 +2962,6 @@ class Connection(http.client.HTTPConnection):
                 raise APIConnectionError("the request could not be sent whole")
             raise
         skip_interim_answers(self.response)
-        # http.client takes the end of the connection for the end of the head.
-        # Undocumented: of a whole head, it reads only up to the blank line.
-        if self.wire.ended:
-            raise http.client.HTTPException("closed inside the header")
         return self.response
 
     def is_usable(self, limit: float) -> bool:
@@ -3366,14 +3359,6 @@ class Exchange:
                 raise
         return data.getvalue()
 
-    def ended_with_connection(self) -> bool:
-        """Whether the end of the body was that of the connection.
-
-        Then nothing else tells whether the body is whole.
-        """
-        assert self.response is not None
-        return self.response.length is None and not self.response.chunked
-
     def parse_answer(self, data: bytes) -> JSONDict:
         """Return a whole JSON answer; raise the error that it is, if so."""
         text = decode_body(data)
@@ -3387,14 +3372,24 @@ class Exchange:
             raise self.build_status_error(parse_stream_error(answer))
         if is_json and find_error(answer) is not None:
             raise self.build_status_error(answer)
-        if not is_json and self.ended_with_connection():
-            text = text.strip()
-            if text.startswith("{") and not text.endswith("}"):
-                raise APIConnectionError("the answer was cut")
+        if not is_json and self.looks_cut(text.strip()):
+            raise APIConnectionError("the answer was cut")
         if not is_answer(answer, self.request.endpoint):
             raise APIResponseError("not the JSON of an answer; check base_url "
                                    "and the proxy: " + (text or "nothing"))
         return answer   # type: ignore[no-any-return]
+
+    def looks_cut(self, text: str) -> bool:
+        """Whether a body that is not JSON looks like a part of an answer.
+
+        It is asked only if the end of the body is that of the connection:
+        then nothing else tells whether the body is whole.  A head that was
+        cut counts for http.client as a whole one, with an empty body.
+        """
+        assert self.response is not None
+        if self.response.length is not None or self.response.chunked:
+            return False
+        return not text or (text.startswith("{") and not text.endswith("}"))
 
     def build_status_error(self, body: JSON) -> APIStatusError:
         """Return the error for a status, or for an error object in a 200."""
