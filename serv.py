@@ -2626,14 +2626,15 @@ class DeadlineSocket(socket.socket):
         """Whether anything has come, or the end; it does not wait.
 
         A byte that has come is lost: the connection is of no more use.
+
+        :raise NetworkError: the connection is broken.
         """
         try:
             self.receive_now(bytearray(1))
         except (BlockingIOError, ssl.SSLWantReadError):
             return False
         except OSError as exc:
-            if exc.errno is None:   # see to_network_error()
-                raise
+            raise to_network_error(exc)
         return True
 
     def shut_down(self) -> None:
@@ -2688,30 +2689,33 @@ def open_socket(host: str, port: int, deadline: float) -> DeadlineSocket:
     except OSError as exc:      # a gaierror, as a rule
         raise to_network_error(exc)
     cause = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-    for number, (family, kind, protocol, _, address) in enumerate(addresses):
+    for number, address in enumerate(addresses):
         now = time.monotonic()
         share = max(deadline - now, 0.0) / (len(addresses) - number)
         try:
-            sock = DeadlineSocket(family, kind, protocol)
-        except OSError as exc:      # as for IPv6, if the system has none
-            if exc.errno is None:   # see to_network_error()
-                raise
-            cause = exc
-            continue
-        sock.setblocking(False)
-        sock.owner = os.getpid()
-        sock.deadline = now + min(share, CONNECT_TIMEOUT)
-        try:
-            sock.connect(address)
-            set_options(sock)
-            return sock
+            return connect_socket(address, now + min(share, CONNECT_TIMEOUT))
         except NetworkError as exc:
-            sock.close()
             cause = exc.cause
-        except BaseException:
-            sock.close()
-            raise
     raise NetworkError(cause)   # of the last address
+
+
+def connect_socket(info: Any, deadline: float) -> DeadlineSocket:
+    """Return a socket that is connected to an address of getaddrinfo()."""
+    family, kind, protocol, _, address = info
+    try:
+        sock = DeadlineSocket(family, kind, protocol)
+    except OSError as exc:      # as for IPv6, if the system has none
+        raise to_network_error(exc)
+    sock.setblocking(False)
+    sock.owner = os.getpid()
+    sock.deadline = deadline
+    try:
+        sock.connect(address)
+        set_options(sock)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def set_options(sock: socket.socket) -> None:
@@ -3486,8 +3490,19 @@ class Exchange:
             self.connection.wire.shut_down()
 
 
-def send_request(request: Request) -> Exchange:
-    """Return a good exchange, after as many tries as the request allows."""
+def log_warning(text: str) -> None:
+    """Log a warning, if the application uses logging (it is slow to load)."""
+    logging = sys.modules.get("logging")
+    if logging is not None:
+        logging.getLogger("serv").warning(text)
+
+
+def send_request(request: Request,
+                 warn: Callable[[str], None] = log_warning) -> Exchange:
+    """Return a good exchange, after as many tries as the request allows.
+
+    Each retry is a line to ``warn``.
+    """
     started = time.monotonic()
     failed = 0
     resent = False
@@ -3510,13 +3525,6 @@ def send_request(request: Request) -> Exchange:
         warn(f"retry {failed} of {request.max_retries} in {wait:.1f} s: "
              f"{error}")
         time.sleep(wait)
-
-
-def warn(text: str) -> None:
-    """Log a warning, if the application uses logging (it is slow to load)."""
-    logging = sys.modules.get("logging")
-    if logging is not None:
-        logging.getLogger("serv").warning(text)
 
 
 # ---------------------------------------------------------------------------
@@ -3628,11 +3636,7 @@ def run_command(argv: Sequence[str]) -> int:
     if args.dry_run:
         print(build_curl(request), flush=True)
         return 0
-    note = Note(f"serv: waiting for {args.model}")
-    if not args.verbose:
-        return print_answer(args, request, note)
-    with retries_shown(note):
-        return print_answer(args, request, note)
+    return print_answer(args, request)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -3773,24 +3777,6 @@ def build_curl(request: Request) -> str:
     return " \\\n  ".join(lines)
 
 
-@contextlib.contextmanager
-def retries_shown(note: Note) -> Iterator[None]:
-    """Print what the logger is told meanwhile: a line for each retry."""
-    import logging
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            note.erase()
-            say(record.getMessage())
-
-    handler = Handler()
-    logging.getLogger("serv").addHandler(handler)
-    try:
-        yield
-    finally:
-        logging.getLogger("serv").removeHandler(handler)
-
-
 class Note:
     """A note on a terminal that says what is being waited for."""
 
@@ -3818,12 +3804,18 @@ class Note:
                   file=sys.stderr, flush=True)
 
 
-def print_answer(args: argparse.Namespace, request: Request,
-                 note: Note) -> int:
+def print_answer(args: argparse.Namespace, request: Request) -> int:
     """Send the request and print the answer; return the exit status."""
+    note = Note(f"serv: waiting for {args.model}")
+
+    def say_retry(text: str) -> None:
+        note.erase()
+        say(text)
+
     note.show()
     try:
-        exchange = send_request(request)
+        exchange = send_request(request, say_retry if args.verbose
+                                else log_warning)
         if request.streaming:
             pieces = Stream(exchange)
             print_pieces(pieces, note)
