@@ -351,7 +351,7 @@ def chat(messages: Messages, *, model: str | None = None,
         "chat", messages, model=model, system=system, api_key=api_key,
         base_url=base_url, timeout=timeout, max_retries=max_retries,
         headers=headers, params=params)
-    return send_request(request).to_reply()
+    return send_request(request).build_reply()
 
 
 def message(messages: Messages, *, max_tokens: int, model: str | None = None,
@@ -372,7 +372,7 @@ def message(messages: Messages, *, max_tokens: int, model: str | None = None,
         "messages", messages, model=model, system=system, api_key=api_key,
         base_url=base_url, timeout=timeout, max_retries=max_retries,
         headers=headers, params={"max_tokens": max_tokens, **params})
-    return send_request(request).to_reply()
+    return send_request(request).build_reply()
 
 
 def stream(messages: Messages, *, endpoint: str = "chat",
@@ -616,16 +616,16 @@ class Stream:
     another.  ``with`` closes it, and so does the garbage collector.
     """
 
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-        # "open", then one of: "ended", at its proven end; "closed", by
-        # close(); "failed": then each further step raises _error again.
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        # "open", or in the middle of a step "reading"; at last one of "ended",
+        # at its proven end; "failed", with _error; "closed", by close().
         self._state = "open"
         self._error: ServError | None = None
-        self._is_reading = False
-        # Whoever acquires it ends the stream.  Nobody waits for it, and nobody
-        # releases it: a stream ends once.
-        self._ending = threading.Lock()
+        # It guards these two, and nobody waits while it is held.  It is
+        # reentrant, because in the middle of a step a signal handler may call
+        # close().
+        self._lock = threading.RLock()
 
     def __iter__(self) -> Stream:
         return self
@@ -638,8 +638,8 @@ class Stream:
 
     def __del__(self) -> None:
         # Nobody refers to it any more, so that nobody reads or closes it.
-        if self._state == "open":
-            self._exchange.close()
+        if self._state in ("open", "reading"):
+            self._answer.connection.discard()
 
     def __next__(self) -> str:
         """Return the next piece of text; raise as ``events()`` does."""
@@ -675,7 +675,7 @@ class Stream:
         """What has arrived so far, in the shape of a whole answer."""
         if self._error is not None and self._error.reply is not None:
             return self._error.reply    # of which the key has been removed
-        return self._exchange.build_reply()
+        return self._answer.build_reply()
 
     def close(self) -> None:
         """End the stream early; what had arrived stays in ``reply``.
@@ -683,104 +683,77 @@ class Stream:
         If another thread waits for a piece, its wait ends at once, and its
         loop ends without an error.
         """
-        if not self._ending.acquire(blocking=False):
-            return      # it has ended
-        self._state = "closed"
-        if self._is_reading:
-            self._exchange.end_wait()
-        else:
-            self._exchange.close()
-
-    # While one thread reads, another may call close():
-    #
-    #     close() comes           what happens
-    #     between two steps       close() closes the connection
-    #     during a step           it ends the wait; the reader closes
-    #     as a step begins        one of these two, or both: closing again
-    #     or ends                 does nothing
-    #
-    # Neither misses the other, because each says first what it does.  The
-    # reader sets _is_reading, then looks at _state; close() sets _state, then
-    # looks at _is_reading.
+        with self._lock:
+            if self._state == "open":
+                self._state = "closed"
+                self._answer.connection.discard()
+            elif self._state == "reading":
+                self._state = "closed"
+                # The thread that reads closes the connection, in _read().
+                self._answer.connection.end_wait()
 
     def _advance(self) -> tuple[JSONDict, str] | None:
         """Return the next event, and the text that it adds; None at the end.
 
         :raise ServError: see events().
         """
-        if self._is_reading:
+        if self._state == "reading":
             raise ValueError("this stream is being read already")
-        try:
-            self._is_reading = True
-            if self._state == "open":
-                step = self._read()
-                if step is not None:
-                    return step
-        finally:
-            self._is_reading = False
-            if self._state == "closed":
-                self._exchange.close()
-        if self._error is not None and self._state != "closed":
+        if self._state == "open":
+            step = self._read()
+            if step is not None:
+                return step
+        if self._error is not None:
             # Each further step raises it again: an end would look as if the
             # answer were whole.  A copy, because a traceback grows.
             raise copy.copy(self._error) from self._error.__cause__
         return None
 
     def _read(self) -> tuple[JSONDict, str] | None:
-        """Return the next event and its text; None if the stream has ended.
-
-        This is the one place where a stream ends, except close():
-
-            at the end, and proven whole            "ended"
-            the network fails after that proof      "ended"
-            any other failure of the call           "failed"
-            an interrupt, which goes on its way     "failed"
-        """
-        exchange = self._exchange
+        """Return the next event and its text; None if the stream has ended."""
         try:
-            step = next(exchange.events, None)
+            with self._lock:
+                if self._state != "open":
+                    return None     # close() came just now
+                self._state = "reading"
+            step = next(self._answer.events, None)
+            if step is None:
+                if not self._answer.is_whole():
+                    raise APIConnectionError("the answer was cut")
+                self._end("ended")
+            return step
         except CALL_FAILURES as exc:
-            if exchange.is_whole() and isinstance(exc, NETWORK_FAILURES):
-                self._leave("ended")
-            else:
-                self._fail(exchange.explain(exc))
+            self._end("failed", exc)
+            return None
         except BaseException:
             # Ctrl-C, or what a signal handler of the caller raised.
-            self._fail(APIConnectionError("reading was interrupted"))
+            self._end("failed", APIConnectionError("reading was interrupted"))
             raise
-        else:
-            if step is not None:
-                return step
-            if exchange.is_whole():
-                self._leave("ended", keep=True)
+        finally:
+            with self._lock:
+                if self._state == "reading":
+                    self._state = "open"
+                elif self._state == "closed":
+                    self._answer.connection.discard()
+
+    def _end(self, state: str, exc: Exception | None = None) -> None:
+        """End the stream, unless close() was faster.
+
+        The connection is closed after an error; else the next call gets it.
+        """
+        error = None
+        if exc is not None:
+            error = self._answer.explain(exc)
+            error.reply = self._answer.build_partial_reply()
+        with self._lock:
+            if self._state != "reading":
+                return
+            self._state = state
+            self._error = error
+            if error is None:
+                self._answer.connection.keep()
             else:
-                cut = APIConnectionError("the answer was cut")
-                self._fail(exchange.explain(cut))
-        return None
-
-    def _leave(self, state: str, keep: bool = False) -> None:
-        """Go from "open" to another state, unless close() was faster.
-
-        The connection is closed, or kept for the next call.  (If close() was
-        faster, it is closed there, or at the end of _advance().)
-        """
-        if not self._ending.acquire(blocking=False):
-            return
-        self._state = state
-        if keep:
-            self._exchange.keep_connection()
-        else:
-            self._exchange.close()
-
-    def _fail(self, error: ServError) -> None:
-        """End with an error, unless close() was faster.
-
-        _advance() raises it.
-        """
-        self._exchange.complete_error(error)
-        error.reply = self._exchange.build_partial_reply()
-        self._error = error
-        self._leave("failed")
+                self._answer.connection.discard()
 
 
 # ---------------------------------------------------------------------------
@@ -2511,9 +2484,9 @@ def expect_list(data: JSONDict, name: str) -> list[JSON]:
 # HTTP.  It does so over a socket of our own class, in which every wait ends
 # with the deadline of the call.
 #
-# From the bottom up: the socket; where a call goes (address, proxy, CA); a
-# connection; the kept connections; an exchange, which is one request and its
-# answer; send_request(), which tries exchanges until one is good.
+# From the bottom up: the socket; TLS; the route of a call (proxy, CA); a
+# connection; the kept connections; a call, which explains its errors; an
+# answer, while it is read; send_request(), which tries until one is good.
 #
 # A comment with "Undocumented" names what this relies on though no
 # documentation says it.  It is so in Python 3.8 to 3.13, on which the tests
@@ -2818,24 +2791,33 @@ class Proxy(collections.namedtuple("Proxy", "host port login")):
     login: str | None
 
 
-class Route:
-    """How a call gets to its server, as the environment is now."""
+class Route(collections.namedtuple(
+        "Route", "tls host port proxy ca_file ca_dir")):
+    """How a call gets to its server, as the environment is now.
 
-    def __init__(self, address: Address) -> None:
-        self.address = address
-        self.proxy = find_proxy(address)
-        self.ca_file: str | None = None
-        self.ca_dir: str | None = None
-        if address.tls:
-            self.ca_file = os.environ.get("SSL_CERT_FILE") or None
-            self.ca_dir = os.environ.get("SSL_CERT_DIR") or None
+    Calls of equal routes share connections.
+    """
 
-    def pool_key(self) -> tuple[JSON, ...]:
-        """Return the key of this route: where it is equal, calls may share
-        connections.
-        """
-        return (self.address.tls, self.address.host, self.address.port,
-                self.proxy, self.ca_file, self.ca_dir)
+    __slots__ = ()
+    tls: bool
+    host: str
+    port: int
+    proxy: Proxy | None
+    ca_file: str | None
+    ca_dir: str | None
+
+
+def find_route(address: Address) -> Route:
+    """Return the route to an address.
+
+    :raise ValueError: the proxy's URL is wrong.
+    """
+    ca_file = ca_dir = None
+    if address.tls:
+        ca_file = os.environ.get("SSL_CERT_FILE") or None
+        ca_dir = os.environ.get("SSL_CERT_DIR") or None
+    return Route(address.tls, address.host, address.port,
+                 find_proxy(address), ca_file, ca_dir)
 
 
 def find_proxy(address: Address) -> Proxy | None:
@@ -2893,21 +2875,38 @@ def parse_proxy(text: str) -> Proxy | None:
     return Proxy(ascii_host, port or 80, login)
 
 
-class Connection(http.client.HTTPConnection):
-    """A connection to a server: new, in use, idle, then in use again, closed.
+class Response(http.client.HTTPResponse):
+    """An answer, without the interim answers that may come before it.
 
-    It is closed after anything but an answer that was read to its end.
+    https://www.rfc-editor.org/rfc/rfc9110#section-15.2
     """
 
+    def begin(self) -> None:
+        """Read the head of the answer.
+
+        http.client itself skips 100, but not 102 and 103.
+        """
+        super().begin()
+        while self.status < 200 and self.status != 101:
+            # Undocumented: begin() reads a head only if there is none yet.
+            self.headers = None     # type: ignore[assignment]
+            super().begin()
+
+
+class Connection(http.client.HTTPConnection):
+    """A connection to a server, for one call after the other.
+
+    It is closed after anything except an answer that was read to its end.
+    """
+
+    response_class = Response   # Undocumented: getresponse() makes one.
+
     def __init__(self, route: Route) -> None:
-        peer = route.proxy or route.address
+        peer = route.proxy or route
         super().__init__(peer.host, peer.port)
         self.route = route
-        self.state = "new"
         self.idle_since = 0.0       # by time.monotonic()
         self.deadline = 0.0         # of the call that uses it
-        self.reused = False         # that call is not its first
-        self.upload_broke = False   # the server stopped reading the request
         # The socket, from which `response` reads.  http.client calls it
         # `sock`, and forgets it when an answer says "Connection: close".
         self.wire: DeadlineSocket | None = None
@@ -2916,56 +2915,56 @@ class Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         """Connect, through the proxy and with TLS where the route says so."""
         route = self.route
-        self.wire = open_socket(self.host, self.port, self.deadline)
-        self.wire.deadline = self.deadline
-        if route.address.tls:
+        wire = open_socket(self.host, self.port, self.deadline)
+        self.wire = wire
+        wire.deadline = self.deadline
+        if route.tls:
             if route.proxy:
-                open_tunnel(self.wire, route.proxy, route.address)
+                open_tunnel(wire, route)
             context = get_tls_context(route.ca_file, route.ca_dir)
-            self.wire = start_tls(self.wire, route.address.host, context,
-                                  self.deadline)
-        self.sock = self.wire
+            wire = start_tls(wire, route.host, context, self.deadline)
+            self.wire = wire
+            wire.deadline = self.deadline
+        self.sock = wire
 
     def post(self, request: Request,
              deadline: float) -> http.client.HTTPResponse:
-        """Send a request; return the answer, of which the head is read."""
-        self.reused = self.state == "idle"
-        self.state = "in use"
-        self.deadline = deadline
-        if self.wire is None:
-            self.connect()
-        assert self.wire is not None
-        self.wire.deadline = deadline
-        self.wire.answered = False
-        self.write_request(request)
-        return self.read_head()
+        """Send a request; return the answer, of which the head is read.
 
-    def write_request(self, request: Request) -> None:
-        """Send a request, as far as the server reads it."""
+        The server may have closed a connection that was kept.  Then its end
+        comes soon, and before a byte of the answer: the request is sent once
+        more, on a new connection.  If the end comes later, the server may
+        have processed the request, and billed it.
+        """
+        self.deadline = deadline
+        if self.wire is not None:
+            limit = min(time.monotonic() + STALE_SECONDS, deadline)
+            try:
+                return self.post_once(request)
+            except NETWORK_FAILURES:
+                if self.wire.answered or time.monotonic() >= limit:
+                    raise
+            self.discard()
+        self.connect()
+        return self.post_once(request)
+
+    def post_once(self, request: Request) -> http.client.HTTPResponse:
+        """Do what post() says, on the connection as it is."""
+        assert self.wire is not None
+        self.wire.deadline = self.deadline
+        self.wire.answered = False
         target, headers = request.target, request.headers
-        if self.route.proxy and not request.address.tls:
+        if self.route.proxy and not self.route.tls:
             target = request.url
             if self.route.proxy.login:
                 headers = {**headers,
                            "Proxy-Authorization": self.route.proxy.login}
-        try:
+        # If the server stopped reading, it may have said why (413): its answer
+        # is read all the same.  Undocumented: getresponse() allows that,
+        # because the request counts as sent before its bytes are sent.
+        with contextlib.suppress(NetworkError):
             self.request("POST", target, request.body, headers)
-        except NetworkError:
-            # The server may have said why it stopped reading (413): its answer
-            # is read all the same.  Undocumented: getresponse() allows that,
-            # because the request counts as sent before its bytes are sent.
-            self.upload_broke = True
-
-    def read_head(self) -> http.client.HTTPResponse:
-        """Read the head of the answer, and return the answer."""
-        assert self.wire is not None
-        try:
-            self.response = self.getresponse()
-        except http.client.RemoteDisconnected:
-            if self.upload_broke:
-                raise APIConnectionError("the request could not be sent whole")
-            raise
-        skip_interim_answers(self.response)
+        self.response = self.getresponse()
         return self.response
 
     def is_usable(self, limit: float) -> bool:
@@ -2989,36 +2988,32 @@ class Connection(http.client.HTTPConnection):
 
     def keep(self) -> None:
         """Leave it to the next call, if there can be one."""
-        if self.can_be_kept():
-            self.state = "idle"
+        # Undocumented: if the answer says "Connection: close", http.client
+        # has set `sock` to None.
+        can_be_kept = self.wire is not None and self.sock is not None
+        # tinyproxy garbles the next request where there was no CONNECT.
+        if self.route.proxy is not None and not self.route.tls:
+            can_be_kept = False
+        # A stream that was opened before a fork is the parent's to keep.
+        if self.wire is not None and self.wire.owner != os.getpid():
+            can_be_kept = False
+        if can_be_kept:
             self.idle_since = time.monotonic()
             _idle.append(self)
             close_old()
         else:
             self.discard()
 
-    def can_be_kept(self) -> bool:
-        """Whether another request may follow on this connection."""
-        # Undocumented: if the head says "Connection: close", http.client sets
-        # `sock` to None.
-        if self.wire is None or self.sock is None or self.upload_broke:
-            return False
-        # If an interim head came first, http.client has looked for "close" in
-        # that head only.
-        if self.response is None or self.response.will_close:
-            return False
-        # tinyproxy garbles the next request where there was no CONNECT.
-        if self.route.proxy and not self.route.address.tls:
-            return False
-        # A stream that was opened before a fork is the parent's to keep.
-        return self.wire.owner == os.getpid()
+    def end_wait(self) -> None:
+        """End a wait in another thread, which then finds the end."""
+        if self.wire is not None:
+            self.wire.shut_down()
 
     def discard(self) -> None:
         """Close it for good; the other side is told at once."""
-        self.state = "closed"
+        self.end_wait()
         # Closing fails if others have closed its descriptor already.
         if self.wire is not None:
-            self.wire.shut_down()
             with contextlib.suppress(OSError):
                 self.wire.close()
         if self.response is not None:
@@ -3028,50 +3023,26 @@ class Connection(http.client.HTTPConnection):
             self.close()
 
 
-def skip_interim_answers(response: http.client.HTTPResponse) -> None:
-    """Read on to the head of the real answer, if another one came before it.
-
-    https://www.rfc-editor.org/rfc/rfc9110#section-15.2
-
-    http.client itself skips 100, but not 102 and 103.
-    """
-    # Undocumented: begin() reads a head.  It returns at once if there are
-    # headers already.
-    while response.status < 200 and response.status != 101:
-        response.headers = None     # type: ignore[assignment]
-        response.begin()
-
-
-def open_tunnel(sock: DeadlineSocket, proxy: Proxy, address: Address) -> None:
-    """Have a proxy connect a socket to a server.
+def open_tunnel(sock: DeadlineSocket, route: Route) -> None:
+    """Have a route's proxy connect a socket to the server.
 
     https://www.rfc-editor.org/rfc/rfc9110#section-9.3.6
 
     :raise APIConnectionError: the proxy refuses.
     """
-    host = f"[{address.host}]" if ":" in address.host else address.host
-    target = f"{host}:{address.port}"
-    tunnel = http.client.HTTPConnection(proxy.host, proxy.port)
-    # http.client closes its socket after this answer, because the answer has
-    # no length.  So it gets a second descriptor of the connection.  Nothing
-    # is lost in its buffer: with TLS, the client speaks first.
-    try:
-        duplicate = sock.dup()      # a DeadlineSocket, too
-    except OSError as exc:
-        raise to_network_error(exc)
-    duplicate.owner = sock.owner
-    duplicate.deadline = sock.deadline
-    tunnel.sock = duplicate
-    with contextlib.closing(tunnel):
-        tunnel.putrequest("CONNECT", target, skip_host=True,
-                          skip_accept_encoding=True)
-        tunnel.putheader("Host", target)
-        tunnel.putheader("User-Agent", USER_AGENT)
-        if proxy.login:
-            tunnel.putheader("Proxy-Authorization", proxy.login)
-        tunnel.endheaders()
-        with tunnel.getresponse() as response:
-            status = response.status
+    assert route.proxy is not None
+    host = f"[{route.host}]" if ":" in route.host else route.host
+    target = f"{host}:{route.port}"
+    head = [f"CONNECT {target} HTTP/1.1", f"Host: {target}",
+            f"User-Agent: {USER_AGENT}"]
+    if route.proxy.login:
+        head.append(f"Proxy-Authorization: {route.proxy.login}")
+    sock.sendall("\r\n".join([*head, "", ""]).encode())
+    # Leaving "with" closes the response, but not the socket.  Nothing is lost
+    # in its buffer: with TLS, the client speaks first.
+    with Response(sock, method="CONNECT") as response:
+        response.begin()
+        status = response.status
     if not 200 <= status < 300:
         reason = http.client.responses.get(status, "")
         error = APIConnectionError(f"the proxy refused: {status} {reason}")
@@ -3101,10 +3072,9 @@ def take_connection(route: Route) -> Connection:
     The waits of is_usable() take LAST_CHUNK_SECONDS at most, together.
     """
     close_old()
-    key = route.pool_key()
     limit = time.monotonic() + LAST_CHUNK_SECONDS
     for connection in reversed(_idle[:]):
-        if connection.route.pool_key() == key and take_out(connection):
+        if connection.route == route and take_out(connection):
             if connection.is_usable(limit):
                 return connection
             connection.discard()
@@ -3135,141 +3105,147 @@ if hasattr(os, "register_at_fork"):     # not on Windows
     os.register_at_fork(after_in_child=close_idle)
 
 
-class Exchange:
-    """One try of a request: the connection and the answer on it."""
+class Call:
+    """A call: its request, its route, its time, and how often it failed."""
 
-    def __init__(self, request: Request, started: float, retries: int,
-                 reuse: bool) -> None:
+    def __init__(self, request: Request) -> None:
         self.request = request
-        self.started = started          # the call, by time.monotonic()
-        self.deadline = started + request.timeout
-        self.elapsed = 0.0              # seconds from `started` to the end
-        self.retries = retries          # tries that had failed before
-
-        self.route = Route(request.address)
+        self.route = find_route(request.address)
+        self.started = time.monotonic()
+        self.deadline = self.started + request.timeout
+        self.retries = 0        # tries that have failed so far
         # What is removed from errors, because a server may repeat it.
         secrets = [request.secret]
         if self.route.proxy and self.route.proxy.login:
             secrets.append(self.route.proxy.login.split()[-1])
         self.secrets = [text for text in secrets if len(text) >= MIN_SECRET]
-        self.connection = (take_connection(self.route) if reuse
-                           else Connection(self.route))
-        self.begun = time.monotonic()   # this try
-        self.response: http.client.HTTPResponse | None = None
-        self.at_end = False             # the body was read to its end
 
-        # The answer, if it came whole, as plain JSON.
-        self.answer: JSONDict | None = None
+    def redact_text(self, text: str) -> str:
+        """Return text of the server without secrets, as clean text."""
+        text = clean_text(text)
+        for secret in self.secrets:
+            text = text.replace(secret, "[removed]")
+        return text
+
+    def redact_headers(self, headers: Headers) -> Headers:
+        """Return headers of the server without secrets."""
+        redacted = http.client.HTTPMessage()
+        redacted.set_payload("")    # str() needs one
+        for name, value in headers.items():
+            redacted[self.redact_text(name)] = self.redact_text(value)
+        return redacted
+
+    def explain(self, exc: Exception,
+                headers: Headers | None) -> ServError:
+        """Return what was raised as an error of this call.
+
+        ``headers`` are the answer's, if its head had come.
+
+        A failure of the network is a timeout, if it comes at the deadline;
+        else a ServError stays what it is; anything else is an
+        APIConnectionError.  Only an exception of the system becomes the
+        cause: those of http.client quote the server, which may have echoed
+        the key.
+        """
+        is_late = time.monotonic() >= self.deadline - CLOCK_ERROR
+        error: ServError
+        if is_late and isinstance(exc, NETWORK_FAILURES):
+            error = APITimeoutError(
+                f"timed out: not within {self.request.timeout:g} s; raise "
+                "timeout (or SERV_TIMEOUT), or ask for less")
+        elif isinstance(exc, ServError):
+            # What was raised before it may quote the server; the traceback
+            # would keep this try in memory.
+            error = exc.with_traceback(None)
+            error.__context__ = None
+        else:
+            what = "no answer" if headers is None else "the answer was cut"
+            text = str(exc) or type(exc).__name__
+            if isinstance(exc, NetworkError):
+                text += find_hint(exc.cause, self.route)
+            error = APIConnectionError(f"{what}: {text}")
+        if isinstance(exc, NetworkError):
+            error.__cause__ = exc.cause
+            if isinstance(exc.cause, ssl.SSLCertVerificationError):
+                error._worth_a_retry = False
+        self.complete_error(error, headers)
+        return error
+
+    def complete_error(self, error: ServError,
+                       headers: Headers | None) -> None:
+        """Add to an error where and when it happened, and clean it."""
+        error.retries = self.retries
+        where = "POST " + self.request.url
+        proxy = self.route.proxy
+        if proxy:
+            where += f" through the proxy {proxy.host}:{proxy.port}"
+        request_id = find_request_id(headers) if headers else None
+        if request_id:
+            error.request_id = self.redact_text(request_id)
+            where += ", request id " + shorten(error.request_id)
+        # The key goes before it is cut short: half a key would not be found.
+        text = shorten(self.redact_text(str(error)))
+        error.args = (f"{text} ({self.redact_text(where)})",)
+
+
+def find_hint(exc: OSError, route: Route) -> str:
+    """Return what would help against a failure of the network."""
+    if isinstance(exc, (ConnectionRefusedError, socket.gaierror)):
+        if route.proxy:
+            return "; check the proxy"
+        return "; check base_url (or SERV_BASE_URL) and the network"
+    if isinstance(exc, ssl.SSLError) and not isinstance(
+            exc, ssl.SSLCertVerificationError):
+        return "; does the server speak https?  Check base_url"
+    # OpenSSL's numbers for: nobody trusted has signed it (18 and 19: it has
+    # signed itself; 20 and 21: its issuer is not known).
+    unknown = getattr(exc, "verify_code", 0) in (18, 19, 20, 21)
+    if unknown and not (route.ca_file or route.ca_dir):
+        return ("; for a company's own CA, set SSL_CERT_FILE to the path of "
+                "its PEM file")
+    return ""
+
+
+class Answer:
+    """An answer while it is read: its head is here, its body comes."""
+
+    def __init__(self, call: Call, connection: Connection,
+                 response: http.client.HTTPResponse) -> None:
+        self.call = call
+        self.connection = connection
+        self.response = response
+        self.is_good = 200 <= response.status < 300
+        self.at_end = False         # the body was read to its end
+        self.elapsed = 0.0          # seconds from the call to the last byte
+        # Plain JSON, once it is whole.
+        self.json: JSONDict | None = None
         # Of a stream: what puts it together, and its events, each with the
         # text that it adds.
         self.assembler: Assembler
-        if request.endpoint == "chat":
-            self.assembler = ChatAssembler(request.choices)
+        if call.request.endpoint == "chat":
+            self.assembler = ChatAssembler(call.request.choices)
         else:
             self.assembler = MessagesAssembler()
         self.events: Iterator[tuple[JSONDict, str]] = iter(())
 
-    def run(self) -> ServError | None:
-        """Send the request and read the answer; of a stream, its head.
+    def begin(self) -> None:
+        """Read a whole answer; of a stream, what shows that it is none.
 
-        Return the error, if there is one: send_request() decides whether it
-        is raised.  The connection is kept after an error answer that was read
-        to its end; else it is closed.
+        :raise Exception: one of CALL_FAILURES, also if the answer is an error.
         """
-        try:
-            self.response = self.connection.post(self.request, self.deadline)
-            if self.request.streaming and self.is_good():
-                self.begin_stream()
-            else:
-                chunks = self.iter_body()
-                self.answer = self.parse_answer(self.read_body(b"", chunks))
-            self.elapsed = time.monotonic() - self.started
-            return None
-        except CALL_FAILURES as exc:
-            error = self.explain(exc)
-        except BaseException:       # Ctrl-C, for example
-            self.close()
-            raise
-        self.complete_error(error)
-        if self.at_end:     # see iter_body()
-            self.keep_connection()
-        else:
-            self.close()
-        return error
-
-    def was_stale(self, error: ServError) -> bool:
-        """Whether to assume that a reused connection was closed already.
-
-        Then its end comes soon, and before a byte of the answer.  If it comes
-        later, the server may have processed the request, and billed it.
-        """
-        wire = self.connection.wire
-        if isinstance(error, APITimeoutError):
-            return False
-        if not self.connection.reused or wire is None or wire.answered:
-            return False
-        return time.monotonic() < self.begun + STALE_SECONDS
-
-    def is_good(self) -> bool:
-        """Whether the status is one of success."""
-        return self.response is not None and (
-            200 <= self.response.status < 300)
-
-    def get_headers(self) -> Headers:
-        """Return the headers of the answer."""
-        if self.response is None:
-            return http.client.HTTPMessage()
-        return self.response.headers
-
-    def clean_headers(self) -> Headers:
-        """Return the headers of the answer without the key."""
-        headers = http.client.HTTPMessage()
-        headers.set_payload("")     # str() needs one
-        for name, value in self.get_headers().items():
-            headers[self.redact_text(name)] = self.redact_text(value)
-        return headers
-
-    def to_reply(self) -> Reply:
-        """Return the whole answer; leave the connection to the next call."""
-        self.keep_connection()
-        return self.build_reply()
-
-    def is_whole(self) -> bool:
-        """Whether what has arrived is the whole answer."""
-        return self.answer is not None or self.assembler.whole
-
-    def build_reply(self) -> Reply:
-        """Return what has arrived."""
-        data = self.answer
-        if data is None:
-            data = self.assembler.build()
-        partial = not self.is_whole()
-        return Reply(data, self.get_headers(), self.elapsed, partial,
-                     self.retries)
-
-    def build_partial_reply(self) -> Reply:
-        """Return what had arrived of a stream that failed, without the key."""
-        if self.answer is not None:
-            data = map_text(self.answer, self.redact_text)
-        else:
-            data = self.assembler.build(self.redact_text)
-        return Reply(data, self.clean_headers(), self.elapsed, True,
-                     self.retries)
-
-    def begin_stream(self) -> None:
-        """Prepare the reading of a stream."""
-        content_type = self.get_headers().get_content_type()
-        labelled = content_type == "text/event-stream"
-        self.events = self.iter_stream(labelled)
-        if not labelled:
-            # The answer may be an error.  So its first event is read before
-            # the caller gets a stream.  (That of a true stream may take
-            # minutes.)
+        if not self.call.request.streaming or not self.is_good:
+            self.json = self.parse(self.read_body(b"", self.iter_body()))
+            return
+        self.events = self.iter_stream()
+        content_type = self.response.headers.get_content_type()
+        if content_type != "text/event-stream":
+            # It may be an error.  So its first event is read before the caller
+            # gets a stream.  (That of a true stream may take minutes.)
             first = next(self.events, None)
             if first is not None:
                 self.events = itertools.chain([first], self.events)
 
-    def iter_stream(self, labelled: bool) -> Iterator[tuple[JSONDict, str]]:
+    def iter_stream(self) -> Iterator[tuple[JSONDict, str]]:
         """Yield each decoded event of a stream, and the text that it adds.
 
         Some servers answer with plain JSON instead.  Then the whole answer is
@@ -3277,14 +3253,18 @@ class Exchange:
         """
         chunks = self.iter_body()
         head, body_type = read_beginning(chunks)
-        if body_type is None:   # the body is empty, or nearly so
-            body_type = "events" if labelled else "other"
         if body_type == "events":
-            yield from self.iter_decoded(itertools.chain([head], chunks))
+            try:
+                yield from self.iter_decoded(itertools.chain([head], chunks))
+            except NETWORK_FAILURES:
+                if not self.assembler.whole:
+                    raise
+                # What failed comes after the proven end; but this connection
+                # is of no more use.
+                self.connection.discard()
         else:
-            self.answer = self.parse_answer(self.read_body(head, chunks))
-            self.elapsed = time.monotonic() - self.started
-            yield self.answer, Reply(self.answer).text
+            self.json = self.parse(self.read_body(head, chunks))
+            yield self.json, Reply(self.json).text
 
     def iter_decoded(self, chunks: Iterator[bytes]
                      ) -> Iterator[tuple[JSONDict, str]]:
@@ -3293,13 +3273,12 @@ class Exchange:
         try:
             for name, data in iter_events(chunks):
                 for event in parse_events(name, data):
-                    now = time.monotonic()
                     # The caller may have held a piece beyond the deadline.
                     # After a proven end, what is here already (the usage)
                     # is accepted even so.
-                    if now >= self.deadline and not assembler.whole:
+                    is_late = time.monotonic() >= self.call.deadline
+                    if is_late and not assembler.whole:
                         raise APITimeoutError("an event came too late")
-                    self.elapsed = now - self.started
                     if event is DONE:
                         assembler.add(DONE)
                         return      # what comes after it does not count
@@ -3320,15 +3299,14 @@ class Exchange:
         head names neither, that of the connection.
         """
         response = self.response
-        assert response is not None
         coding = str(response.headers.get("content-encoding") or "identity")
         if coding.lower() != "identity":
             raise APIResponseError(f"cannot decode content-encoding {coding}")
         coding = str(response.headers.get("transfer-encoding") or "identity")
         if coding.lower() not in ("identity", "chunked"):
             raise APIResponseError(f"cannot decode transfer-encoding {coding}")
-        limit = MAX_STREAM if self.request.streaming else MAX_BODY
-        if not self.is_good():
+        limit = MAX_STREAM if self.call.request.streaming else MAX_BODY
+        if not self.is_good:
             limit = MAX_ERROR
         # Undocumented: this is the Content-Length, or None if the body is
         # chunked or ends with the connection.
@@ -3336,6 +3314,7 @@ class Exchange:
         size = 0
         while True:
             data = response.read1(READ_SIZE)
+            self.elapsed = time.monotonic() - self.call.started
             if not data:
                 break
             size += len(data)
@@ -3359,11 +3338,11 @@ class Exchange:
         except CALL_FAILURES:
             # An error status is the news, even without its whole body; also
             # if the time is over.
-            if self.is_good():
+            if self.is_good:
                 raise
         return data.getvalue()
 
-    def parse_answer(self, data: bytes) -> JSONDict:
+    def parse(self, data: bytes) -> JSONDict:
         """Return a whole JSON answer; raise the error that it is, if so."""
         text = decode_body(data)
         try:
@@ -3372,13 +3351,13 @@ class Exchange:
         except ValueError:
             answer = text
             is_json = False
-        if not self.is_good():
+        if not self.is_good:
             raise self.build_status_error(parse_stream_error(answer))
         if is_json and find_error(answer) is not None:
             raise self.build_status_error(answer)
         if not is_json and self.looks_cut(text.strip()):
             raise APIConnectionError("the answer was cut")
-        if not is_answer(answer, self.request.endpoint):
+        if not is_answer(answer, self.call.request.endpoint):
             raise APIResponseError("not the JSON of an answer; check base_url "
                                    "and the proxy: " + (text or "nothing"))
         return answer   # type: ignore[no-any-return]
@@ -3386,108 +3365,44 @@ class Exchange:
     def looks_cut(self, text: str) -> bool:
         """Whether a body that is not JSON looks like a part of an answer.
 
-        It is asked only if the end of the body is that of the connection:
+        That counts only if the end of the body is that of the connection:
         then nothing else tells whether the body is whole.  A head that was
-        cut counts for http.client as a whole one, with an empty body.
+        cut is, for http.client, a whole one with an empty body.
         """
-        assert self.response is not None
         if self.response.length is not None or self.response.chunked:
             return False
         return not text or (text.startswith("{") and not text.endswith("}"))
 
     def build_status_error(self, body: JSON) -> APIStatusError:
         """Return the error for a status, or for an error object in a 200."""
-        assert self.response is not None
-        return build_status_error(self.response.status, self.clean_headers(),
-                                  map_text(body, self.redact_text))
+        headers = self.call.redact_headers(self.response.headers)
+        return build_status_error(self.response.status, headers,
+                                  map_text(body, self.call.redact_text))
 
     def explain(self, exc: Exception) -> ServError:
-        """Return what was raised as an error of this call.
+        """Return what was raised while this answer was read as an error."""
+        return self.call.explain(exc, self.response.headers)
 
-        A failure of the network is a timeout, if it comes at the deadline;
-        else a ServError stays what it is; anything else is an
-        APIConnectionError.  Only an exception of the system becomes the
-        cause: those of http.client quote the server, which may have echoed
-        the key.
-        """
-        is_late = time.monotonic() >= self.deadline - CLOCK_ERROR
-        error: ServError
-        if is_late and isinstance(exc, NETWORK_FAILURES):
-            error = APITimeoutError(
-                f"timed out: not within {self.request.timeout:g} s; raise "
-                "timeout (or SERV_TIMEOUT), or ask for less")
-        elif isinstance(exc, ServError):
-            # What was raised before it may quote the server; the traceback
-            # would keep this try in memory.
-            error = exc.with_traceback(None)
-            error.__context__ = None
+    def is_whole(self) -> bool:
+        """Whether what has arrived is the whole answer."""
+        return self.json is not None or self.assembler.whole
+
+    def build_reply(self) -> Reply:
+        """Return what has arrived."""
+        data = self.json
+        if data is None:
+            data = self.assembler.build()
+        return Reply(data, self.response.headers, self.elapsed,
+                     not self.is_whole(), self.call.retries)
+
+    def build_partial_reply(self) -> Reply:
+        """Return what had arrived of a stream that failed, without the key."""
+        if self.json is not None:
+            data = map_text(self.json, self.call.redact_text)
         else:
-            what = "no answer"
-            if self.response is not None:
-                what = "the answer was cut"
-            text = str(exc) or type(exc).__name__
-            if isinstance(exc, NetworkError):
-                text += self.find_hint(exc.cause)
-            error = APIConnectionError(f"{what}: {text}")
-        if isinstance(exc, NetworkError):
-            error.__cause__ = exc.cause
-            if isinstance(exc.cause, ssl.SSLCertVerificationError):
-                error._worth_a_retry = False
-        return error
-
-    def find_hint(self, exc: OSError) -> str:
-        """Return what would help against a failure of the network."""
-        if isinstance(exc, (ConnectionRefusedError, socket.gaierror)):
-            if self.route.proxy:
-                return "; check the proxy"
-            return "; check base_url (or SERV_BASE_URL) and the network"
-        if isinstance(exc, ssl.SSLError) and not isinstance(
-                exc, ssl.SSLCertVerificationError):
-            return "; does the server speak https?  Check base_url"
-        # OpenSSL's numbers for: nobody trusted has signed it (18 and 19: it
-        # has signed itself; 20 and 21: its issuer is not known).
-        unknown = getattr(exc, "verify_code", 0) in (18, 19, 20, 21)
-        if unknown and not (self.route.ca_file or self.route.ca_dir):
-            return ("; for a company's own CA, set SSL_CERT_FILE to the path "
-                    "of its PEM file")
-        return ""
-
-    def complete_error(self, error: ServError) -> None:
-        """Add to an error where and when it happened, and clean it."""
-        where = "POST " + self.request.url
-        if self.route.proxy:
-            where += (f" through the proxy {self.route.proxy.host}:"
-                      f"{self.route.proxy.port}")
-        error.retries = self.retries
-        request_id = find_request_id(self.get_headers())
-        if request_id:
-            error.request_id = self.redact_text(request_id)
-            where += ", request id " + shorten(error.request_id)
-        # The key goes before it is cut short: half a key would not be found.
-        text = shorten(self.redact_text(str(error)))
-        error.args = (f"{text} ({self.redact_text(where)})",)
-
-    def redact_text(self, text: str) -> str:
-        """Return text of the server without secrets, as clean text."""
-        text = clean_text(text)
-        for secret in self.secrets:
-            text = text.replace(secret, "[removed]")
-        return text
-
-    def keep_connection(self) -> None:
-        """Leave the connection to the next call."""
-        self.events = iter(())  # breaks a cycle: the generator refers to self
-        self.connection.keep()
-
-    def close(self) -> None:
-        """Close the connection."""
-        self.events = iter(())  # breaks a cycle: the generator refers to self
-        self.connection.discard()
-
-    def end_wait(self) -> None:
-        """End a wait in another thread, which then finds the end."""
-        if self.connection.wire is not None:
-            self.connection.wire.shut_down()
+            data = self.assembler.build(self.call.redact_text)
+        headers = self.call.redact_headers(self.response.headers)
+        return Reply(data, headers, self.elapsed, True, self.call.retries)
 
 
 def log_warning(text: str) -> None:
@@ -3498,33 +3413,56 @@ def log_warning(text: str) -> None:
 
 
 def send_request(request: Request,
-                 warn: Callable[[str], None] = log_warning) -> Exchange:
-    """Return a good exchange, after as many tries as the request allows.
+                 warn: Callable[[str], None] = log_warning) -> Answer:
+    """Return a good answer, after as many tries as the request allows.
 
-    Each retry is a line to ``warn``.
+    It is whole, or a stream that has begun.  Each retry is a line to ``warn``.
     """
-    started = time.monotonic()
-    failed = 0
-    resent = False
+    call = Call(request)
     while True:
-        exchange = Exchange(request, started, failed, reuse=not resent)
-        error = exchange.run()
-        if error is None:
-            return exchange
-        if exchange.was_stale(error) and not resent:
-            resent = True       # once a call; it is no retry
-            continue            # with a new connection
-        wait = retry_wait(error, failed)
+        result = try_once(call)
+        if isinstance(result, Answer):
+            return result
+        wait = retry_wait(result, call.retries)
         # Without room for the wait there is no use in waiting.
-        if (wait is None or failed == request.max_retries
-                or time.monotonic() + wait >= exchange.deadline):
+        if (wait is None or call.retries == request.max_retries
+                or time.monotonic() + wait >= call.deadline):
             # A copy, because a frame and an error that refer to each other
             # would wait for the garbage collector.
-            raise copy.copy(error) from error.__cause__
-        failed += 1
-        warn(f"retry {failed} of {request.max_retries} in {wait:.1f} s: "
-             f"{error}")
+            raise copy.copy(result) from result.__cause__
+        call.retries += 1
+        warn(f"retry {call.retries} of {request.max_retries} in {wait:.1f} s: "
+             f"{result}")
         time.sleep(wait)
+
+
+def try_once(call: Call) -> Answer | ServError:
+    """Send the request of a call; return a good answer, or the error.
+
+    The connection is kept after an answer that was read to its end, an error
+    too, and goes on with a stream; else it is closed.
+    """
+    connection = take_connection(call.route)
+    answer = None
+    result: Answer | ServError
+    try:
+        response = connection.post(call.request, call.deadline)
+        answer = Answer(call, connection, response)
+        answer.begin()
+        result = answer
+    except CALL_FAILURES as exc:
+        headers = answer.response.headers if answer is not None else None
+        result = call.explain(exc, headers)
+    except BaseException:       # Ctrl-C, for example
+        connection.discard()
+        raise
+    if call.request.streaming and isinstance(result, Answer):
+        return result
+    if answer is not None and answer.at_end:
+        connection.keep()
+    else:
+        connection.discard()
+    return result
 
 
 # ---------------------------------------------------------------------------
@@ -3814,14 +3752,14 @@ def print_answer(args: argparse.Namespace, request: Request) -> int:
 
     note.show()
     try:
-        exchange = send_request(request, say_retry if args.verbose
-                                else log_warning)
+        answer = send_request(request, say_retry if args.verbose
+                              else log_warning)
         if request.streaming:
-            pieces = Stream(exchange)
+            pieces = Stream(answer)
             print_pieces(pieces, note)
             reply = pieces.reply
         else:
-            reply = exchange.to_reply()
+            reply = answer.build_reply()
             text = reply.text
             if args.json:
                 text = json.dumps(reply, indent=2, ensure_ascii=False)
