@@ -618,6 +618,10 @@ class Stream:
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
+        # The answer gives them away.  If both referred to each other, a stream
+        # that is closed early would wait for the garbage collector.
+        self._events = answer.events
+        answer.events = iter(())
         # "open", or in the middle of a step "reading"; at last one of "ended",
         # at its proven end; "failed", with _error; "closed", by close().
         self._state = "open"
@@ -716,7 +720,7 @@ class Stream:
                 if self._state != "open":
                     return None     # close() came just now
                 self._state = "reading"
-            step = next(self._answer.events, None)
+            step = next(self._events, None)
             if step is None:
                 if not self._answer.is_whole():
                     raise APIConnectionError("the answer was cut")

@@ -5872,17 +5872,23 @@ ask["max_retries"] = 1
 
 def call(name):
     try:
+        if name == "closed":
+            with serv.stream("Hi", **ask) as stream:
+                return next(stream)
         if name == "chat":
             return serv.chat("Hi", **ask).text
         return "".join(serv.stream("Hi", **ask))
     except serv.ServError as error:
         return type(error).__name__
 
-for number, ask["base_url"] in enumerate(sys.argv[1:]):
+names = ["closed"] + ["chat", "stream"] * 9
+for name, ask["base_url"] in zip(names, sys.argv[1:]):
     gc.collect()
-    print(call("stream" if number % 2 else "chat"), gc.collect())
+    print(call(name), gc.collect())
 """
 NET_FAILED_TRIES = [
+    # a stream that is closed after its first piece
+    ([closing(NET_BEGUN)], ("Hel", 1)),
     # what the server does; how chat() and stream() end, and after how many
     # requests
     ([error_answer(429), NET_OK], ("Hello!", 2), ("Hello!", 2)),
@@ -5896,7 +5902,7 @@ NET_FAILED_TRIES = [
 
 @pytest.mark.skipif(sys.implementation.name != "cpython",
                     reason="other collectors count otherwise")
-def test_a_failed_try_is_not_left_to_the_collector():
+def test_what_has_ended_is_not_left_to_the_collector():
     """It holds the whole request, and a socket."""
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(Server(answers))
