@@ -126,7 +126,6 @@ MAX_BODY = 1 << 25      # of the answer to a call, or of an event: 32 MiB
 MAX_STREAM = 1 << 26    # of the answer to stream(): 64 MiB, ten times the
                         # longest that was seen
 MAX_ERROR = 1 << 18     # of an error's body; the rest is not read
-MAX_HEAD = 1 << 10      # of a body, to tell JSON from an event stream
 MIN_SECRET = 8          # of a key; a shorter one is a common word
 
 # Levels of nested JSON.  The json module, and copying, recurse once a level.
@@ -247,48 +246,6 @@ class InternalServerError(APIStatusError):
     """5xx: the service, or the model behind it, failed."""
 
     status = 500
-
-
-class NetworkError(Exception):
-    """An OSError of one of our sockets; the caller never sees it.
-
-    It is made where the OSError is raised.  So any other OSError comes from
-    the caller's own code, such as a signal handler that raises TimeoutError
-    in the middle of a call, and is not caught.
-    """
-
-    def __init__(self, cause: OSError) -> None:
-        super().__init__(str(cause))
-        self.cause = cause.with_traceback(None)
-
-
-def to_network_error(exc: OSError) -> Exception:
-    """Return what to raise in place of an OSError: a NetworkError.
-
-    The system gives each OSError a number, its ``errno``.  One without is a
-    signal handler's, such as TimeoutError("mine"), raised just while a socket
-    worked.  It is returned as it is.
-    """
-    return exc if exc.errno is None else NetworkError(exc)
-
-
-# What is caught: failures of the network, and all failures of a call.
-# OverflowError comes from http.client, for a chunk with a size far below 0.
-NETWORK_FAILURES = (NetworkError, APIConnectionError,
-                    http.client.HTTPException, OverflowError)
-CALL_FAILURES = (ServError, *NETWORK_FAILURES)
-
-STATUS_ERRORS: dict[int, type[APIStatusError]] = {
-    400: BadRequestError, 401: AuthenticationError, 402: BillingError,
-    403: PermissionDeniedError, 404: NotFoundError, 429: RateLimitError}
-
-# https://docs.anthropic.com/en/api/errors, and what OpenAI's servers send.
-STATUS_OF_TYPE = {
-    "invalid_request_error": 400, "authentication_error": 401,
-    "billing_error": 402, "permission_error": 403, "not_found_error": 404,
-    "request_too_large": 413, "rate_limit_error": 429,
-    "insufficient_quota": 429, "api_error": 500, "server_error": 500,
-    "timeout_error": 504, "overloaded_error": 529}
 
 
 # ---------------------------------------------------------------------------
@@ -1391,6 +1348,19 @@ def is_answer(answer: JSON, endpoint: str) -> bool:
     return answer["content"] is None or isinstance(answer["content"], list)
 
 
+STATUS_ERRORS: dict[int, type[APIStatusError]] = {
+    400: BadRequestError, 401: AuthenticationError, 402: BillingError,
+    403: PermissionDeniedError, 404: NotFoundError, 429: RateLimitError}
+
+# https://docs.anthropic.com/en/api/errors, and what OpenAI's servers send.
+STATUS_OF_TYPE = {
+    "invalid_request_error": 400, "authentication_error": 401,
+    "billing_error": 402, "permission_error": 403, "not_found_error": 404,
+    "request_too_large": 413, "rate_limit_error": 429,
+    "insufficient_quota": 429, "api_error": 500, "server_error": 500,
+    "timeout_error": 504, "overloaded_error": 529}
+
+
 def find_status(fields: JSONDict) -> int | None:
     """Return the status that an error's type, or its code, stands for."""
     for name in ("type", "code"):
@@ -1616,68 +1586,45 @@ def parse_events(name: str, data: str) -> list[JSONDict]:
 
     :raise APIResponseError: the data breaks the format.
     """
-    try:
-        value = parse_json(data)
-    except ValueError as exc:
-        events = parse_odd_data(name, data, str(exc))
-    else:
-        if isinstance(value, dict):
-            events = [value]
-        else:
+    events: list[JSONDict] = []
+    for value in parse_data(name, data):
+        if not isinstance(value, dict):
             # [{"error": ...}], or a text in an event named "error".  What is
             # no error is noise, such as null.
             error = find_error(value, name)
-            events = [] if error is None else [{"error": error}]
-    if name != "message":
-        for event in events:
+            if error is not None:
+                events.append({"error": error})
+            continue
+        # An event without a name is called "message".
+        if name != "message" and value is not DONE:
             # An event of chat has no type, and gets none.
-            has_no_type = "type" not in event and event is not DONE
-            if has_no_type and "choices" not in event:
-                event["type"] = name
+            if "choices" not in value:
+                value.setdefault("type", name)
+        events.append(value)
     return events
 
 
-def parse_odd_data(name: str, data: str, reason: str) -> list[JSONDict]:
-    """Return the events in data that is not one JSON value.
-
-    The first row that fits:
-
-    =================================  ===================================
-    the data                           the events
-    =================================  ===================================
-    text, in an event named "error"    an error
-    nothing                            none; it keeps the connection alive
-    [DONE], or an object on each line  these; blank lines have been lost
-    text without { at its beginning,
-    in an event of a vendor's own      none
-    any other text                     APIResponseError
-    =================================  ===================================
-    """
-    if name == "error":
-        return [{"message": data}]
-    lines = [line for line in data.split("\n") if line.strip()]
-    if not lines:
-        return []
+def parse_data(name: str, data: str) -> list[JSON]:
+    """Return the JSON values in the data of one SSE event."""
     try:
-        return [parse_line(line) for line in lines]
+        return [parse_json(data)]
+    except ValueError as exc:
+        reason = str(exc)
+    if name == "error":
+        return [data]
+    try:
+        # Several lines: a blank line was lost between them.  None: it only
+        # keeps the connection alive.
+        return [DONE if line.strip() == "[DONE]" else parse_json(line)
+                for line in data.split("\n") if line.strip()]
     except ValueError:
         pass
-    # An event without a name is called "message".
+    # A vendor's own event may hold any text, except a part of an object.
     is_a_vendors = name != "message" and not name.startswith(
         ("message_", "content_block_"))
     if is_a_vendors and not data.lstrip().startswith("{"):
         return []
     raise APIResponseError(f"a broken event: {reason}: {data}")
-
-
-def parse_line(line: str) -> JSONDict:
-    """Return a line that is a JSON object or [DONE] of its own."""
-    if line.strip() == "[DONE]":
-        return DONE
-    value = parse_json(line)
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
 
 
 def parse_stream_error(body: JSON) -> JSON:
@@ -1695,37 +1642,24 @@ def parse_stream_error(body: JSON) -> JSON:
     return body
 
 
-def read_beginning(chunks: Iterator[bytes]) -> tuple[bytes, str | None]:
-    """Read a body until its type is known; return what was read, and it."""
+def read_beginning(chunks: Iterator[bytes]) -> bytes:
+    """Read enough of a body for is_event_stream(); return what was read."""
     head = b""
     for chunk in chunks:
         head = (head + chunk).lstrip()  # blank lines mean nothing here
-        body_type = find_body_type(head)
-        if body_type is not None:
-            return head, body_type
-    return head, None
+        if head.startswith(BOM):
+            head = head[len(BOM):].lstrip()
+        if len(head) >= len(b"event:"):
+            break
+    return head
 
 
-def find_body_type(head: bytes) -> str | None:
-    """Return what a body is by its first bytes: "events", "json", "other".
+def is_event_stream(head: bytes) -> bool:
+    """Whether a body that begins so is an event stream.
 
-    None means that more bytes are needed.  Content-Type does not count,
-    because gateways get it wrong both ways.
+    Content-Type does not count, because gateways get it wrong both ways.
     """
-    start = head.lstrip()
-    if start.startswith(BOM):
-        start = start[len(BOM):].lstrip()
-    if start[:1] in (b"{", b"["):
-        return "json"
-    beginnings = (b":", b"data:", b"event:", b"id:", b"retry:")
-    if start.startswith(beginnings):
-        return "events"
-    # Nothing yet, or a part of a beginning, such as b"da".
-    is_a_part = any(beginning.startswith(start)
-                    for beginning in (*beginnings, BOM))
-    if is_a_part and len(head) < MAX_HEAD:
-        return None
-    return "other"
+    return head.startswith((b":", b"data:", b"event:", b"id:", b"retry:"))
 
 
 # ---------------------------------------------------------------------------
@@ -1744,32 +1678,25 @@ def find_body_type(head: bytes) -> str | None:
 # Where servers differ from the two references, a comment names one that does.
 # ---------------------------------------------------------------------------
 
-# The texts that come in pieces in an entry of a list, such as a text part.
+# The texts of an entry of a list, such as a content part.
 ENTRY_TEXTS = ("text", "thinking", "summary")
 
-# The same in a message of chat.
-MESSAGE_TEXTS = ("content", "refusal", *REASONING_TEXTS)
+# The texts that come in pieces: of a message, of an entry of a list, of a
+# call, of spoken audio.
+TEXTS_IN_PIECES = frozenset((
+    "content", "refusal", *REASONING_TEXTS, *ENTRY_TEXTS,
+    "arguments", "input", "data", "transcript"))
 
 
 class GrowingText:
     """A text that comes in pieces.  They are joined when it is asked for."""
 
-    def __init__(self, text: str = "") -> None:
+    def __init__(self, text: str) -> None:
         self.pieces = [text]
-        # For is_closed(), which is asked of a call's arguments only.
-        self.nesting = Nesting()
-        self.scanned = 0    # how many pieces it has seen
 
     def get(self) -> str:
         """Return the text so far."""
         return "".join(self.pieces)
-
-    def is_closed(self) -> bool:
-        """Whether it is JSON with brackets, which are all closed."""
-        for piece in self.pieces[self.scanned:]:
-            self.nesting.add(piece)
-        self.scanned = len(self.pieces)
-        return self.nesting.is_closed()
 
 
 class GrowingList:
@@ -1790,11 +1717,15 @@ class GrowingList:
     def add(self, pieces: list[JSON]) -> None:
         """Add the pieces of one event."""
         for number, piece in enumerate(pieces):
-            if isinstance(piece, dict):
-                entry = self.find_entry(piece, is_first=number == 0)
-                add_to_entry(entry, piece)
-            else:
+            if not isinstance(piece, dict):
                 self.entries.append(piece)
+                continue
+            entry = self.find_entry(piece, is_first=number == 0)
+            for name, value in piece.items():
+                if name in ENTRY_TEXTS or isinstance(value, list):
+                    grow(entry, name, value)
+                else:
+                    put(entry, name, value)
 
     def find_entry(self, piece: JSONDict, is_first: bool) -> JSONDict:
         """Return the entry that a piece continues, or a new one."""
@@ -1828,88 +1759,49 @@ class GrowingList:
         return any(last.get(name) is not None for name in ENTRY_TEXTS)
 
 
-def add_to_entry(entry: JSONDict, piece: JSONDict) -> None:
-    """Add the fields of a piece to an entry of a list."""
-    for name, value in piece.items():
-        if name in ENTRY_TEXTS or isinstance(value, list):
-            add_text(entry, name, value)
-        else:
-            put(entry, name, value)
+def grow(target: JSONDict, name: str, value: JSON) -> None:
+    """Add a piece to a field of something that comes in pieces.
 
+    =======================  =======================================
+    the piece                the field
+    =======================  =======================================
+    a text of a name in      grows; a list of parts gets one more
+    TEXTS_IN_PIECES
+    "", None, [], {}         keeps what it has
+    a list                   gets its entries; see GrowingList
+    an object                is merged, field by field
+    anything else            is replaced
+    =======================  =======================================
 
-def add_text(target: JSONDict, name: str, value: JSON) -> None:
-    """Add a piece to a field that is a text, or a list of parts.
-
-    The first row that fits:
-
-    ===  ==============  ====================  =========================
-    row  the field       the piece             what becomes of the field
-    ===  ==============  ====================  =========================
-    1    a list          a text (not "")       a list; see add_parts()
-    2    anything else   a text (not "")       a text, which grows
-    3    any             a list (not [])       a list; see add_parts()
-    4    a text, a list  an object, a number   APIResponseError
-    5    any             anything else, as ""  see put()
-    ===  ==============  ====================  =========================
+    :raise APIResponseError: the field was a text, and the piece is not.
     """
     old = target.get(name)
-    if value and isinstance(value, str):
-        if isinstance(old, GrowingList):                            # 1
-            add_parts(target, name, value)
-        else:                                                       # 2
-            if not isinstance(old, GrowingText):
-                old = GrowingText(old if isinstance(old, str) else "")
-                target[name] = old
-            old.pieces.append(value)
-    elif value and isinstance(value, list):                         # 3
-        add_parts(target, name, value)
-    elif isinstance(old, (GrowingText, GrowingList)) and not is_empty(value):
-        raise APIResponseError(f"a broken event: {name} was text and is now "
-                               f"{type(value).__name__}")           # 4
-    else:                                                           # 5
-        put(target, name, value)
-
-
-def add_parts(target: JSONDict, name: str, value: str | list[JSON]) -> None:
-    """Add a list of parts, or a text, to a list of parts.
-
-    Magistral sends both.  A text, also one that came before the list, is a
-    part like any other.
-    """
-    old = target.get(name)
-    if not isinstance(old, GrowingList):
-        target[name] = GrowingList()
+    if value and isinstance(value, str) and name in TEXTS_IN_PIECES:
         if isinstance(old, GrowingText):
-            target[name].entries.append({"type": "text", "text": old})
-    if isinstance(value, str):
-        value = [{"type": "text", "text": value}]
-    target[name].add(value)
-
-
-def add_object(target: JSONDict, name: str, piece: JSONDict) -> None:
-    """Add to an object with texts that come in pieces.
-
-    That is what a call calls (function, custom; function_call before there
-    were tools), or spoken audio.
-    """
-    if not isinstance(target.get(name), dict):
-        target[name] = {}
-    fields = target[name]
-    for key, value in piece.items():
-        if key in ("arguments", "input", "data", "transcript"):
-            add_text(fields, key, value)
-        elif key == "name" and isinstance(value, str):
-            # Names come in pieces ("get_", then "time"), or whole in every
-            # piece.  So what begins with the name so far repeats it.
-            name_so_far = get_str(fields, key) or ""
-            if not value.startswith(name_so_far):
-                value = name_so_far + value
-            fields[key] = value
-            if len(value) > MAX_NAME:
-                raise APIResponseError("a broken event: a name is longer than "
-                                       f"{MAX_NAME} characters")
+            old.pieces.append(value)
+        elif isinstance(old, GrowingList):      # Magistral sends both
+            old.add([{"type": "text", "text": value}])
         else:
-            put(fields, key, value)
+            target[name] = GrowingText(value)
+    elif is_empty(value):
+        if old is None:
+            target[name] = value
+    elif isinstance(value, list):
+        if not isinstance(old, GrowingList):
+            target[name] = GrowingList()
+            if isinstance(old, GrowingText):    # it becomes the first part
+                target[name].entries.append({"type": "text", "text": old})
+        target[name].add(value)
+    elif isinstance(old, (GrowingText, GrowingList)):
+        raise APIResponseError(f"a broken event: {name} was text and is now "
+                               f"{type(value).__name__}")
+    elif isinstance(value, dict):
+        if not old or not isinstance(old, dict):
+            target[name] = {}
+        for key, entry in value.items():
+            grow(target[name], key, entry)
+    else:
+        target[name] = value
 
 
 def put(target: JSONDict, name: str, value: JSON) -> None:
@@ -1960,52 +1852,16 @@ class HalfCharacter:
     def __init__(self) -> None:
         self.waiting = ""
 
-    def join(self, piece: str) -> str:
-        """Return what can be shown now."""
-        if not piece:
-            return ""
-        if self.waiting or not piece.isascii():
-            piece = self.waiting + piece
-            self.waiting = ""
-            if "\ud800" <= piece[-1] <= "\udbff":
-                self.waiting = piece[-1]
-                piece = piece[:-1]
-            piece = clean_text(piece)
-        return piece
-
-    def end(self) -> str:
-        """Return what stands for a half that has waited in vain, if any."""
-        rest = clean_text(self.waiting)
+    def join(self, piece: str, is_last: bool) -> str:
+        """Return what can be shown now; after the last piece, all of it."""
+        if piece.isascii() and not self.waiting:
+            return piece
+        text = self.waiting + piece
         self.waiting = ""
-        return rest
-
-
-class IndexedParts:
-    """The calls or the blocks of an answer, in the order in which they begin.
-
-    An index is a key, whatever number it is.  Some servers give one index to
-    several parts: then it means the newest of them.
-    """
-
-    def __init__(self) -> None:
-        self.parts: list[JSONDict] = []
-        self.by_index: dict[int, JSONDict] = {}
-
-    def begin(self, index: JSON, part: JSONDict) -> JSONDict:
-        """Add a part and return it."""
-        if len(self.parts) >= MAX_PARTS:
-            raise APIResponseError(f"more than {MAX_PARTS} calls or blocks in "
-                                   "one answer")
-        self.parts.append(part)
-        if isinstance(index, int):
-            self.by_index[index] = part
-        return part
-
-    def get(self, index: JSON) -> JSONDict | None:
-        """Return the newest part of an index; without one, the last part."""
-        if isinstance(index, int):
-            return self.by_index.get(index)
-        return self.parts[-1] if self.parts else None
+        if not is_last and "\ud800" <= text[-1] <= "\udbff":
+            self.waiting = text[-1]
+            text = text[:-1]
+        return clean_text(text)
 
 
 class ChatAssembler:
@@ -2049,6 +1905,7 @@ class ChatAssembler:
             for name, value in fields.items():
                 put(self.fields, name, value)
         text = ""
+        is_last = False
         for number, choice in enumerate(expect_list(chunk, "choices")):
             if not isinstance(choice, dict):
                 raise APIResponseError("a broken event: a choice is not an "
@@ -2063,10 +1920,8 @@ class ChatAssembler:
             added = self.choices[index].add(choice)
             if index == 0:
                 text += added
-        text = self.half.join(text)
-        if self.half.waiting and self.whole:
-            text += self.half.end()     # its other half does not come any more
-        return text
+                is_last = self.choices[index].finished
+        return self.half.join(text, is_last)
 
     def build(self, clean: Callable[[str], str] = clean_text) -> JSONDict:
         """Return what has arrived as chat() would.
@@ -2087,8 +1942,9 @@ class ChatChoice:
     def __init__(self) -> None:
         self.fields: JSONDict = {"finish_reason": None}
         self.message: JSONDict = {"role": "assistant", "content": None}
-        self.calls = IndexedParts()
-        self.call_of_id: dict[str, JSONDict] = {}
+        self.calls: list[ChatCall] = []
+        self.call_of_id: dict[str, ChatCall] = {}
+        self.call_of_index: dict[int, ChatCall] = {}    # the newest
         self.has_content = False
         self.finished = False   # it has a finish_reason, and no content since
 
@@ -2129,13 +1985,8 @@ class ChatChoice:
                 for piece in expect_list(delta, name):
                     if isinstance(piece, dict):
                         self.add_call(piece)
-            elif name in MESSAGE_TEXTS or isinstance(value, list):
-                add_text(self.message, name, value)
-            elif name in ("audio", "function_call") and isinstance(value,
-                                                                   dict):
-                add_object(self.message, name, value)
             else:
-                put(self.message, name, value)
+                grow(self.message, name, value)
         return adds_content
 
     def add_logprobs(self, logprobs: JSONDict) -> None:
@@ -2150,101 +2001,131 @@ class ChatChoice:
                 put(target, name, value)
 
     def add_call(self, piece: JSONDict) -> None:
-        """Add a piece of a tool call."""
-        call = self.find_call(piece)
-        if call is None:
-            call = self.calls.begin(piece.get("index"), {})
-        id = piece.get("id")
-        if isinstance(id, str) and id:
-            self.call_of_id[id] = call
-        for name, value in piece.items():
-            if name in ("function", "custom") and isinstance(value, dict):
-                add_object(call, name, value)
-            elif name == "id" and call.get("id"):
-                pass        # some send another id in each piece
-            elif name != "index":
-                put(call, name, value)
+        """Add a piece of a tool call.
 
-    def find_call(self, piece: JSONDict) -> JSONDict | None:
-        """Return the call that a piece continues; None if it begins one.
-
-        By the reference, a piece goes to the call of its index.  But some
-        servers send no index.  Gemini gives all calls the index 0, often
-        without ids; Mistral may give them all the id "null".  And others
-        repeat the name, or send another id, in every piece of one call.
-
-        So a piece is compared with one call: that of its id, if it is known;
-        else the newest of its index; without an index, the last.  The first
-        row that fits:
-
-        ===  ==========================  ========================  ==========
-        row  that call                   the piece                 goes to
-        ===  ==========================  ========================  ==========
-        1    none                        any                       a new call
-        2    any                         a new id, and no index    a new call
-        3    any                         no name                   that call
-        4    id "a" name "f"             id "b" name "g"           a new call
-        5    name "f" arguments "{"      any                       that call
-        6    name "f" arguments "{}"     name "g"                  a new call
-        7    id "a" name "f" arguments   id "b" name "f"           a new call
-             "{}" index 0                id "a" name "f" index 1   a new call
-        8    name "f" arguments "{}"     name "f" arguments "{"    a new call
-        9    name "f" arguments "{}"     name "f"                  that call
-        ===  ==========================  ========================  ==========
+        It goes to the call of its id; if that is new, to the newest call of
+        its index.  A piece without an index begins a call if it has an id
+        that is new, and continues the last call if it has none.
         """
         id, index = piece.get("id"), piece.get("index")
-        newest = self.calls.get(index)
-        call = newest
-        has_new_id = bool(id)
+        call = None
         if isinstance(id, str) and id in self.call_of_id:
             call = self.call_of_id[id]
-            has_new_id = False
-        if call is None:                                            # 1
-            return None
-        if has_new_id and not isinstance(index, int):               # 2
-            return None
-        new, begun = get_dict(piece, "function"), get_dict(call, "function")
-        if not new.get("name"):                                     # 3
-            return call
-        has_new_name = new["name"] != begun.get("name")
-        if has_new_name and has_new_id and call.get("id"):          # 4
-            return None
-        if not has_whole_arguments(begun):                          # 5
-            return call
-        if has_new_name:                                            # 6
-            return None
-        is_of_other_index = isinstance(index, int) and newest is not call
-        if has_new_id or is_of_other_index:                         # 7
-            return None
-        if begins_object(new) and not id:                           # 8
-            return None
-        return call                                                 # 9
+        elif isinstance(index, int):
+            call = self.call_of_index.get(index)
+        elif self.calls and not id:
+            call = self.calls[-1]
+        if call is None or call.is_followed_by(piece):
+            if len(self.calls) >= MAX_PARTS:
+                raise APIResponseError(f"more than {MAX_PARTS} calls")
+            call = ChatCall(index)
+            self.calls.append(call)
+            if isinstance(index, int):
+                self.call_of_index[index] = call
+        if isinstance(id, str) and id:
+            self.call_of_id[id] = call
+        call.add(piece)
 
     def build(self) -> JSONDict:
         """Return the choice; a call without a name is none."""
         message = dict(self.message)
-        calls: list[JSONDict] = []
-        for call in self.calls.parts:
-            function = get_dict(call, "function") or get_dict(call, "custom")
-            kind = "custom" if "custom" in call else "function"
-            if function.get("name"):
-                calls.append({**call, "type": call.get("type") or kind})
+        calls = [call.build() for call in self.calls if call.name]
         if calls:
             message["tool_calls"] = calls
         return {**self.fields, "message": message}
 
 
-def has_whole_arguments(function: JSONDict) -> bool:
-    """Whether the arguments of a call so far are a whole object."""
-    arguments = function.get("arguments")
-    if isinstance(arguments, GrowingText):
-        return arguments.is_closed()
-    return isinstance(arguments, dict)
+class ChatCall:
+    """One tool call of a choice."""
+
+    def __init__(self, index: JSON) -> None:
+        self.index = index      # of its first piece
+        self.name = ""
+        self.fields: JSONDict = {}      # all, except the index
+        # For has_whole_arguments(): what it has seen of their pieces.
+        self.nesting = Nesting()
+        self.pieces_seen = 0
+
+    def add(self, piece: JSONDict) -> None:
+        """Add a piece."""
+        for name, value in piece.items():
+            if name in ("function", "custom"):
+                grow(self.fields, name, value)
+                self.add_name(get_dict(piece, name).get("name"))
+            elif name == "id" and self.fields.get("id"):
+                pass        # some send another id in each piece
+            elif name != "index":
+                put(self.fields, name, value)
+
+    def add_name(self, name: JSON) -> None:
+        """Add a name.
+
+        Names come in pieces ("get_", then "time"), or whole in every piece.
+        So what begins with the name so far repeats it.
+        """
+        if not isinstance(name, str):
+            return
+        if not name.startswith(self.name):
+            name = self.name + name
+        if len(name) > MAX_NAME:
+            raise APIResponseError("a broken event: a name is longer than "
+                                   f"{MAX_NAME} characters")
+        self.name = name
+
+    def is_followed_by(self, piece: JSONDict) -> bool:
+        """Whether a piece for this call begins the next call instead.
+
+        Some servers give all calls one index (Gemini) or one id (Mistral).
+        Others repeat the name, or send another id, in every piece of a call.
+        So a piece begins a call only if it has a name, and besides:
+
+        =======================  ========================================
+        this call's arguments    the piece has
+        =======================  ========================================
+        are not a whole object   another name and another id
+        are a whole object       another name, another id or another
+                                 index; or no id, and the beginning of an
+                                 object
+        =======================  ========================================
+        """
+        function = get_dict(piece, "function")
+        name, id = function.get("name"), piece.get("id")
+        own_id = self.fields.get("id")
+        if not name:
+            return False
+        if not self.has_whole_arguments():
+            if not id or not own_id or id == own_id:
+                return False
+            return bool(name != self.name)
+        if name != self.name or (id and id != own_id):
+            return True
+        index = piece.get("index")
+        if isinstance(index, int) and index != self.index:
+            return True
+        if id:
+            return False
+        return begins_object(function.get("arguments"))
+
+    def has_whole_arguments(self) -> bool:
+        """Whether the arguments so far are a whole JSON object."""
+        arguments = get_dict(self.fields, "function").get("arguments")
+        if not isinstance(arguments, GrowingText):
+            return isinstance(arguments, dict)
+        for piece in arguments.pieces[self.pieces_seen:]:
+            self.nesting.add(piece)
+        self.pieces_seen = len(arguments.pieces)
+        return self.nesting.is_closed()
+
+    def build(self) -> JSONDict:
+        """Return the call."""
+        kind = "custom" if "custom" in self.fields else "function"
+        function = {**get_dict(self.fields, kind), "name": self.name}
+        return {**self.fields, "type": self.fields.get("type") or kind,
+                kind: function}
 
 
-def begins_object(function: JSONDict) -> bool:
-    """Whether the arguments in a piece of a call begin an object."""
-    arguments = function.get("arguments")
+def begins_object(arguments: JSON) -> bool:
+    """Whether a piece of arguments begins an object."""
     if isinstance(arguments, str):
         return arguments.lstrip().startswith("{")
     return isinstance(arguments, dict)
@@ -2262,19 +2143,6 @@ def fits(block: JSONDict, kind: str) -> bool:
     return bool(block["type"] == kind)
 
 
-def add_input(block: JSONDict, piece: JSON) -> None:
-    """Add a piece of a tool's input, which is JSON text in pieces.
-
-    It takes the place of the {} with which the block began.
-    """
-    if isinstance(piece, dict):
-        block["input"] = piece
-    elif isinstance(piece, str):
-        if not isinstance(block.get("input"), GrowingText):
-            block["input"] = GrowingText()
-        block["input"].pieces.append(piece)
-
-
 class MessagesAssembler:
     """Puts the events of a Messages stream together.
 
@@ -2283,11 +2151,10 @@ class MessagesAssembler:
 
     def __init__(self) -> None:
         self.fields: JSONDict = {}      # of the message, except its blocks
-        self.blocks = IndexedParts()
-        # For find_block(): the newest tool of each index, and the indexes of
-        # blocks that have stopped.
-        self.tools: dict[int | None, JSONDict] = {}
-        self.stopped: set[int | None] = set()
+        self.blocks: list[JSONDict] = []
+        # The block of each index that has begun and not stopped.
+        self.open: dict[int | None, JSONDict] = {}
+        self.newest_tool: JSONDict | None = None
         self.half = HalfCharacter()
         self.started = False            # message_start has come
         self.done = False               # message_stop has come
@@ -2318,7 +2185,7 @@ class MessagesAssembler:
             self.whole = False
             text = self.add_delta(index, expect_dict(event, "delta"))
         elif kind == "content_block_stop":
-            self.stopped.add(index)
+            self.open.pop(index, None)
         elif kind == "message_delta":
             self.add_fields(expect_dict(event, "delta"))
             self.add_fields({name: value for name, value in event.items()
@@ -2328,10 +2195,7 @@ class MessagesAssembler:
             if self.started:
                 self.whole = True
         # Nothing to do for ping, and for events yet unknown.
-        text = self.half.join(text)
-        if self.half.waiting and self.whole:
-            text += self.half.end()     # its other half does not come any more
-        return text
+        return self.half.join(text, is_last=self.whole)
 
     def add_message(self, message: JSONDict) -> str:
         """Add a message with the blocks that it has; return their text."""
@@ -2351,52 +2215,38 @@ class MessagesAssembler:
 
     def begin_block(self, index: int | None, fields: JSONDict) -> JSONDict:
         """Begin a block with the fields that it has, and return it."""
-        block = self.blocks.begin(
-            index, {"type": fields.get("type") or "text"})
+        if len(self.blocks) >= MAX_PARTS:
+            raise APIResponseError(f"more than {MAX_PARTS} blocks")
+        block: JSONDict = {"type": fields.get("type") or "text"}
         for name, value in fields.items():
-            if name == "text":
-                add_text(block, name, value)
+            if name in ("text", "thinking"):
+                grow(block, name, value)
             elif name != "type":
                 put(block, name, value)
-        self.stopped.discard(index)
+        self.blocks.append(block)
+        self.open[index] = block
         if takes_input(block):
-            self.tools[index] = block
+            self.newest_tool = block
         return block
 
     def find_block(self, index: int | None, kind: str) -> JSONDict:
         """Return the block that a delta of a kind goes to.
 
-        By the reference, it is the block of the delta's index, and of its
-        kind.  But some gateways mix up the indexes, or begin no block.  The
-        first row that fits:
-
-        ===  =====================================  ==============  =========
-        row  the blocks so far                      the delta       goes to
-        ===  =====================================  ==============  =========
-        1    none has the index 0                   a text for 0    a new one
-             none has the index -1 (LiteLLM)        a text for -1   an error
-        2    0, a tool, has stopped; 1 is a tool    an input for 0  block 1
-        3    0 is a tool                            an input for 0  block 0
-        4    0 is a tool; a text for 0 came since   an input for 0  the tool
-        5    0 is thinking; 1, the last, is a text  a text for 0    block 1
-        6    0 is a tool                            a text for 0    a new one
-        ===  =====================================  ==============  =========
+        By the reference, it is the open block of the delta's index.  But some
+        gateways give all deltas the index 0, or begin no block, or send a
+        text in the middle of a tool's input.
         """
-        block = self.blocks.get(index)      # without an index, the last one
-        if block is None:                                           # 1
-            if index is not None and index < 0:
-                raise APIResponseError("a broken event: a delta for no block")
-            return self.begin_block(index, {"type": kind})
-        last = self.blocks.parts[-1]
-        if index in self.stopped and fits(last, kind):              # 2
-            return last
-        if fits(block, kind):                                       # 3
+        block = self.open.get(index)
+        if block is not None and fits(block, kind):
             return block
-        if kind == "tool_use" and index in self.tools:              # 4
-            return self.tools[index]
-        if fits(last, kind):                                        # 5
-            return last
-        return self.begin_block(index, {"type": kind})              # 6
+        if block is None and index is not None and index < 0:   # LiteLLM
+            raise APIResponseError("a broken event: a delta for no block")
+        if kind == "tool_use" and self.newest_tool is not None:
+            return self.newest_tool
+        # Texts stay in order: only the last block goes on.
+        if self.blocks and fits(self.blocks[-1], kind):
+            return self.blocks[-1]
+        return self.begin_block(index, {"type": kind})
 
     def add_delta(self, index: int | None, delta: JSONDict) -> str:
         """Add a delta to its block; return what it adds to the text."""
@@ -2407,12 +2257,12 @@ class MessagesAssembler:
             text = delta.get("text")
             if text:
                 block = self.find_block(index, "text")
-                add_text(block, "text", text)
+                grow(block, "text", text)
                 return find_raw_text(text)
         elif kind == "thinking_delta":
             if delta.get("thinking"):
                 block = self.find_block(index, "thinking")
-                add_text(block, "thinking", delta["thinking"])
+                grow(block, "thinking", delta["thinking"])
         elif kind == "signature_delta":
             if delta.get("signature"):
                 block = self.find_block(index, "thinking")
@@ -2420,7 +2270,7 @@ class MessagesAssembler:
         elif kind == "input_json_delta":
             if delta.get("partial_json"):
                 block = self.find_block(index, "tool_use")
-                add_input(block, delta["partial_json"])
+                grow(block, "input", delta["partial_json"])
         elif kind == "citations_delta":
             block = self.find_block(index, "text")
             if not isinstance(block.get("citations"), list):
@@ -2436,12 +2286,12 @@ class MessagesAssembler:
 
         Only the known types change text, thinking and input.
         """
-        block = self.blocks.get(index)
+        block = self.open.get(index)
         if block is None:
             return
         for name, value in delta.items():
             if name not in ("type", "text", "thinking", "input"):
-                add_text(block, name, value)
+                grow(block, name, value)
 
     def build(self, clean: Callable[[str], str] = clean_text) -> JSONDict:
         """Return what has arrived as message() would.
@@ -2452,7 +2302,7 @@ class MessagesAssembler:
         the next turn, are left out.
         """
         content = []
-        for block in self.blocks.parts:
+        for block in self.blocks:
             block = map_text(block, clean)
             if takes_input(block):
                 block["input"] = parse_arguments(block.get("input") or {},
@@ -2496,6 +2346,36 @@ def expect_list(data: JSONDict, name: str) -> list[JSON]:
 # documentation says it.  It is so in Python 3.8 to 3.13, on which the tests
 # run.
 # ---------------------------------------------------------------------------
+
+class NetworkError(Exception):
+    """An OSError of one of our sockets; the caller never sees it.
+
+    It is made where the OSError is raised.  So any other OSError comes from
+    the caller's own code, such as a signal handler that raises TimeoutError
+    in the middle of a call, and is not caught.
+    """
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause.with_traceback(None)
+
+
+def to_network_error(exc: OSError) -> Exception:
+    """Return what to raise in place of an OSError: a NetworkError.
+
+    The system gives each OSError a number, its ``errno``.  One without is a
+    signal handler's, such as TimeoutError("mine"), raised just while a socket
+    worked.  It is returned as it is.
+    """
+    return exc if exc.errno is None else NetworkError(exc)
+
+
+# What is caught: failures of the network, and all failures of a call.
+# OverflowError comes from http.client, for a chunk with a size far below 0.
+NETWORK_FAILURES = (NetworkError, APIConnectionError,
+                    http.client.HTTPException, OverflowError)
+CALL_FAILURES = (ServError, *NETWORK_FAILURES)
+
 
 # What is set on every socket, where the system has it: send at once; probe a
 # silent connection; take a dead path for lost (in milliseconds).
@@ -3219,6 +3099,8 @@ class Answer:
         self.connection = connection
         self.response = response
         self.is_good = 200 <= response.status < 300
+        content_type = response.headers.get_content_type()
+        self.is_labelled = content_type == "text/event-stream"
         self.at_end = False         # the body was read to its end
         self.elapsed = 0.0          # seconds from the call to the last byte
         # Plain JSON, once it is whole.
@@ -3241,8 +3123,7 @@ class Answer:
             self.json = self.parse(self.read_body(b"", self.iter_body()))
             return
         self.events = self.iter_stream()
-        content_type = self.response.headers.get_content_type()
-        if content_type != "text/event-stream":
+        if not self.is_labelled:
             # It may be an error.  So its first event is read before the caller
             # gets a stream.  (That of a true stream may take minutes.)
             first = next(self.events, None)
@@ -3256,8 +3137,11 @@ class Answer:
         one event.
         """
         chunks = self.iter_body()
-        head, body_type = read_beginning(chunks)
-        if body_type == "events":
+        head = read_beginning(chunks)
+        is_stream = is_event_stream(head)
+        if not head:    # the body is empty
+            is_stream = self.is_labelled
+        if is_stream:
             try:
                 yield from self.iter_decoded(itertools.chain([head], chunks))
             except NETWORK_FAILURES:
