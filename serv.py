@@ -579,13 +579,13 @@ class Stream:
         # that is closed early would wait for the garbage collector.
         self._events = answer.events
         answer.events = iter(())
-        # "open", or in the middle of a step "reading"; at last one of "ended",
-        # at its proven end; "failed", with _error; "closed", by close().
+        # "open"; at last "ended", at its proven end; "failed", with _error; or
+        # "closed", by close().
         self._state = "open"
         self._error: ServError | None = None
-        # It guards these two, and nobody waits while it is held.  It is
-        # reentrant, because in the middle of a step a signal handler may call
-        # close().
+        self._is_reading = False
+        # Held while the state changes, never during a wait.  It is reentrant,
+        # because a signal handler may call close() at any time.
         self._lock = threading.RLock()
 
     def __iter__(self) -> Stream:
@@ -599,7 +599,7 @@ class Stream:
 
     def __del__(self) -> None:
         # Nobody refers to it any more, so that nobody reads or closes it.
-        if self._state in ("open", "reading"):
+        if self._state == "open":
             self._answer.connection.discard()
 
     def __next__(self) -> str:
@@ -645,25 +645,33 @@ class Stream:
         loop ends without an error.
         """
         with self._lock:
-            if self._state == "open":
-                self._state = "closed"
-                self._answer.connection.discard()
-            elif self._state == "reading":
-                self._state = "closed"
-                # The thread that reads closes the connection, in _read().
-                self._answer.connection.end_wait()
+            if self._state != "open":
+                return
+            self._state = "closed"
+        # A step that goes on closes the connection at its end.  close() cannot
+        # miss it: a step sets _is_reading first, then looks at _state.
+        if self._is_reading:
+            self._answer.connection.end_wait()
+        else:
+            self._answer.connection.discard()
 
     def _advance(self) -> tuple[JSONDict, str] | None:
         """Return the next event, and the text that it adds; None at the end.
 
         :raise ServError: see events().
         """
-        if self._state == "reading":
+        if self._is_reading:
             raise ValueError("this stream is being read already")
-        if self._state == "open":
-            step = self._read()
-            if step is not None:
-                return step
+        try:
+            self._is_reading = True
+            if self._state == "open":
+                step = self._read()
+                if step is not None:
+                    return step
+        finally:
+            self._is_reading = False
+            if self._state == "closed":
+                self._answer.connection.discard()
         if self._error is not None:
             # Each further step raises it again: an end would look as if the
             # answer were whole.  A copy, because a traceback grows.
@@ -673,29 +681,19 @@ class Stream:
     def _read(self) -> tuple[JSONDict, str] | None:
         """Return the next event and its text; None if the stream has ended."""
         try:
-            with self._lock:
-                if self._state != "open":
-                    return None     # close() came just now
-                self._state = "reading"
             step = next(self._events, None)
-            if step is None:
-                if not self._answer.is_whole():
-                    raise APIConnectionError("the answer was cut")
-                self._end("ended")
-            return step
+            if step is not None:
+                return step
+            if not self._answer.is_whole():
+                raise APIConnectionError("the answer was cut")
+            self._end("ended")
         except CALL_FAILURES as exc:
             self._end("failed", exc)
-            return None
         except BaseException:
             # Ctrl-C, or what a signal handler of the caller raised.
             self._end("failed", APIConnectionError("reading was interrupted"))
             raise
-        finally:
-            with self._lock:
-                if self._state == "reading":
-                    self._state = "open"
-                elif self._state == "closed":
-                    self._answer.connection.discard()
+        return None
 
     def _end(self, state: str, exc: Exception | None = None) -> None:
         """End the stream, unless close() was faster.
@@ -707,14 +705,14 @@ class Stream:
             error = self._answer.explain(exc)
             error.reply = self._answer.build_partial_reply()
         with self._lock:
-            if self._state != "reading":
+            if self._state != "open":
                 return
             self._state = state
             self._error = error
-            if error is None:
-                self._answer.connection.keep()
-            else:
-                self._answer.connection.discard()
+        if error is None:
+            self._answer.connection.keep()
+        else:
+            self._answer.connection.discard()
 
 
 # ---------------------------------------------------------------------------
@@ -1213,43 +1211,48 @@ def find_request_id(headers: Headers) -> str | None:
     return None
 
 
+# https://docs.anthropic.com/en/api/errors, and what OpenAI's servers send.
+STATUS_OF_TYPE = {
+    "invalid_request_error": 400, "authentication_error": 401,
+    "billing_error": 402, "permission_error": 403, "not_found_error": 404,
+    "request_too_large": 413, "rate_limit_error": 429,
+    "insufficient_quota": 429, "api_error": 500, "server_error": 500,
+    "timeout_error": 504, "overloaded_error": 529}
+
+
 def find_error(answer: JSON, event_name: str = "") -> JSON:
     """Return the error in a decoded answer or event; None if it is none.
 
-    The first row that fits:
-
-    row  the answer                                 the error   sent by
-    ===  =========================================  ==========  ==========
-    1    [{"error": E}]                             E           Gemini
-    2    no object, in an event named "error"       the answer
-    3    {"error": true}                            the answer  Nitro
-         {"error": E}                               E           most
-    4    an object in an event named "error"        the answer
-    5    {"object": "error"} or {"type": "error"}   the answer  vLLM
-    6    neither "choices" nor "content"            see find_bare_error()
-    7    {"choices": [{"error": E}]}                E           OpenRouter
-         {"choices": [{"finish_reason": "error"}]}  a message   see FAILED
-    ===  =========================================  ==========  ==========
+    ==========================================  ===========  ==========
+    the answer                                  the error    sent by
+    ==========================================  ===========  ==========
+    [{"error": E}]                              E            Gemini
+    {"error": E}                                E            most
+    {"error": true}                             the answer   Nitro
+    anything, in an event named "error"         the answer
+    {"object": "error"} or {"type": "error"}    the answer   vLLM
+    neither "choices" nor "content"             see find_bare_error()
+    {"choices": [{"error": E}]}                 E            OpenRouter
+    {"choices": [{"finish_reason": "error"}]}   a message    see FAILED
+    ==========================================  ===========  ==========
     """
-    if isinstance(answer, list) and answer:                         # 1
+    if isinstance(answer, list) and answer:
         return find_error(answer[0], event_name)
-    if not isinstance(answer, dict):                                # 2
+    if not isinstance(answer, dict):
         return answer if event_name == "error" else None
-    if answer.get("error"):                                         # 3
+    if answer.get("error"):
         return answer if answer["error"] is True else answer["error"]
-    if event_name == "error":                                       # 4
-        return answer
-    if "error" in (answer.get("type"), answer.get("object")):       # 5
+    if "error" in (event_name, answer.get("type"), answer.get("object")):
         return answer
     choices = answer.get("choices")
-    if choices is None and answer.get("content") is None:           # 6
+    if choices is None and answer.get("content") is None:
         return find_bare_error(answer)
     if not isinstance(choices, list):
         return None
     for choice in choices:
         if not isinstance(choice, dict):
             continue
-        if choice.get("error"):                                     # 7
+        if choice.get("error"):
             return choice["error"]
         reason = choice.get("finish_reason")
         if reason and FAILED.search(str(reason)):
@@ -1263,8 +1266,8 @@ def find_bare_error(answer: JSONDict) -> JSON:
     =============================================  ==========  ==========
     the answer                                     the error   sent by
     =============================================  ==========  ==========
-    {"errors": E}                                  E           Cloudflare
     {"base_resp": {"status_code": 1002}}           base_resp   MiniMax
+    {"errors": E}                                  E           Cloudflare
     {"message": "No."}                             the answer  DashScope
     {"detail": "No."}                              the answer  FastAPI
     {"type": "rate_limit_error", "detail": "No."}  the answer
@@ -1348,19 +1351,6 @@ def is_answer(answer: JSON, endpoint: str) -> bool:
     return answer["content"] is None or isinstance(answer["content"], list)
 
 
-STATUS_ERRORS: dict[int, type[APIStatusError]] = {
-    400: BadRequestError, 401: AuthenticationError, 402: BillingError,
-    403: PermissionDeniedError, 404: NotFoundError, 429: RateLimitError}
-
-# https://docs.anthropic.com/en/api/errors, and what OpenAI's servers send.
-STATUS_OF_TYPE = {
-    "invalid_request_error": 400, "authentication_error": 401,
-    "billing_error": 402, "permission_error": 403, "not_found_error": 404,
-    "request_too_large": 413, "rate_limit_error": 429,
-    "insufficient_quota": 429, "api_error": 500, "server_error": 500,
-    "timeout_error": 504, "overloaded_error": 529}
-
-
 def find_status(fields: JSONDict) -> int | None:
     """Return the status that an error's type, or its code, stands for."""
     for name in ("type", "code"):
@@ -1391,6 +1381,11 @@ def add_advice(status: int, fields: JSONDict,
         return message
     end = "" if message.endswith((".", "!", "?")) else "."
     return f"{message}{end} {advice}"
+
+
+STATUS_ERRORS: dict[int, type[APIStatusError]] = {
+    400: BadRequestError, 401: AuthenticationError, 402: BillingError,
+    403: PermissionDeniedError, 404: NotFoundError, 429: RateLimitError}
 
 
 def build_status_error(status: int, headers: Headers,
@@ -2090,14 +2085,16 @@ class ChatCall:
         """
         function = get_dict(piece, "function")
         name, id = function.get("name"), piece.get("id")
-        own_id = self.fields.get("id")
         if not name:
             return False
+        has_other_name = name != self.name
+        own_id = self.fields.get("id")
+        has_other_id = id not in (None, "", own_id)
         if not self.has_whole_arguments():
-            if not id or not own_id or id == own_id:
+            if not own_id:
                 return False
-            return bool(name != self.name)
-        if name != self.name or (id and id != own_id):
+            return has_other_name and has_other_id
+        if has_other_name or has_other_id:
             return True
         index = piece.get("index")
         if isinstance(index, int) and index != self.index:
@@ -3158,15 +3155,17 @@ class Answer:
                      ) -> Iterator[tuple[JSONDict, str]]:
         """Do what iter_stream() says, up to the last event of the format."""
         assembler = self.assembler
+        deadline = self.call.deadline
         try:
             for name, data in iter_events(chunks):
                 for event in parse_events(name, data):
+                    now = time.monotonic()
                     # The caller may have held a piece beyond the deadline.
                     # After a proven end, what is here already (the usage)
                     # is accepted even so.
-                    is_late = time.monotonic() >= self.call.deadline
-                    if is_late and not assembler.whole:
+                    if now >= deadline and not assembler.whole:
                         raise APITimeoutError("an event came too late")
+                    self.elapsed = now - self.call.started
                     if event is DONE:
                         assembler.add(DONE)
                         return      # what comes after it does not count
@@ -3202,7 +3201,6 @@ class Answer:
         size = 0
         while True:
             data = response.read1(READ_SIZE)
-            self.elapsed = time.monotonic() - self.call.started
             if not data:
                 break
             size += len(data)
@@ -3214,6 +3212,7 @@ class Answer:
         if expected is not None and size < expected:
             raise http.client.IncompleteRead(b"", expected - size)
         self.at_end = True
+        self.elapsed = time.monotonic() - self.call.started
         response.close()
 
     def read_body(self, head: bytes, chunks: Iterator[bytes]) -> bytes:
