@@ -31,7 +31,22 @@ your proxy if the environment names one.
 
 Sections, top to bottom: errors; the calls; Reply, ToolCall and Stream;
 building requests; reading answers; server-sent events; putting streams
-together; network; command line.  Only the last two open sockets and files.
+together; network; command line.  Only the last two do any I/O.
+
+If you review this file, look here first::
+
+    the key             build_request(); Call.redact_text()
+    what is opened      connect_socket(); get_tls_context(): files of CAs.
+                        No other file (but see the command line), no thread
+    the environment     SERV_API_KEY, SERV_BASE_URL, SERV_MODEL, SERV_TIMEOUT;
+                        SSL_CERT_FILE, SSL_CERT_DIR; HTTPS_PROXY, HTTP_PROXY,
+                        NO_PROXY: read at each call
+    retries             send_request(), retry_wait(); Connection.post()
+    time                DeadlineSocket.check()
+    memory              the limits below; Answer.iter_body()
+    a whole stream      "Putting streams together"; Stream._read()
+    kept connections    Connection.is_usable(), keep(); close_idle()
+    redirects           build_status_error()
 
 Errors::
 
@@ -958,7 +973,8 @@ def build_key(api_key: str | None) -> str:
         raise TypeError("api_key: expected a str")
     key = key.strip()
     if not key:
-        raise ServError("no API key: set SERV_API_KEY or pass api_key=...")
+        raise ServError("no API key: set SERV_API_KEY, or in Python pass "
+                        "api_key=... (keys: https://docs.openserv.ai)")
     if not key.isascii() or not key.isprintable():
         raise ServError("the API key is not printable ASCII; has it a line "
                         "break, or is it still a placeholder?")
@@ -3398,10 +3414,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     if sys.stderr is None:      # it was closed
         sys.stderr = open(os.devnull, "w")
+    if sys.stdout is None:
+        say("cannot write the output: it is closed")
+        return 1
     prepare_streams()
     try:
-        if sys.stdout is None:      # said below: cannot write the output
-            raise OSError("it is closed")
         return run_command(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         say("interrupted")
@@ -3436,7 +3453,7 @@ def discard_output() -> None:
 
     https://docs.python.org/3/library/signal.html#note-on-sigpipe
     """
-    with contextlib.suppress(OSError, AttributeError):  # there is no file
+    with contextlib.suppress(OSError):      # it is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -3461,7 +3478,8 @@ def run_command(argv: Sequence[str]) -> int:
     if args.dry_run:
         print(build_curl(request), flush=True)
         return 0
-    return print_answer(args, request)
+    reply = print_answer(args, request)
+    return report(args, reply)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -3540,10 +3558,6 @@ def build_command_request(args: argparse.Namespace) -> Request:
     if args.max_tokens is not None:
         params[limit] = args.max_tokens
     headers = dict(split_options(args.header, ":", "-H"))
-    has_key = os.environ.get("SERV_API_KEY", "").strip()
-    if not has_key and not headers and not args.dry_run:
-        raise ServError("no API key: set SERV_API_KEY (https://"
-                        "docs.openserv.ai says where keys come from)")
     args.model = (args.model or os.environ.get("SERV_MODEL")
                   or EXAMPLES[args.endpoint])
     return build_request(
@@ -3606,66 +3620,43 @@ class Note:
     """A note on a terminal that says what is being waited for."""
 
     def __init__(self, text: str) -> None:
-        self.is_shown = sys.stderr.isatty()
-        width = 80
-        if self.is_shown:
-            try:
-                size = os.get_terminal_size(sys.stderr.fileno())
-                width = size.columns or 80
-            except OSError:     # Windows takes NUL for a terminal
-                self.is_shown = False
-        self.text = shorten(text, 1000)[:max(width - 3, 0)]
-
-    def show(self) -> None:
-        """Print it, without a line feed."""
-        if self.is_shown:
+        self.text = ""
+        if sys.stderr.isatty():
+            # It must fit in one line, or it cannot be erased.
+            self.text = shorten(text, 34)
             print(self.text, end="", file=sys.stderr, flush=True)
 
     def erase(self) -> None:
         """Erase it, and the ^C that a terminal may have put after it."""
-        if self.is_shown:
-            self.is_shown = False
-            print("\r" + " " * (len(self.text) + 2) + "\r", end="",
-                  file=sys.stderr, flush=True)
+        if self.text:
+            spaces = " " * (len(self.text) + len("^C"))
+            print(f"\r{spaces}\r", end="", file=sys.stderr, flush=True)
+            self.text = ""
 
-
-def print_answer(args: argparse.Namespace, request: Request) -> int:
-    """Send the request and print the answer; return the exit status."""
-    note = Note(f"serv: waiting for {args.model}")
-
-    def say_retry(text: str) -> None:
-        note.erase()
+    def say(self, text: str) -> None:
+        """Print a line in its place."""
+        self.erase()
         say(text)
 
-    note.show()
+
+def print_answer(args: argparse.Namespace, request: Request) -> Reply:
+    """Send the request, print the answer and return it."""
+    note = Note(f"serv: waiting for {args.model}")
     try:
-        answer = send_request(request, say_retry if args.verbose
-                              else log_warning)
+        warn = note.say if args.verbose else log_warning
+        answer = send_request(request, warn)
         if request.streaming:
             pieces = Stream(answer)
             print_pieces(pieces, note)
-            reply = pieces.reply
-        else:
-            reply = answer.build_reply()
-            text = reply.text
-            if args.json:
-                text = json.dumps(reply, indent=2, ensure_ascii=False)
-            print_pieces([text], note)
+            return pieces.reply
+        reply = answer.build_reply()
+        text = reply.text
+        if args.json:
+            text = json.dumps(reply, indent=2, ensure_ascii=False)
+        print_pieces([text], note)
+        return reply
     finally:
         note.erase()
-    if args.verbose:
-        usage = json.dumps(reply.usage) if reply.usage else "no token counts"
-        say(f"request id {reply.request_id or 'none'}, "
-            f"{reply.elapsed:.1f} s, {usage}")
-    if reply.tool_calls and not args.json:
-        say("the answer calls tools; --json shows them")
-    if reply.refusal:
-        say("blocked: " + reply.refusal)
-        return 3
-    if reply.truncated:
-        say("cut off by the token limit")
-        return 3
-    return 0
 
 
 def print_pieces(pieces: Iterable[str], note: Note) -> None:
@@ -3686,6 +3677,23 @@ def print_pieces(pieces: Iterable[str], note: Note) -> None:
 def disarm(text: str) -> str:
     """Replace control characters, so that no model drives the terminal."""
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
+def report(args: argparse.Namespace, reply: Reply) -> int:
+    """Say what the answer's text does not show; return the exit status."""
+    if args.verbose:
+        usage = json.dumps(reply.usage) if reply.usage else "no token counts"
+        say(f"request id {reply.request_id or 'none'}, "
+            f"{reply.elapsed:.1f} s, {usage}")
+    if reply.tool_calls and not args.json:
+        say("the answer calls tools; --json shows them")
+    if reply.refusal:
+        say("blocked: " + reply.refusal)
+        return 3
+    if reply.truncated:
+        say("cut off by the token limit")
+        return 3
+    return 0
 
 
 if __name__ == "__main__":

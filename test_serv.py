@@ -7661,20 +7661,6 @@ def terminal():
     terminal.close()
 
 
-def test_there_is_no_note_on_a_terminal_without_a_size(monkeypatch):
-    class Nul(io.StringIO):  # as Windows' NUL
-        def isatty(self):
-            return True
-
-        def fileno(self):
-            return null.fileno()
-
-    with open(os.devnull, "w") as null:
-        monkeypatch.setattr(sys, "stderr", Nul())
-        serv.Note("waiting").show()
-        assert sys.stderr.getvalue() == ""
-
-
 @each_way
 @pytest.mark.parametrize("model", [MODEL, "wider-than-the-window-" * 5],
                          ids=["short", "wider than the window"])
