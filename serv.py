@@ -122,9 +122,9 @@ KEEPALIVE = 60          # of silence before TCP probes the other side: some
                         # NATs forget a connection after 350 s
 DEAD_SECONDS = 30       # without acknowledgement of what was sent
 IDLE_SECONDS = 50.0     # of keeping a connection: load balancers drop it at 60
-STALE_SECONDS = 1.0     # if a reused connection ends within this time, before
-                        # a byte of the answer, the request is sent once more;
-                        # see was_stale()
+STALE_SECONDS = 1.0     # if a kept connection ends within this time, before a
+                        # byte of the answer, the request is sent once more;
+                        # see Connection.post()
 LAST_CHUNK_SECONDS = 0.01   # to reuse the connection of a stream, whose last
                             # chunk may come after [DONE]; see is_usable()
 
@@ -2475,8 +2475,9 @@ class DeadlineSocket(socket.socket):
         """
         try:
             size = self.when_ready(self.receive_now, buffer)
-        except OSError as exc:
-            # Before Python 3.10, SocketIO fails if one has no arguments.
+        except OSError as exc:  # a signal handler's
+            # In Python 3.8 and 3.9, SocketIO looks at args[0], which a bare
+            # `raise TimeoutError` lacks.
             if not exc.args:
                 exc.args = ("",)
             raise
@@ -2821,7 +2822,6 @@ class Connection(http.client.HTTPConnection):
             context = get_tls_context(route.ca_file, route.ca_dir)
             wire = start_tls(wire, route.host, context, self.deadline)
             self.wire = wire
-            wire.deadline = self.deadline
         self.sock = wire
 
     def post(self, request: Request,
