@@ -18,11 +18,11 @@ What this file does with your key: each call reads it from ``api_key`` or
 from SERV_API_KEY and sends it in the Authorization header of the request to
 ``base_url``, and nowhere else.  This file writes it to no disk and no log,
 and removes it (a key of 8 characters or more, its literal text only) from
-the messages and attributes of errors, as it does with a proxy's login.  It
-does not remove other secrets that you put into headers.  Tools that record
-local variables, http.client's debuglevel and audit hooks of Python can still
-see the key; so can whoever has both a record of the traffic and the file
-that SSLKEYLOGFILE names.
+the messages and attributes of errors, as it does with a proxy's login (in
+base64, as it is sent).  It does not remove other secrets that you put into
+headers.  Tools that record local variables, http.client's debuglevel and
+audit hooks of Python can still see the key; so can whoever has both a record
+of the traffic and the file that SSLKEYLOGFILE names.
 Redirects are not followed.  Certificates are always checked.  (If
 SSL_CERT_FILE or SSL_CERT_DIR is set, VERIFY_X509_STRICT is off: checks of
 their form, which Python 3.13 added.)  A plain ``http://`` URL sends the key
@@ -409,10 +409,11 @@ FAILED = re.compile(r"""
     # does not match: stop, length, content_filter
     """, re.VERBOSE | re.IGNORECASE)
 
-# The names under which vendors send reasoning: as text, or as entries of a
-# list (OpenRouter, MiniMax; LiteLLM).
+# The names under which vendors send reasoning: as text, or as a list of
+# entries (OpenRouter, MiniMax; LiteLLM), which have the texts of ENTRY_TEXTS.
 REASONING_TEXTS = ("thinking", "reasoning_content", "reasoning")
 REASONING_LISTS = ("reasoning_details", "thinking_blocks")
+ENTRY_TEXTS = ("text", "thinking", "summary")
 
 
 # A typing.NamedTuple would be shorter, but typing is slow to import.
@@ -421,8 +422,9 @@ class ToolCall(collections.namedtuple("ToolCall", "id name arguments")):
 
     ``arguments`` is a dict.  Text that is not a JSON object stays a ``str``.
     While a stream is incomplete, ``arguments`` is always a ``str``, so that
-    no half can look like a whole.  If the token limit cut the answer before
-    any argument had come, ``arguments`` is ``""``.
+    no half can look like a whole.  If no argument has come, ``arguments`` is
+    ``{}``; but it is ``""`` if the token limit or a filter cut the answer, or
+    if the answer has no stop reason.
     """
 
     __slots__ = ()
@@ -521,12 +523,15 @@ class Reply(dict):  # type: ignore[type-arg]
             if block.get("type") == "tool_use":
                 sent = block.get("input") or {}
                 calls.append((get_str(block, "id"), block.get("name"), sent))
+        # If the answer has not ended well, nobody knows whether arguments
+        # were still to come.
+        may_be_cut = (self.stop_reason is None or self.truncated
+                      or self.refusal is not None)
         tool_calls = []
         for id, name, sent in calls:
             if not name or not isinstance(name, str):
                 continue
-            if self.truncated and not sent:
-                # Nobody knows whether arguments were still to come.
+            if may_be_cut and not sent:
                 arguments = ""
             else:
                 arguments = parse_arguments(sent, self.partial)
@@ -590,8 +595,8 @@ class Stream:
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
-        # The answer gives them away.  If both referred to each other, a stream
-        # that is closed early would wait for the garbage collector.
+        # Taken out of the answer: they refer to it, and if it referred to
+        # them, both would wait for the garbage collector.
         self._events = answer.events
         answer.events = iter(())
         # "open"; at last "ended", at its proven end; "failed", with _error; or
@@ -663,8 +668,14 @@ class Stream:
             if self._state != "open":
                 return
             self._state = "closed"
-        # A step that goes on closes the connection at its end.  close() cannot
-        # miss it: a step sets _is_reading first, then looks at _state.
+        #   close() comes           what happens
+        #   between two steps       it closes the connection
+        #   during a step           it ends the wait; the step closes
+        #   as a step begins        one of these, or both: to close again does
+        #   or ends                 nothing
+        #
+        # Neither misses the other: close() has set _state, and now looks at
+        # _is_reading; a step sets _is_reading, then looks at _state.
         if self._is_reading:
             self._answer.connection.end_wait()
         else:
@@ -694,7 +705,10 @@ class Stream:
         return None
 
     def _read(self) -> tuple[JSONDict, str] | None:
-        """Return the next event and its text; None if the stream has ended."""
+        """Return the next event and its text; None if the stream has ended.
+
+        An error of the call ends it, too: _advance() raises it.
+        """
         try:
             step = next(self._events, None)
             if step is not None:
@@ -1299,15 +1313,19 @@ def find_bare_error(answer: JSONDict) -> JSON:
     text = answer.get("message") or answer.get("detail")
     if not errors and not text:
         return None
-    kind = get_str(answer, "type")
-    if kind is not None:
-        if not kind.lower().endswith("error") and kind not in STATUS_OF_TYPE:
-            return None     # the type of something else
+    type_name = get_str(answer, "type")
+    if type_name is not None and not is_error_type(type_name):
+        return None
     if errors and isinstance(errors, (str, list)):
         return errors
     if text and isinstance(text, (str, list)):
         return answer
     return None
+
+
+def is_error_type(name: str) -> bool:
+    """Whether a type is one of errors, such as "rate_limit_error"."""
+    return name in STATUS_OF_TYPE or name.lower().endswith("error")
 
 
 def parse_error(body: JSON) -> JSONDict:
@@ -1473,7 +1491,7 @@ def parse_retry_after(headers: Headers, now: float) -> float | None:
 def retry_wait(error: ServError, failed: int) -> float | None:
     """Return the seconds to wait before the next try; None for no more.
 
-    ``failed`` is how many tries had failed before the one of this error.
+    ``failed`` is how many tries had failed before: 0 at the first error.
     What is worth a retry is set where the error is made:
 
     ==================  =================================================
@@ -1606,9 +1624,9 @@ def parse_events(name: str, data: str) -> list[JSONDict]:
             if error is not None:
                 events.append({"error": error})
             continue
-        # An event without a name is called "message".
+        # An event without a name is called "message".  One of chat has no
+        # type, and gets none.
         if name != "message" and value is not DONE:
-            # An event of chat has no type, and gets none.
             if "choices" not in value:
                 value.setdefault("type", name)
         events.append(value)
@@ -1616,7 +1634,22 @@ def parse_events(name: str, data: str) -> list[JSONDict]:
 
 
 def parse_data(name: str, data: str) -> list[JSON]:
-    """Return the JSON values in the data of one SSE event."""
+    """Return the JSON values in the data of one SSE event.
+
+    The first row that fits:
+
+    ===============================  ====================================
+    the data                         the values
+    ===============================  ====================================
+    JSON                             one
+    text in an event named "error"   the text
+    JSON or [DONE] on each line      these; blank lines have been lost
+    nothing                          none; it keeps the connection alive
+    text without { at its beginning
+    in an event of a vendor's own    none
+    any other text                   APIResponseError
+    ===============================  ====================================
+    """
     try:
         return [parse_json(data)]
     except ValueError as exc:
@@ -1624,13 +1657,11 @@ def parse_data(name: str, data: str) -> list[JSON]:
     if name == "error":
         return [data]
     try:
-        # Several lines: a blank line was lost between them.  None: it only
-        # keeps the connection alive.
         return [DONE if line.strip() == "[DONE]" else parse_json(line)
                 for line in data.split("\n") if line.strip()]
     except ValueError:
         pass
-    # A vendor's own event may hold any text, except a part of an object.
+    # An event without a name is called "message".
     is_a_vendors = name != "message" and not name.startswith(
         ("message_", "content_block_"))
     if is_a_vendors and not data.lstrip().startswith("{"):
@@ -1689,11 +1720,8 @@ def is_event_stream(head: bytes) -> bool:
 # Where servers differ from the two references, a comment names one that does.
 # ---------------------------------------------------------------------------
 
-# The texts of an entry of a list, such as a content part.
-ENTRY_TEXTS = ("text", "thinking", "summary")
-
-# The texts that come in pieces: of a message, of an entry of a list, of a
-# call, of spoken audio.
+# The texts that come in pieces: of a message; of an entry of a list, such as
+# a content part; of a call; of spoken audio.
 TEXTS_IN_PIECES = frozenset((
     "content", "refusal", *REASONING_TEXTS, *ENTRY_TEXTS,
     "arguments", "input", "data", "transcript"))
@@ -1818,7 +1846,8 @@ def grow(target: JSONDict, name: str, value: JSON) -> None:
 def put(target: JSONDict, name: str, value: JSON) -> None:
     """Set a field, unless the value is empty and something is there.
 
-    Objects are merged.  The value itself is set, not a copy of it: nobody
+    Other than grow(), it replaces texts and lists.  Objects are merged.  The
+    value itself is set, not a copy of it: nobody
     else changes it, because Stream.events() yields copies.
     """
     old = target.get(name)
@@ -2086,7 +2115,11 @@ class ChatCall:
     def is_followed_by(self, piece: JSONDict) -> bool:
         """Whether a piece for this call begins the next call instead.
 
-        Some servers give all calls one index (Gemini) or one id (Mistral).
+        Some servers give all calls one index (Gemini) or one id (Mistral):
+
+            {"index": 0, "id": "a", "function": {"name": "f", ...}}
+            {"index": 0, "id": "b", "function": {"name": "g", ...}}
+
         Others repeat the name, or send another id, in every piece of a call.
         So a piece begins a call only if it has a name, and besides:
 
@@ -2406,6 +2439,10 @@ class DeadlineSocket(socket.socket):
     Beneath, it does not block, and waits by poll().  With settimeout(), the
     socket module would raise a TimeoutError, as a caller's signal handler may
     do in the middle of a call; nobody could tell them apart.
+
+    http.client reads by recv_into(), through makefile(), and writes by
+    sendall().  Both wait, in when_ready(), for receive_now() and send_now(),
+    which do not wait.  A TLSSocket has its own two of these.
     """
 
     # Undocumented: SSLContext.wrap_socket() makes its sockets without a call
@@ -2469,10 +2506,7 @@ class DeadlineSocket(socket.socket):
             raise build_network_error(code)
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        """Receive into a buffer.
-
-        So http.client reads, by socket.SocketIO, which passes only the buffer.
-        """
+        """Receive into a buffer.  (makefile() passes only that.)"""
         try:
             size = self.when_ready(self.receive_now, buffer)
         except OSError as exc:  # a signal handler's
@@ -2486,9 +2520,9 @@ class DeadlineSocket(socket.socket):
         return int(size)
 
     def sendall(self, data: Any, flags: int = 0) -> None:
-        """Send all of it, as http.client does to write."""
+        """Send all of it."""
         view = memoryview(data)
-        while view:
+        while len(view) > 0:
             size = self.when_ready(self.send_now, view[:READ_SIZE],
                                    writing=True)
             view = view[size:]
@@ -2805,8 +2839,8 @@ class Connection(http.client.HTTPConnection):
         self.route = route
         self.idle_since = 0.0       # by time.monotonic()
         self.deadline = 0.0         # of the call that uses it
-        # The socket, from which `response` reads.  http.client calls it
-        # `sock`, and forgets it when an answer says "Connection: close".
+        # The socket, until the end.  http.client has its own reference,
+        # `sock`, which it sets to None at an answer with "Connection: close".
         self.wire: DeadlineSocket | None = None
         self.response: http.client.HTTPResponse | None = None
 
@@ -2824,26 +2858,27 @@ class Connection(http.client.HTTPConnection):
             self.wire = wire
         self.sock = wire
 
-    def post(self, request: Request,
-             deadline: float) -> http.client.HTTPResponse:
-        """Send a request; return the answer, of which the head is read.
+    def post(self, call: Call) -> http.client.HTTPResponse:
+        """Send the request; return the answer, of which the head is read.
 
         The server may have closed a connection that was kept.  Then its end
         comes soon, and before a byte of the answer: the request is sent once
-        more, on a new connection.  If the end comes later, the server may
-        have processed the request, and billed it.
+        more, on a new connection, but once a call only.  If the end comes
+        later, the server may have processed the request, and billed it.
         """
-        self.deadline = deadline
+        self.deadline = call.deadline
         if self.wire is not None:
-            limit = min(time.monotonic() + STALE_SECONDS, deadline)
+            limit = min(time.monotonic() + STALE_SECONDS, call.deadline)
             try:
-                return self.post_once(request)
+                return self.post_once(call.request)
             except NETWORK_FAILURES:
-                if self.wire.answered or time.monotonic() >= limit:
+                is_late = time.monotonic() >= limit
+                if call.resent or self.wire.answered or is_late:
                     raise
+            call.resent = True
             self.discard()
         self.connect()
-        return self.post_once(request)
+        return self.post_once(call.request)
 
     def post_once(self, request: Request) -> http.client.HTTPResponse:
         """Do what post() says, on the connection as it is."""
@@ -3011,6 +3046,7 @@ class Call:
         self.started = time.monotonic()
         self.deadline = self.started + request.timeout
         self.retries = 0        # tries that have failed so far
+        self.resent = False     # see Connection.post()
         # What is removed from errors, because a server may repeat it.
         secrets = [request.secret]
         if self.route.proxy and self.route.proxy.login:
@@ -3160,8 +3196,8 @@ class Answer:
             except NETWORK_FAILURES:
                 if not self.assembler.whole:
                     raise
-                # What failed comes after the proven end; but this connection
-                # is of no more use.
+                # It was whole before.  But the connection is of no more use:
+                # keep() finds it closed.
                 self.connection.discard()
         else:
             self.json = self.parse(self.read_body(head, chunks))
@@ -3186,7 +3222,7 @@ class Answer:
                         assembler.add(DONE)
                         return      # what comes after it does not count
                     if find_error(event, name) is not None:
-                        raise self.build_status_error(event)
+                        raise self.build_error(event)
                     yield event, assembler.add(event)
                     # Proven whole or not, we read on, for the usage, until
                     # [DONE], message_stop or the end.
@@ -3255,9 +3291,9 @@ class Answer:
             answer = text
             is_json = False
         if not self.is_good:
-            raise self.build_status_error(parse_stream_error(answer))
+            raise self.build_error(parse_stream_error(answer))
         if is_json and find_error(answer) is not None:
-            raise self.build_status_error(answer)
+            raise self.build_error(answer)
         if not is_json and self.looks_cut(text.strip()):
             raise APIConnectionError("the answer was cut")
         if not is_answer(answer, self.call.request.endpoint):
@@ -3276,7 +3312,7 @@ class Answer:
             return False
         return not text or (text.startswith("{") and not text.endswith("}"))
 
-    def build_status_error(self, body: JSON) -> APIStatusError:
+    def build_error(self, body: JSON) -> APIStatusError:
         """Return the error for a status, or for an error object in a 200."""
         headers = self.call.redact_headers(self.response.headers)
         return build_status_error(self.response.status, headers,
@@ -3349,7 +3385,7 @@ def try_once(call: Call) -> Answer | ServError:
     answer = None
     result: Answer | ServError
     try:
-        response = connection.post(call.request, call.deadline)
+        response = connection.post(call)
         answer = Answer(call, connection, response)
         answer.begin()
         result = answer

@@ -1738,6 +1738,14 @@ TOOL_CALLS = {
         serv.Reply({**message_reply({"type": "tool_use", "id": "1",
                                      "name": "f", "input": {}}),
                     "stop_reason": "max_tokens"}), [("1", "f", "")]),
+    "chat: filtered before any argument": (
+        serv.Reply({"choices": [{
+            "finish_reason": "content_filter", "message": {
+                "tool_calls": [chat_call(None)]}}]}), [("1", "f", "")]),
+    "messages: no argument, and no reason that it ended": (
+        serv.Reply({**message_reply({"type": "tool_use", "id": "1",
+                                     "name": "f", "input": {}}),
+                    "stop_reason": None}), [("1", "f", "")]),
     "messages: a call without a name is none": (
         message_reply({"type": "tool_use", "id": "1", "input": {}}), []),
     "messages: input that is no object is text": (
@@ -5593,6 +5601,17 @@ def test_a_lost_request_is_not_sent_to_every_kept_connection(monkeypatch):
         # Four opened the connections.  The fifth was lost with one of them,
         # and was sent once more.
         assert len(server.requests) == 6
+
+
+def test_a_call_is_sent_once_more_only_once(monkeypatch):
+    monkeypatch.setattr(serv, "STALE_SECONDS", 20)
+    # Of the second call: lost; sent once more; tried again, and lost again.
+    with Server([NET_OK, closing(b""), error_answer(503), closing(b""),
+                 NET_OK]) as server:
+        net_chat(server)
+        error = net_error(NET_FAIL, net_chat, server, max_retries=1)
+        assert len(server.requests) == 4
+    assert error.retries == 1
 
 
 def test_of_too_many_the_oldest_is_dropped(monkeypatch):
