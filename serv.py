@@ -902,21 +902,20 @@ _encoder = json.JSONEncoder(allow_nan=False)
 
 
 def build_json(body: JSONDict) -> bytes:
-    """Return the JSON of a body, or name the parameter that has none."""
-    try:
-        return _encoder.encode(body).encode()
-    except (TypeError, ValueError, RecursionError):
-        pass  # which parameter it was is found below
-    for name in body:
+    """Return the JSON of a body.
+
+    Each parameter is encoded by itself, so that an error can name it.
+    """
+    members = []
+    for name, value in body.items():
         try:
-            _encoder.encode({name: body[name]})
+            members.append(f"{_encoder.encode(name)}: "
+                           f"{_encoder.encode(value)}")
         except TypeError as exc:    # it names the type, not the value
             raise TypeError(f"{name}: JSON cannot represent it: {exc}")
         except (ValueError, RecursionError) as exc:
             raise ValueError(f"{name}: JSON cannot represent it: {exc}")
-    # Another thread has changed the parameters meanwhile; or they are nested
-    # nearly as deep as Python can go.
-    raise ValueError("the parameters cannot be encoded as JSON")
+    return ("{" + ", ".join(members) + "}").encode()
 
 
 @functools.lru_cache(maxsize=32)
