@@ -736,8 +736,8 @@ class Stream:
         with self._lock:
             if self._state != "open":
                 return
-            self._state = state
             self._error = error
+            self._state = state
         if error is None:
             self._answer.connection.keep()
         else:
@@ -945,8 +945,8 @@ def build_url(text: str) -> Address:
         if ":" not in host:     # it is no IPv6 address
             # RFC 3490: "b\u00fccher.test" is "xn--bcher-kva.test" on the wire.
             host = host.encode("idna").decode()
-    except ValueError:      # also a UnicodeError
-        raise ValueError(wrong) from None
+    except ValueError:      # also a UnicodeError; raised below, without it
+        host, port = "", 0
     if not host or port == 0:
         raise ValueError(wrong)
     # Before 3.11, urlsplit() accepts a name in brackets, http://[host], and
@@ -1695,12 +1695,16 @@ def read_beginning(chunks: Iterator[bytes]) -> bytes:
     return head
 
 
-def is_event_stream(head: bytes) -> bool:
+def is_event_stream(head: bytes, is_labelled: bool) -> bool:
     """Whether a body that begins so is an event stream.
 
-    Content-Type does not count, because gateways get it wrong both ways.
+    Content-Type does not count, because gateways get it wrong both ways;
+    except for a body that is cut in its first word.
     """
-    return head.startswith((b":", b"data:", b"event:", b"id:", b"retry:"))
+    fields = (b":", b"data:", b"event:", b"id:", b"retry:")
+    if is_labelled and any(field.startswith(head) for field in fields):
+        return True
+    return head.startswith(fields)
 
 
 # ---------------------------------------------------------------------------
@@ -1719,11 +1723,10 @@ def is_event_stream(head: bytes) -> bool:
 # Where servers differ from the two references, a comment names one that does.
 # ---------------------------------------------------------------------------
 
-# The texts that come in pieces: of a message; of an entry of a list, such as
-# a content part; of a call; of spoken audio.
-TEXTS_IN_PIECES = frozenset((
-    "content", "refusal", *REASONING_TEXTS, *ENTRY_TEXTS,
-    "arguments", "input", "data", "transcript"))
+# The texts that come in pieces: of a message of chat; and of a function or
+# custom tool, or spoken audio.  Those of an entry of a list are ENTRY_TEXTS.
+MESSAGE_TEXTS = ("content", "refusal", *REASONING_TEXTS)
+OBJECT_TEXTS = ("arguments", "input", "data", "transcript")
 
 
 class GrowingText:
@@ -1798,48 +1801,64 @@ class GrowingList:
 
 
 def grow(target: JSONDict, name: str, value: JSON) -> None:
-    """Add a piece to a field of something that comes in pieces.
+    """Add a piece to a field that is a text, or a list of parts.
 
-    =======================  =======================================
-    the piece                the field
-    =======================  =======================================
-    a text of a name in      grows; a list of parts gets one more
-    TEXTS_IN_PIECES
-    "", None, [], {}         keeps what it has
-    a list                   gets its entries; see GrowingList
-    an object                is merged, field by field
-    anything else            is replaced
-    =======================  =======================================
-
-    :raise APIResponseError: the field was a text, and the piece is not.
+    ====================  ==================================================
+    the piece             the field
+    ====================  ==================================================
+    a text                is a text and grows; a list gets one part more
+    a list                is a list and gets these parts, see GrowingList; a
+                          text becomes its first part
+    "", None, [], {}      keeps what it has
+    an object, a number   was a text or list: APIResponseError; else see put()
+    ====================  ==================================================
     """
     old = target.get(name)
-    if value and isinstance(value, str) and name in TEXTS_IN_PIECES:
-        if isinstance(old, GrowingText):
-            old.pieces.append(value)
-        elif isinstance(old, GrowingList):      # Magistral sends both
+    if value and isinstance(value, str):
+        if isinstance(old, GrowingList):    # Magistral sends both
             old.add([{"type": "text", "text": value}])
         else:
-            target[name] = GrowingText(value)
-    elif is_empty(value):
-        if old is None:
-            target[name] = value
-    elif isinstance(value, list):
+            if not isinstance(old, GrowingText):
+                old = GrowingText(old if isinstance(old, str) else "")
+                target[name] = old
+            old.pieces.append(value)
+    elif value and isinstance(value, list):
         if not isinstance(old, GrowingList):
             target[name] = GrowingList()
-            if isinstance(old, GrowingText):    # it becomes the first part
+            if isinstance(old, GrowingText):
                 target[name].entries.append({"type": "text", "text": old})
         target[name].add(value)
-    elif isinstance(old, (GrowingText, GrowingList)):
+    elif isinstance(old, (GrowingText, GrowingList)) and not is_empty(value):
         raise APIResponseError(f"a broken event: {name} was text and is now "
                                f"{type(value).__name__}")
-    elif isinstance(value, dict):
-        if not old or not isinstance(old, dict):
-            target[name] = {}
-        for key, entry in value.items():
-            grow(target[name], key, entry)
     else:
-        target[name] = value
+        put(target, name, value)
+
+
+def grow_object(target: JSONDict, name: str, piece: JSONDict) -> None:
+    """Add a piece to a field that is an object with texts in pieces.
+
+    That is what a call calls (function, custom; function_call before there
+    were tools), or spoken audio.
+    """
+    if not isinstance(target.get(name), dict):
+        target[name] = {}
+    fields = target[name]
+    for key, value in piece.items():
+        if key in OBJECT_TEXTS and isinstance(value, str):
+            grow(fields, key, value)
+        elif key == "name" and isinstance(value, str):
+            # Names come in pieces ("get_", then "time"), or whole in every
+            # piece.  So what begins with the name so far repeats it.
+            name_so_far = get_str(fields, key) or ""
+            if not value.startswith(name_so_far):
+                value = name_so_far + value
+            if len(value) > MAX_NAME:
+                raise APIResponseError("a broken event: a name is longer than "
+                                       f"{MAX_NAME} characters")
+            fields[key] = value
+        else:
+            put(fields, key, value)
 
 
 def put(target: JSONDict, name: str, value: JSON) -> None:
@@ -2024,8 +2043,13 @@ class ChatChoice:
                 for piece in expect_list(delta, name):
                     if isinstance(piece, dict):
                         self.add_call(piece)
-            else:
+            elif name in MESSAGE_TEXTS or isinstance(value, list):
                 grow(self.message, name, value)
+            elif name in ("audio", "function_call") and isinstance(value,
+                                                                   dict):
+                grow_object(self.message, name, value)
+            else:
+                put(self.message, name, value)
         return adds_content
 
     def add_logprobs(self, logprobs: JSONDict) -> None:
@@ -2068,7 +2092,7 @@ class ChatChoice:
     def build(self) -> JSONDict:
         """Return the choice; a call without a name is none."""
         message = dict(self.message)
-        calls = [call.build() for call in self.calls if call.name]
+        calls = [call.build() for call in self.calls if call.get_name()]
         if calls:
             message["tool_calls"] = calls
         return {**self.fields, "message": message}
@@ -2079,7 +2103,6 @@ class ChatCall:
 
     def __init__(self, index: JSON) -> None:
         self.index = index      # of its first piece
-        self.name = ""
         self.fields: JSONDict = {}      # all, except the index
         # For has_whole_arguments(): what it has seen of their pieces.
         self.nesting = Nesting()
@@ -2088,28 +2111,18 @@ class ChatCall:
     def add(self, piece: JSONDict) -> None:
         """Add a piece."""
         for name, value in piece.items():
-            if name in ("function", "custom"):
-                grow(self.fields, name, value)
-                self.add_name(get_dict(piece, name).get("name"))
+            if name in ("function", "custom") and isinstance(value, dict):
+                grow_object(self.fields, name, value)
             elif name == "id" and self.fields.get("id"):
                 pass        # some send another id in each piece
             elif name != "index":
                 put(self.fields, name, value)
 
-    def add_name(self, name: JSON) -> None:
-        """Add a name.
-
-        Names come in pieces ("get_", then "time"), or whole in every piece.
-        So what begins with the name so far repeats it.
-        """
-        if not isinstance(name, str):
-            return
-        if not name.startswith(self.name):
-            name = self.name + name
-        if len(name) > MAX_NAME:
-            raise APIResponseError("a broken event: a name is longer than "
-                                   f"{MAX_NAME} characters")
-        self.name = name
+    def get_name(self) -> JSON:
+        """Return the name of what is called, if it has come."""
+        function = (get_dict(self.fields, "function")
+                    or get_dict(self.fields, "custom"))
+        return function.get("name")
 
     def is_followed_by(self, piece: JSONDict) -> bool:
         """Whether a piece for this call begins the next call instead.
@@ -2135,7 +2148,7 @@ class ChatCall:
         name, id = function.get("name"), piece.get("id")
         if not name:
             return False
-        has_other_name = name != self.name
+        has_other_name = name != get_dict(self.fields, "function").get("name")
         own_id = self.fields.get("id")
         has_other_id = id not in (None, "", own_id)
         if not self.has_whole_arguments():
@@ -2163,10 +2176,8 @@ class ChatCall:
 
     def build(self) -> JSONDict:
         """Return the call."""
-        kind = "custom" if "custom" in self.fields else "function"
-        function = {**get_dict(self.fields, kind), "name": self.name}
-        return {**self.fields, "type": self.fields.get("type") or kind,
-                kind: function}
+        default = "custom" if get_dict(self.fields, "custom") else "function"
+        return {**self.fields, "type": self.fields.get("type") or default}
 
 
 def begins_object(arguments: JSON) -> bool:
@@ -2174,6 +2185,14 @@ def begins_object(arguments: JSON) -> bool:
     if isinstance(arguments, str):
         return arguments.lstrip().startswith("{")
     return isinstance(arguments, dict)
+
+
+def add_input(block: JSONDict, piece: JSON) -> None:
+    """Add a piece of a tool's input, which is text, or is whole."""
+    if isinstance(piece, str):
+        grow(block, "input", piece)
+    else:
+        block["input"] = piece
 
 
 def takes_input(block: JSONDict) -> bool:
@@ -2197,9 +2216,11 @@ class MessagesAssembler:
     def __init__(self) -> None:
         self.fields: JSONDict = {}      # of the message, except its blocks
         self.blocks: list[JSONDict] = []
-        # The block of each index that has begun and not stopped.
-        self.open: dict[int | None, JSONDict] = {}
-        self.newest_tool: JSONDict | None = None
+        # The newest block, and the newest tool, of each index; and the
+        # indexes whose block has stopped.
+        self.by_index: dict[int | None, JSONDict] = {}
+        self.tools: dict[int | None, JSONDict] = {}
+        self.stopped: set[int | None] = set()
         self.half = HalfCharacter()
         self.started = False            # message_start has come
         self.done = False               # message_stop has come
@@ -2230,7 +2251,7 @@ class MessagesAssembler:
             self.whole = False
             text = self.add_delta(index, expect_dict(event, "delta"))
         elif kind == "content_block_stop":
-            self.open.pop(index, None)
+            self.stopped.add(index)
         elif kind == "message_delta":
             self.add_fields(expect_dict(event, "delta"))
             self.add_fields({name: value for name, value in event.items()
@@ -2269,28 +2290,36 @@ class MessagesAssembler:
             elif name != "type":
                 put(block, name, value)
         self.blocks.append(block)
-        self.open[index] = block
+        self.by_index[index] = block
+        self.stopped.discard(index)
         if takes_input(block):
-            self.newest_tool = block
+            self.tools[index] = block
         return block
 
     def find_block(self, index: int | None, kind: str) -> JSONDict:
         """Return the block that a delta of a kind goes to.
 
-        By the reference, it is the open block of the delta's index.  But some
-        gateways give all deltas the index 0, or begin no block, or send a
-        text in the middle of a tool's input.
+        By the reference, that is the block of the delta's index, which has
+        begun, and is of this kind.  But gateways differ.
         """
-        block = self.open.get(index)
-        if block is not None and fits(block, kind):
+        last = self.blocks[-1] if self.blocks else None
+        block = last if index is None else self.by_index.get(index)
+        if block is None or last is None:
+            # Some gateways begin no block.  LiteLLM's index -1 is an error.
+            if index is not None and index < 0:
+                raise APIResponseError("a broken event: a delta for no block")
+            return self.begin_block(index, {"type": kind})
+        # Some give all deltas the index 0: after the stop of block 0, they
+        # are for the last block.
+        if index in self.stopped and fits(last, kind):
+            return last
+        if fits(block, kind):
             return block
-        if block is None and index is not None and index < 0:   # LiteLLM
-            raise APIResponseError("a broken event: a delta for no block")
-        if kind == "tool_use" and self.newest_tool is not None:
-            return self.newest_tool
-        # Texts stay in order: only the last block goes on.
-        if self.blocks and fits(self.blocks[-1], kind):
-            return self.blocks[-1]
+        # A text came in the middle of a tool's input; the input goes on.
+        if kind == "tool_use" and index in self.tools:
+            return self.tools[index]
+        if fits(last, kind):
+            return last
         return self.begin_block(index, {"type": kind})
 
     def add_delta(self, index: int | None, delta: JSONDict) -> str:
@@ -2315,7 +2344,7 @@ class MessagesAssembler:
         elif kind == "input_json_delta":
             if delta.get("partial_json"):
                 block = self.find_block(index, "tool_use")
-                grow(block, "input", delta["partial_json"])
+                add_input(block, delta["partial_json"])
         elif kind == "citations_delta":
             block = self.find_block(index, "text")
             if not isinstance(block.get("citations"), list):
@@ -2331,7 +2360,7 @@ class MessagesAssembler:
 
         Only the known types change text, thinking and input.
         """
-        block = self.open.get(index)
+        block = self.by_index.get(index)
         if block is None:
             return
         for name, value in delta.items():
@@ -2925,6 +2954,9 @@ class Connection(http.client.HTTPConnection):
         # tinyproxy garbles the next request where there was no CONNECT.
         if self.route.proxy is not None and not self.route.tls:
             can_be_kept = False
+        # After 101, the server speaks another protocol.
+        if self.response is not None and self.response.status == 101:
+            can_be_kept = False
         # A stream that was opened before a fork is the parent's to keep.
         if self.wire is not None and self.wire.owner != os.getpid():
             can_be_kept = False
@@ -3186,10 +3218,7 @@ class Answer:
         """
         chunks = self.iter_body()
         head = read_beginning(chunks)
-        is_stream = is_event_stream(head)
-        if not head:    # the body is empty
-            is_stream = self.is_labelled
-        if is_stream:
+        if is_event_stream(head, self.is_labelled):
             try:
                 yield from self.iter_decoded(itertools.chain([head], chunks))
             except NETWORK_FAILURES:

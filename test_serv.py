@@ -3147,6 +3147,18 @@ STREAM_DELTAS = {  # the deltas of a choice; its message, at the end
          *({"role": no, "content": no, "reasoning": no, "mood": no,
             "tool_calls": no} for no in (None, {}, [])), {"content": "lo"}],
         {"content": "Hello", "reasoning": "a", "mood": "b"}),
+    "a text that grows elsewhere: the last": (
+        [{"summary": "a", "data": "b"}] * 2, {"summary": "a", "data": "b"}),
+    "lists and texts in an object nobody knows: the last": (
+        [{"content": "a", "more": {"list": [1], "content": "b"}}] * 2,
+        {"content": "aa", "more": {"list": [1], "content": "b"}}),
+    "a list nobody knows, then a text": (
+        [{"images": [{"url": "u"}]}, {"images": "none"}], {"images": "none"}),
+    "a function_call whose name comes in pieces": (
+        [{"function_call": {"name": "get_"}},
+         {"function_call": {"name": "time", "arguments": "{"}},
+         {"function_call": {"arguments": "}"}}],
+        {"function_call": {"name": "get_time", "arguments": "{}"}}),
     "a text nobody knows: the last": (
         [{"mood": "bad"}, {"mood": "good"}], {"mood": "good"}),
     "an object nobody knows: field by field": (
@@ -3384,6 +3396,17 @@ STREAM_SIGNED = {"extra_content": {"google": {"thought_signature": "S"}}}
             "name": "f", "arguments": {"a": 1}}}, stream_call("0 - - ")],
         {"id": "x", "type": "function", "function": {
             "name": "f", "arguments": {"a": 1}}}),
+    "arguments that are an object, repeated": (
+        [{"index": 0, "id": "x", "type": "function", "function": {
+            "name": "f", "arguments": {"content": "a", "list": [
+                {"index": 0, "text": "b"}, {"index": 0, "text": "c"}]}}}] * 2,
+        {"id": "x", "type": "function", "function": {
+            "name": "f", "arguments": {"content": "a", "list": [
+                {"index": 0, "text": "b"}, {"index": 0, "text": "c"}]}}}),
+    "null for a custom tool, beside a function": (
+        [{**stream_call("0 x get_"), "custom": None},
+         {**stream_call("0 - time {}"), "custom": None}],
+        {**stream_call("- x get_time {}"), "custom": None}),
     "a function that begins as an empty list": (
         [{"index": 0, "id": "x", "type": "function", "function": []},
          stream_call("0 - f {}")], stream_call("- x f {}")),
@@ -3704,6 +3727,31 @@ STREAM_BLOCKS = {  # a script between the first and the last event; content
         'begin {"type": "thinking", "thinking": ""} | thinking Hm | '
         '1 begin text | 1 thinking Oh | 1 text Hi',
         [*stream_parts("Hm", "Oh", kind="thinking"), *stream_parts("Hi")]),
+    "two thinking blocks that were not begun": (
+        "thinking A | signature S | end | 1 thinking B | 1 signature T",
+        [{"type": "thinking", "thinking": "A", "signature": "S"},
+         {"type": "thinking", "thinking": "B", "signature": "T"}]),
+    "an input at an index that was not begun": (
+        'begin tool_use | json {"a": 1} | end | 1 json {"b": 2}',
+        [{**STREAM_TOOL, "input": {"a": 1}},
+         {"type": "tool_use", "input": {"b": 2}}]),
+    "an input at the index of a text": (
+        'begin tool_use | json {"a": 1} | end | 1 begin text | 1 text Hi | '
+        '1 json {"b": 2}',
+        [{**STREAM_TOOL, "input": {"a": 1}}, *stream_parts("Hi"),
+         {"type": "tool_use", "input": {"b": 2}}]),
+    "a signature after the end of its block": (
+        'begin {"type": "thinking", "thinking": ""} | thinking A | end | '
+        '1 begin text | 1 text Hi | signature S',
+        [{"type": "thinking", "thinking": "A", "signature": "S"},
+         *stream_parts("Hi")]),
+    "an input in pieces, then as an object": (
+        'begin tool_use | json { | delta {"type": "input_json_delta", '
+        '"partial_json": {"a": 1}}', [{**STREAM_TOOL, "input": {"a": 1}}]),
+    "a text of a type yet unknown": (
+        'begin {"type": "new", "content": "Sum"} | delta {"type": '
+        '"new_delta", "content": "ma"} | delta {"type": "new_delta", '
+        '"content": "ry"}', [{"type": "new", "content": "Summary"}]),
     "a text in a tool (sglang)": (
         'begin tool_use | json {"a": 1} | text Hel | text lo',
         [{**STREAM_TOOL, "input": {"a": 1}}, *stream_parts("Hello")]),
@@ -4243,6 +4291,14 @@ def test_stream_that_is_cut_is_an_error(endpoint, tail):
     error = stream_error(closing(STREAM_HEAD + data + tail), endpoint)
     assert type(error) is serv.APIConnectionError
     assert (error.reply.text, error.reply.partial) == ("Hello", True)
+
+
+@pytest.mark.parametrize("body", [b"", b"\r\n", b"da", b"event"])
+def test_stream_that_is_cut_in_its_first_word_is_an_error(body):
+    data = chunk(body) if body else b""
+    error = stream_error(closing(STREAM_HEAD + data + chunk(b"")))
+    assert type(error) is serv.APIConnectionError
+    assert "cut" in str(error) and error.reply.partial
 
 
 @table("head", {
@@ -5612,6 +5668,14 @@ def test_a_call_is_sent_once_more_only_once(monkeypatch):
         error = net_error(NET_FAIL, net_chat, server, max_retries=1)
         assert len(server.requests) == 4
     assert error.retries == 1
+
+
+def test_after_101_no_connection_is_kept():
+    with Server([b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
+                 NET_OK]) as server:
+        net_error(serv.APIStatusError, net_chat, server)
+        assert net_chat(server) == "Hello!"
+        assert server.connections == 2
 
 
 def test_of_too_many_the_oldest_is_dropped(monkeypatch):
