@@ -1815,13 +1815,13 @@ def grow(target: JSONDict, name: str, value: JSON) -> None:
     """
     old = target.get(name)
     if value and isinstance(value, str):
-        if isinstance(old, GrowingList):    # Magistral sends both
+        if isinstance(old, GrowingText):
+            old.pieces.append(value)
+        elif isinstance(old, GrowingList):      # Magistral sends both
             old.add([{"type": "text", "text": value}])
         else:
-            if not isinstance(old, GrowingText):
-                old = GrowingText(old if isinstance(old, str) else "")
-                target[name] = old
-            old.pieces.append(value)
+            begun = old if isinstance(old, str) else ""
+            target[name] = GrowingText(begun + value)
     elif value and isinstance(value, list):
         if not isinstance(old, GrowingList):
             target[name] = GrowingList()
@@ -2300,20 +2300,25 @@ class MessagesAssembler:
         """Return the block that a delta of a kind goes to.
 
         By the reference, that is the block of the delta's index, which has
-        begun, and is of this kind.  But gateways differ.
+        begun, is of this kind, and has not stopped.  The rest of this method
+        is for gateways.
         """
-        last = self.blocks[-1] if self.blocks else None
-        block = last if index is None else self.by_index.get(index)
-        if block is None or last is None:
-            # Some gateways begin no block.  LiteLLM's index -1 is an error.
-            if index is not None and index < 0:
+        block = self.by_index.get(index)
+        if block is not None and fits(block, kind):
+            if index not in self.stopped:
+                return block
+        if block is None and index is not None:
+            # Some begin no block.  LiteLLM's index -1 means nothing.
+            if index < 0:
                 raise APIResponseError("a broken event: a delta for no block")
             return self.begin_block(index, {"type": kind})
-        # Some give all deltas the index 0: after the stop of block 0, they
-        # are for the last block.
-        if index in self.stopped and fits(last, kind):
+        # Some give no index, or all deltas the index 0.  So what comes after
+        # the stop of block 0 may be for the last block.
+        last = self.blocks[-1] if self.blocks else {"type": None}
+        is_for_last = block is None or index in self.stopped
+        if is_for_last and fits(last, kind):
             return last
-        if fits(block, kind):
+        if block is not None and fits(block, kind):
             return block
         # A text came in the middle of a tool's input; the input goes on.
         if kind == "tool_use" and index in self.tools:

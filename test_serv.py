@@ -4296,8 +4296,8 @@ def test_stream_that_is_cut_is_an_error(endpoint, tail):
 @pytest.mark.parametrize("body", [b"", b"\r\n", b"da", b"event"])
 def test_stream_that_is_cut_in_its_first_word_is_an_error(body):
     data = chunk(body) if body else b""
-    error = stream_error(closing(STREAM_HEAD + data + chunk(b"")))
-    assert type(error) is serv.APIConnectionError
+    with Server(closing(STREAM_HEAD + data + chunk(b""))) as server:
+        error = net_error(serv.APIConnectionError, list, open_stream(server))
     assert "cut" in str(error) and error.reply.partial
 
 
