@@ -1625,9 +1625,9 @@ def parse_events(name: str, data: str) -> list[JSONDict]:
             continue
         # An event without a name is called "message".  One of chat has no
         # type, and gets none.
-        if name != "message" and value is not DONE:
-            if "choices" not in value:
-                value.setdefault("type", name)
+        if "type" not in value and name != "message":
+            if "choices" not in value and value is not DONE:
+                value["type"] = name
         events.append(value)
     return events
 
@@ -2204,7 +2204,8 @@ def fits(block: JSONDict, kind: str) -> bool:
     """Whether a delta for a block of a kind can go to this block."""
     if kind == "tool_use":
         return takes_input(block)
-    return bool(block["type"] == kind)
+    block_type: str = block["type"]
+    return block_type == kind
 
 
 class MessagesAssembler:
