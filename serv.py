@@ -1803,15 +1803,15 @@ class GrowingList:
 def grow(target: JSONDict, name: str, value: JSON) -> None:
     """Add a piece to a field that is a text, or a list of parts.
 
-    ====================  ==================================================
-    the piece             the field
-    ====================  ==================================================
-    a text                is a text and grows; a list gets one part more
-    a list                is a list and gets these parts, see GrowingList; a
-                          text becomes its first part
-    "", None, [], {}      keeps what it has
-    an object, a number   was a text or list: APIResponseError; else see put()
-    ====================  ==================================================
+    ===================  =============================================
+    the piece            what becomes of the field
+    ===================  =============================================
+    a text               a text grows; a list gets one part more
+    a list               a list gets its parts; a text is its first
+    "", None, [], {}     nothing
+    an object, a number  it is replaced, unless it was a text or list:
+                         then APIResponseError
+    ===================  =============================================
     """
     old = target.get(name)
     if value and isinstance(value, str):
@@ -1865,8 +1865,8 @@ def put(target: JSONDict, name: str, value: JSON) -> None:
     """Set a field, unless the value is empty and something is there.
 
     Other than grow(), it replaces texts and lists.  Objects are merged.  The
-    value itself is set, not a copy of it: nobody
-    else changes it, because Stream.events() yields copies.
+    value itself is set, not a copy: nobody else changes it, because
+    Stream.events() yields copies.
     """
     old = target.get(name)
     if is_empty(value):
@@ -3111,11 +3111,16 @@ class Call:
 
         ``headers`` are the answer's, if its head had come.
 
-        A failure of the network is a timeout, if it comes at the deadline;
-        else a ServError stays what it is; anything else is an
-        APIConnectionError.  Only an exception of the system becomes the
-        cause: those of http.client quote the server, which may have echoed
-        the key.
+        ========================================  ==================
+        what was raised; the first row that fits  the error
+        ========================================  ==================
+        a failure of the network at the deadline  APITimeoutError
+        a ServError                               itself
+        any other failure of the network          APIConnectionError
+        ========================================  ==================
+
+        Only an exception of the system becomes the cause: those of
+        http.client quote the server, which may have echoed the key.
         """
         is_late = time.monotonic() >= self.deadline - CLOCK_ERROR
         error: ServError
