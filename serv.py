@@ -595,8 +595,8 @@ class Stream:
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
-        # Taken out of the answer: they refer to it, and if it referred to
-        # them, both would wait for the garbage collector.
+        # Taken out of the answer.  They are a generator that refers to it: if
+        # it referred to them, both would wait for the garbage collector.
         self._events = answer.events
         answer.events = iter(())
         # "open"; at last "ended", at its proven end; "failed", with _error; or
@@ -668,14 +668,14 @@ class Stream:
             if self._state != "open":
                 return
             self._state = "closed"
+        # Neither misses the other: close() has set _state, and now looks at
+        # _is_reading; a step sets _is_reading, then looks at _state.
+        #
         #   close() comes           what happens
         #   between two steps       it closes the connection
         #   during a step           it ends the wait; the step closes
         #   as a step begins        one of these, or both: to close again does
         #   or ends                 nothing
-        #
-        # Neither misses the other: close() has set _state, and now looks at
-        # _is_reading; a step sets _is_reading, then looks at _state.
         if self._is_reading:
             self._answer.connection.end_wait()
         else:
@@ -696,7 +696,7 @@ class Stream:
                     return step
         finally:
             self._is_reading = False
-            if self._state == "closed":
+            if self._state == "closed":     # close() came during this step
                 self._answer.connection.discard()
         if self._error is not None:
             # Each further step raises it again: an end would look as if the
@@ -755,7 +755,8 @@ class Request:
 
     def __init__(self, endpoint: str, address: Address, body: bytes,
                  headers: dict[str, str], secret: str, timeout: float,
-                 max_retries: int, streaming: bool, choices: int) -> None:
+                 max_retries: int, streaming: bool,
+                 choice_count: int) -> None:
         self.endpoint = endpoint
         self.address = address
         self.url = address.url + PATHS[endpoint]
@@ -766,7 +767,7 @@ class Request:
         self.timeout = timeout          # seconds
         self.max_retries = max_retries
         self.streaming = streaming
-        self.choices = choices          # how many answers were asked for
+        self.choice_count = choice_count    # how many were asked for
 
 
 class Address(collections.namedtuple("Address", "url tls host port")):
@@ -803,9 +804,9 @@ def build_request(endpoint: str, messages: Messages, *,
     seconds = build_timeout(timeout)
     # How many choices are asked for: a stream that brings fewer was cut.  (The
     # server refuses a wrong n.)
-    choices = params.get("n")
-    if type(choices) is not int or choices < 1:
-        choices = 1
+    choice_count = params.get("n")
+    if type(choice_count) is not int or choice_count < 1:
+        choice_count = 1
     own_headers = build_headers(headers)    # Named-Like-This
     # The environment's key is read last: if a check above raises, a traceback
     # that records local variables does not hold it yet.
@@ -824,7 +825,7 @@ def build_request(endpoint: str, messages: Messages, *,
         "Content-Type": "application/json", "Accept-Encoding": "identity",
         **own_headers}
     return Request(endpoint, address, body, all_headers, secret, seconds,
-                   max_retries, streaming, choices)
+                   max_retries, streaming, choice_count)
 
 
 def build_body(endpoint: str, streaming: bool, messages: Messages,
@@ -1260,7 +1261,7 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
     {"error": true}                             the answer   Nitro
     anything, in an event named "error"         the answer
     {"object": "error"} or {"type": "error"}    the answer   vLLM
-    neither "choices" nor "content"             see find_bare_error()
+    no choices and no content, or null          see find_bare_error()
     {"choices": [{"error": E}]}                 E            OpenRouter
     {"choices": [{"finish_reason": "error"}]}   a message    see FAILED
     ==========================================  ===========  ==========
@@ -1702,7 +1703,8 @@ def is_event_stream(head: bytes, is_labelled: bool) -> bool:
     except for a body that is cut in its first word.
     """
     fields = (b":", b"data:", b"event:", b"id:", b"retry:")
-    if is_labelled and any(field.startswith(head) for field in fields):
+    is_cut = any(field.startswith(head) for field in fields)    # as b"da"
+    if is_cut and is_labelled:
         return True
     return head.startswith(fields)
 
@@ -1929,8 +1931,8 @@ class ChatAssembler:
     The answer's text is the text of choice 0.
     """
 
-    def __init__(self, choices: int = 1) -> None:
-        self.asked = choices            # how many the request asked for
+    def __init__(self, choice_count: int = 1) -> None:
+        self.choice_count = choice_count    # how many were asked for
         self.fields: JSONDict = {}      # of the answer, except its choices
         self.choices: dict[int, ChatChoice] = {}
         self.half = HalfCharacter()
@@ -1939,7 +1941,7 @@ class ChatAssembler:
     @property
     def whole(self) -> bool:
         """Whether what has arrived is proven to be the whole answer."""
-        if len(self.choices) < self.asked:
+        if len(self.choices) < self.choice_count:
             return False    # even at [DONE]: a choice was lost
         return self.done or all(choice.finished
                                 for choice in self.choices.values())
@@ -2133,34 +2135,37 @@ class ChatCall:
             {"index": 0, "id": "b", "function": {"name": "g", ...}}
 
         Others repeat the name, or send another id, in every piece of a call.
-        So a piece begins a call only if it has a name, and besides:
+        The first row that fits:
 
-        =======================  ========================================
-        this call's arguments    the piece has
-        =======================  ========================================
-        are not a whole object   another name and another id
-        are a whole object       another name, another id or another
-                                 index; or no id, and the beginning of an
-                                 object
-        =======================  ========================================
+        ===  ==================  ============================  ======
+        row  arguments so far    the piece has                 begins
+        ===  ==================  ============================  ======
+        1    any                 no name                       no
+        2    not a whole object  another name and another id   yes
+             not a whole object  anything else                 no
+        3    a whole object      another name, or another id   yes
+        4    a whole object      another index                 yes
+        5    a whole object      no id, and begins an object   yes
+             a whole object      anything else                 no
+        ===  ==================  ============================  ======
         """
         function = get_dict(piece, "function")
         name, id = function.get("name"), piece.get("id")
-        if not name:
+        if not name:                                            # 1
             return False
         has_other_name = name != get_dict(self.fields, "function").get("name")
         own_id = self.fields.get("id")
         has_other_id = id not in (None, "", own_id)
-        if not self.has_whole_arguments():
+        if not self.has_whole_arguments():                      # 2
             if not own_id:
                 return False
             return has_other_name and has_other_id
-        if has_other_name or has_other_id:
+        if has_other_name or has_other_id:                      # 3
             return True
         index = piece.get("index")
-        if isinstance(index, int) and index != self.index:
+        if isinstance(index, int) and index != self.index:      # 4
             return True
-        if id:
+        if id:                                                  # 5
             return False
         return begins_object(function.get("arguments"))
 
@@ -2300,33 +2305,42 @@ class MessagesAssembler:
     def find_block(self, index: int | None, kind: str) -> JSONDict:
         """Return the block that a delta of a kind goes to.
 
-        By the reference, that is the block of the delta's index, which has
-        begun, is of this kind, and has not stopped.  The rest of this method
-        is for gateways.
+        By the reference, it is row 1.  The rest is for gateways, of which
+        some give all deltas the index 0.  The first row that fits:
+
+        ===  =========================  ===================  ============
+        row  the block of the index     the delta            goes to
+        ===  =========================  ===================  ============
+        1    is of the kind, goes on    any                  that block
+        2    there is none              any                  a new block
+             there is none, for -1      any                  an error
+        3    has stopped                of the last's kind   the last
+             no index is given          of the last's kind   the last
+        4    is of the kind, stopped    any other            that block
+        5    a text came in a tool      an input             the tool
+        6    is of another kind         of the last's kind   the last
+        7    is of another kind         any other            a new block
+        ===  =========================  ===================  ============
         """
         block = self.by_index.get(index)
-        if block is not None and fits(block, kind):
+        if block is not None and fits(block, kind):             # 1
             if index not in self.stopped:
                 return block
-        if block is None and index is not None:
-            # Some begin no block.  LiteLLM's index -1 means nothing.
-            if index < 0:
+        if block is None and index is not None:                 # 2
+            if index < 0:       # LiteLLM
                 raise APIResponseError("a broken event: a delta for no block")
             return self.begin_block(index, {"type": kind})
-        # Some give no index, or all deltas the index 0.  So what comes after
-        # the stop of block 0 may be for the last block.
         last = self.blocks[-1] if self.blocks else {"type": None}
-        is_for_last = block is None or index in self.stopped
-        if is_for_last and fits(last, kind):
+        may_be_for_last = block is None or index in self.stopped
+        if may_be_for_last and fits(last, kind):                # 3
             return last
-        if block is not None and fits(block, kind):
+        if block is not None and fits(block, kind):             # 4
             return block
-        # A text came in the middle of a tool's input; the input goes on.
-        if kind == "tool_use" and index in self.tools:
+        if kind == "tool_use" and index in self.tools:          # 5
             return self.tools[index]
-        if fits(last, kind):
+        if fits(last, kind):                                    # 6
             return last
-        return self.begin_block(index, {"type": kind})
+        return self.begin_block(index, {"type": kind})          # 7
 
     def add_delta(self, index: int | None, delta: JSONDict) -> str:
         """Add a delta to its block; return what it adds to the text."""
@@ -2443,14 +2457,15 @@ class NetworkError(Exception):
 def to_network_error(exc: OSError) -> Exception:
     """Return what to raise in place of an OSError: a NetworkError.
 
-    The system gives each OSError a number, its ``errno``.  One without is a
-    signal handler's, such as TimeoutError("mine"), raised just while a socket
-    worked.  It is returned as it is.
+    The system and ssl give each OSError a number, its ``errno``.  One without
+    is a signal handler's, such as TimeoutError("mine"), raised just while a
+    socket worked.  It is returned as it is.
     """
     return exc if exc.errno is None else NetworkError(exc)
 
 
 # What is caught: failures of the network, and all failures of a call.
+# APIConnectionError is raised here, too, as for an answer that was cut.
 # OverflowError comes from http.client, for a chunk with a size far below 0.
 NETWORK_FAILURES = (NetworkError, APIConnectionError,
                     http.client.HTTPException, OverflowError)
@@ -2589,7 +2604,11 @@ class DeadlineSocket(socket.socket):
 
 
 class TLSSocket(DeadlineSocket, ssl.SSLSocket):  # type: ignore[misc]
-    """The same with TLS."""
+    """The same with TLS.
+
+    The two methods of ssl.SSLSocket call OpenSSL, and none of the methods
+    above.
+    """
 
     def receive_now(self, buffer: Any) -> int:
         """Receive and decrypt what is here, without waiting."""
@@ -2611,10 +2630,11 @@ def is_ready(sock: socket.socket, writing: bool, seconds: float) -> bool:
         poll = select.poll()
         poll.register(sock, select.POLLOUT if writing else select.POLLIN)
         return bool(poll.poll(seconds * 1000))
-    # Windows.  There, a connection that is refused is an exceptional socket.
-    read, write = ([], [sock]) if writing else ([sock], [])
-    readable, writable, failed = select.select(read, write, write, seconds)
-    return bool(readable or writable or failed)
+    # Windows.  There, select() reports a connection that is refused only as
+    # an exception, its third list.
+    if writing:
+        return any(select.select([], [sock], [sock], seconds))
+    return any(select.select([sock], [], [], seconds))
 
 
 def open_socket(host: str, port: int, deadline: float) -> DeadlineSocket:
@@ -3200,7 +3220,7 @@ class Answer:
         # text that it adds.
         self.assembler: Assembler
         if call.request.endpoint == "chat":
-            self.assembler = ChatAssembler(call.request.choices)
+            self.assembler = ChatAssembler(call.request.choice_count)
         else:
             self.assembler = MessagesAssembler()
         self.events: Iterator[tuple[JSONDict, str]] = iter(())
