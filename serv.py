@@ -515,7 +515,7 @@ class Reply(dict):  # type: ignore[type-arg]
         """
         calls = []
         for call in get_dicts(self.message, "tool_calls"):
-            function = get_dict(call, "function") or get_dict(call, "custom")
+            function = find_function(call)
             # A custom tool has an input instead.
             sent = function.get("arguments", function.get("input"))
             calls.append((get_str(call, "id"), function.get("name"), sent))
@@ -700,7 +700,8 @@ class Stream:
                 self._answer.connection.discard()
         if self._error is not None:
             # Each further step raises it again: an end would look as if the
-            # answer were whole.  A copy, because a traceback grows.
+            # answer were whole.  A copy, because a traceback grows, and the
+            # context may quote the server.
             raise copy.copy(self._error) from self._error.__cause__
         return None
 
@@ -1822,7 +1823,7 @@ def grow(target: JSONDict, name: str, value: JSON) -> None:
         elif isinstance(old, GrowingList):      # Magistral sends both
             old.add([{"type": "text", "text": value}])
         else:
-            begun = old if isinstance(old, str) else ""
+            begun = old if isinstance(old, str) else ""     # from put()
             target[name] = GrowingText(begun + value)
     elif value and isinstance(value, list):
         if not isinstance(old, GrowingList):
@@ -1847,7 +1848,7 @@ def grow_object(target: JSONDict, name: str, piece: JSONDict) -> None:
         target[name] = {}
     fields = target[name]
     for key, value in piece.items():
-        if key in OBJECT_TEXTS and isinstance(value, str):
+        if key in OBJECT_TEXTS:
             grow(fields, key, value)
         elif key == "name" and isinstance(value, str):
             # Names come in pieces ("get_", then "time"), or whole in every
@@ -2122,9 +2123,7 @@ class ChatCall:
 
     def get_name(self) -> JSON:
         """Return the name of what is called, if it has come."""
-        function = (get_dict(self.fields, "function")
-                    or get_dict(self.fields, "custom"))
-        return function.get("name")
+        return find_function(self.fields).get("name")
 
     def is_followed_by(self, piece: JSONDict) -> bool:
         """Whether a piece for this call begins the next call instead.
@@ -2149,11 +2148,11 @@ class ChatCall:
              a whole object      anything else                 no
         ===  ==================  ============================  ======
         """
-        function = get_dict(piece, "function")
+        function = find_function(piece)
         name, id = function.get("name"), piece.get("id")
         if not name:                                            # 1
             return False
-        has_other_name = name != get_dict(self.fields, "function").get("name")
+        has_other_name = name != self.get_name()
         own_id = self.fields.get("id")
         has_other_id = id not in (None, "", own_id)
         if not self.has_whole_arguments():                      # 2
@@ -2183,6 +2182,11 @@ class ChatCall:
         """Return the call."""
         default = "custom" if get_dict(self.fields, "custom") else "function"
         return {**self.fields, "type": self.fields.get("type") or default}
+
+
+def find_function(call: JSONDict) -> JSONDict:
+    """Return what a call, or a piece of one, calls; {} if it does not say."""
+    return get_dict(call, "function") or get_dict(call, "custom")
 
 
 def begins_object(arguments: JSON) -> bool:
@@ -2315,11 +2319,11 @@ class MessagesAssembler:
         2    there is none              any                  a new block
              there is none, for -1      any                  an error
         3    has stopped                of the last's kind   the last
-             no index is given          of the last's kind   the last
         4    is of the kind, stopped    any other            that block
         5    a text came in a tool      an input             the tool
         6    is of another kind         of the last's kind   the last
-        7    is of another kind         any other            a new block
+             no index is given          of the last's kind   the last
+        7    any other                  any other            a new block
         ===  =========================  ===================  ============
         """
         block = self.by_index.get(index)
@@ -2331,8 +2335,7 @@ class MessagesAssembler:
                 raise APIResponseError("a broken event: a delta for no block")
             return self.begin_block(index, {"type": kind})
         last = self.blocks[-1] if self.blocks else {"type": None}
-        may_be_for_last = block is None or index in self.stopped
-        if may_be_for_last and fits(last, kind):                # 3
+        if index in self.stopped and fits(last, kind):          # 3
             return last
         if block is not None and fits(block, kind):             # 4
             return block
@@ -2945,12 +2948,20 @@ class Connection(http.client.HTTPConnection):
             if self.route.proxy.login:
                 headers = {**headers,
                            "Proxy-Authorization": self.route.proxy.login}
-        # If the server stopped reading, it may have said why (413): its answer
-        # is read all the same.  Undocumented: getresponse() allows that,
-        # because the request counts as sent before its bytes are sent.
-        with contextlib.suppress(NetworkError):
+        cause = None
+        try:
             self.request("POST", target, request.body, headers)
-        self.response = self.getresponse()
+        except NetworkError as exc:
+            # If the server stopped reading, it may have said why (413): its
+            # answer is read all the same.  Undocumented: getresponse() allows
+            # that, for the request counts as sent before its bytes are sent.
+            cause = exc.cause
+        try:
+            self.response = self.getresponse()
+        except http.client.RemoteDisconnected:
+            if cause is not None:
+                raise NetworkError(cause)
+            raise
         return self.response
 
     def is_usable(self, limit: float) -> bool:
@@ -3149,10 +3160,8 @@ class Call:
                 f"timed out: not within {self.request.timeout:g} s; raise "
                 "timeout (or SERV_TIMEOUT), or ask for less")
         elif isinstance(exc, ServError):
-            # What was raised before it may quote the server; the traceback
-            # would keep this try in memory.
+            # The traceback would keep this try in memory.
             error = exc.with_traceback(None)
-            error.__context__ = None
         else:
             what = "no answer" if headers is None else "the answer was cut"
             text = str(exc) or type(exc).__name__
@@ -3426,7 +3435,8 @@ def send_request(request: Request,
         if (wait is None or call.retries == request.max_retries
                 or time.monotonic() + wait >= call.deadline):
             # A copy, because a frame and an error that refer to each other
-            # would wait for the garbage collector.
+            # would wait for the garbage collector.  It has no context, which
+            # may quote the server.
             raise copy.copy(result) from result.__cause__
         call.retries += 1
         warn(f"retry {call.retries} of {request.max_retries} in {wait:.1f} s: "

