@@ -120,7 +120,8 @@ CLOCK_ERROR = 0.02      # a failure this close to the deadline is a timeout:
 WAIT_SLICE = 1.0        # of one poll(): Ctrl-C does not end it on Windows
 KEEPALIVE = 60          # of silence before TCP probes the other side: some
                         # NATs forget a connection after 350 s
-DEAD_SECONDS = 30       # without acknowledgement of what was sent
+DEAD_SECONDS = 30       # without acknowledgement of what was sent; on Linux,
+                        # also of an upload that the server does not read
 IDLE_SECONDS = 50.0     # of keeping a connection: load balancers drop it at 60
 STALE_SECONDS = 1.0     # if a kept connection ends within this time, before a
                         # byte of the answer, the request is sent once more;
@@ -700,9 +701,8 @@ class Stream:
                 self._answer.connection.discard()
         if self._error is not None:
             # Each further step raises it again: an end would look as if the
-            # answer were whole.  A copy, because a traceback grows, and the
-            # context may quote the server.
-            raise copy.copy(self._error) from self._error.__cause__
+            # answer were whole.
+            raise copy_error(self._error)
         return None
 
     def _read(self) -> tuple[JSONDict, str] | None:
@@ -2467,6 +2467,18 @@ def to_network_error(exc: OSError) -> Exception:
     return exc if exc.errno is None else NetworkError(exc)
 
 
+def copy_error(error: ServError) -> ServError:
+    """Return what to raise of an error that we keep: a copy, with its cause.
+
+    The error itself would get a traceback, whose frames refer to the error:
+    they would wait for the garbage collector.  And its context may quote the
+    server.
+    """
+    copied = copy.copy(error)
+    copied.__cause__ = error.__cause__
+    return copied
+
+
 # What is caught: failures of the network, and all failures of a call.
 # APIConnectionError is raised here, too, as for an answer that was cut.
 # OverflowError comes from http.client, for a chunk with a size far below 0.
@@ -2969,9 +2981,10 @@ class Connection(http.client.HTTPConnection):
         assert self.wire is not None and self.response is not None
         self.wire.deadline = limit
         try:
-            # A stream was left at [DONE].  The last chunk of its body, which
-            # is empty, may come a little later: wait for it until the limit.
-            # (Of an answer that was read to its end, this reads nothing.)
+            # This goes on with the body of the last answer.  If it was read
+            # to its end, b"" comes at once.  If it is a stream that was left
+            # at [DONE], its last chunk, which is empty, may come a little
+            # later: read1() waits for it, until the limit, and returns b"".
             if self.response.read1(1):
                 return False
             # Nothing may wait in the socket, not even the end.
@@ -3376,6 +3389,7 @@ class Answer:
         then nothing else tells whether the body is whole.  A head that was
         cut is, for http.client, a whole one with an empty body.
         """
+        # Of a body that ends with its connection, no length is known.
         if self.response.length is not None or self.response.chunked:
             return False
         return not text or (text.startswith("{") and not text.endswith("}"))
@@ -3434,10 +3448,7 @@ def send_request(request: Request,
         # Without room for the wait there is no use in waiting.
         if (wait is None or call.retries == request.max_retries
                 or time.monotonic() + wait >= call.deadline):
-            # A copy, because a frame and an error that refer to each other
-            # would wait for the garbage collector.  It has no context, which
-            # may quote the server.
-            raise copy.copy(result) from result.__cause__
+            raise copy_error(result)
         call.retries += 1
         warn(f"retry {call.retries} of {request.max_retries} in {wait:.1f} s: "
              f"{result}")
