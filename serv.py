@@ -1254,6 +1254,8 @@ STATUS_OF_TYPE = {
 def find_error(answer: JSON, event_name: str = "") -> JSON:
     """Return the error in a decoded answer or event; None if it is none.
 
+    The first row that fits:
+
     ==========================================  ===========  ==========
     the answer                                  the error    sent by
     ==========================================  ===========  ==========
@@ -1262,7 +1264,7 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
     {"error": true}                             the answer   Nitro
     anything, in an event named "error"         the answer
     {"object": "error"} or {"type": "error"}    the answer   vLLM
-    no choices and no content, or null          see find_bare_error()
+    choices and content are absent or null      see find_bare_error()
     {"choices": [{"error": E}]}                 E            OpenRouter
     {"choices": [{"finish_reason": "error"}]}   a message    see FAILED
     ==========================================  ===========  ==========
@@ -1700,14 +1702,15 @@ def read_beginning(chunks: Iterator[bytes]) -> bytes:
 def is_event_stream(head: bytes, is_labelled: bool) -> bool:
     """Whether a body that begins so is an event stream.
 
-    Content-Type does not count, because gateways get it wrong both ways;
-    except for a body that is cut in its first word.
+    Gateways get the label, Content-Type, wrong both ways.  So it counts only
+    for a body that is empty, or cut in its first word, such as b"da".
     """
     fields = (b":", b"data:", b"event:", b"id:", b"retry:")
-    is_cut = any(field.startswith(head) for field in fields)    # as b"da"
-    if is_cut and is_labelled:
+    if head.startswith(fields):
         return True
-    return head.startswith(fields)
+    if any(field.startswith(head) for field in fields):
+        return is_labelled
+    return False
 
 
 # ---------------------------------------------------------------------------
@@ -2998,8 +3001,8 @@ class Connection(http.client.HTTPConnection):
 
     def keep(self) -> None:
         """Leave it to the next call, if there can be one."""
-        # Undocumented: if the answer says "Connection: close", http.client
-        # has set `sock` to None.
+        # `sock` is None if it was closed.  Undocumented: also if the answer
+        # says "Connection: close".
         can_be_kept = self.wire is not None and self.sock is not None
         # tinyproxy garbles the next request where there was no CONNECT.
         if self.route.proxy is not None and not self.route.tls:
@@ -3051,8 +3054,9 @@ def open_tunnel(sock: DeadlineSocket, route: Route) -> None:
     if route.proxy.login:
         head.append(f"Proxy-Authorization: {route.proxy.login}")
     sock.sendall("\r\n".join([*head, "", ""]).encode())
-    # Leaving "with" closes the response, but not the socket.  Nothing is lost
-    # in its buffer: with TLS, the client speaks first.
+    # Undocumented: a response can be made of any socket.  Leaving "with"
+    # closes its buffer, but not the socket.  Nothing is lost in the buffer:
+    # with TLS, the client speaks first.
     with Response(sock, method="CONNECT") as response:
         response.begin()
         status = response.status
@@ -3196,7 +3200,9 @@ class Call:
         proxy = self.route.proxy
         if proxy:
             where += f" through the proxy {proxy.host}:{proxy.port}"
-        request_id = find_request_id(headers) if headers else None
+        request_id = None
+        if headers is not None:
+            request_id = find_request_id(headers)
         if request_id:
             error.request_id = self.redact_text(request_id)
             where += ", request id " + shorten(error.request_id)
@@ -3236,8 +3242,8 @@ class Answer:
         self.is_labelled = content_type == "text/event-stream"
         self.at_end = False         # the body was read to its end
         self.elapsed = 0.0          # seconds from the call to the last byte
-        # Plain JSON, once it is whole.
-        self.json: JSONDict | None = None
+        # The answer, if it came as plain JSON, once it is whole.
+        self.plain_json: JSONDict | None = None
         # Of a stream: what puts it together, and its events, each with the
         # text that it adds.
         self.assembler: Assembler
@@ -3253,7 +3259,7 @@ class Answer:
         :raise Exception: one of CALL_FAILURES, also if the answer is an error.
         """
         if not self.call.request.streaming or not self.is_good:
-            self.json = self.parse(self.read_body(b"", self.iter_body()))
+            self.plain_json = self.parse(self.read_body(b"", self.iter_body()))
             return
         self.events = self.iter_stream()
         if not self.is_labelled:
@@ -3281,8 +3287,8 @@ class Answer:
                 # keep() finds it closed.
                 self.connection.discard()
         else:
-            self.json = self.parse(self.read_body(head, chunks))
-            yield self.json, Reply(self.json).text
+            self.plain_json = self.parse(self.read_body(head, chunks))
+            yield self.plain_json, Reply(self.plain_json).text
 
     def iter_decoded(self, chunks: Iterator[bytes]
                      ) -> Iterator[tuple[JSONDict, str]]:
@@ -3406,11 +3412,11 @@ class Answer:
 
     def is_whole(self) -> bool:
         """Whether what has arrived is the whole answer."""
-        return self.json is not None or self.assembler.whole
+        return self.plain_json is not None or self.assembler.whole
 
     def build_reply(self) -> Reply:
         """Return what has arrived."""
-        data = self.json
+        data = self.plain_json
         if data is None:
             data = self.assembler.build()
         return Reply(data, self.response.headers, self.elapsed,
@@ -3418,8 +3424,8 @@ class Answer:
 
     def build_partial_reply(self) -> Reply:
         """Return what had arrived of a stream that failed, without the key."""
-        if self.json is not None:
-            data = map_text(self.json, self.call.redact_text)
+        if self.plain_json is not None:
+            data = map_text(self.plain_json, self.call.redact_text)
         else:
             data = self.assembler.build(self.call.redact_text)
         headers = self.call.redact_headers(self.response.headers)
@@ -3458,8 +3464,8 @@ def send_request(request: Request,
 def try_once(call: Call) -> Answer | ServError:
     """Send the request of a call; return a good answer, or the error.
 
-    The connection is kept after an answer that was read to its end, an error
-    too, and goes on with a stream; else it is closed.
+    The connection stays open for a stream.  The next call gets it if the
+    answer was read to its end, even if that is an error; else it is closed.
     """
     connection = take_connection(call.route)
     answer = None

@@ -6063,10 +6063,13 @@ def test_what_has_ended_is_not_left_to_the_collector():
     "a body without a length that is too deep": (
         http_head() + b'{"a": ' * 99 + b"1" + b"}" * 99, NET_ODD, "choices|a"),
     "a cut status line": (b"HTTP/1.1 2", NET_FAIL, "no answer"),
-    "no header": (b"HTTP/1.1 200 OK\r\n", NET_FAIL, "cut"),
-    "a cut header": (b"HTTP/1.1 200 OK\r\nContent-Ty", NET_FAIL, "cut"),
+    "no header": (
+        b"HTTP/1.1 200 OK\r\n", NET_FAIL, "the answer was cut"),
+    "a cut header": (
+        b"HTTP/1.1 200 OK\r\nContent-Ty", NET_FAIL, "the answer was cut"),
     "a header without an end": (
-        NET_OK[:NET_OK.index(b"\r\n\r\n") + 2], NET_FAIL, "cut"),
+        NET_OK[:NET_OK.index(b"\r\n\r\n") + 2], NET_FAIL,
+        "the answer was cut"),
     "SSH": (b"SSH-2.0-OpenSSH_9.6\r\n", NET_FAIL, "SSH-2.0"),
     "TLS": (b"\x15\x03\x03\x00\x02\x02\x28", NET_FAIL, "no answer"),
     "no text": (b"\0\1\2\r\n\r\n", NET_FAIL, "no answer"),
@@ -7791,6 +7794,18 @@ def terminal():
         pytest.skip("its terminals are none")
     yield terminal
     terminal.close()
+
+
+def test_a_note_needs_no_size_of_its_terminal(monkeypatch):
+    class Nul(io.StringIO):  # as Windows' NUL
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Nul())
+    note = serv.Note("waiting")
+    note.erase()
+    note.erase()
+    assert sys.stderr.getvalue() == "waiting\r         \r"
 
 
 @each_way
