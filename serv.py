@@ -2137,38 +2137,28 @@ class ChatCall:
             {"index": 0, "id": "b", "function": {"name": "g", ...}}
 
         Others repeat the name, or send another id, in every piece of a call.
-        The first row that fits:
-
-        ===  ==================  ============================  ======
-        row  arguments so far    the piece has                 begins
-        ===  ==================  ============================  ======
-        1    any                 no name                       no
-        2    not a whole object  another name and another id   yes
-             not a whole object  anything else                 no
-        3    a whole object      another name, or another id   yes
-        4    a whole object      another index                 yes
-        5    a whole object      no id, and begins an object   yes
-             a whole object      anything else                 no
-        ===  ==================  ============================  ======
+        So a piece must have a name, and before the arguments are a whole
+        object, another name and another id.  After that, one sign is enough:
+        another name, id or index, or arguments that begin an object again.
         """
         function = find_function(piece)
-        name, id = function.get("name"), piece.get("id")
-        if not name:                                            # 1
+        name = function.get("name")
+        if not name:
             return False
+        id, index = piece.get("id"), piece.get("index")
         has_other_name = name != self.get_name()
         own_id = self.fields.get("id")
         has_other_id = id not in (None, "", own_id)
-        if not self.has_whole_arguments():                      # 2
-            if not own_id:
+        if not self.has_whole_arguments():
+            if not own_id:      # it comes late
                 return False
             return has_other_name and has_other_id
-        if has_other_name or has_other_id:                      # 3
+        if has_other_name or has_other_id:
             return True
-        index = piece.get("index")
-        if isinstance(index, int) and index != self.index:      # 4
+        if isinstance(index, int) and index != self.index:
             return True
-        if id:                                                  # 5
-            return False
+        if id:
+            return False        # it repeats the whole call
         return begins_object(function.get("arguments"))
 
     def has_whole_arguments(self) -> bool:
@@ -2229,11 +2219,8 @@ class MessagesAssembler:
     def __init__(self) -> None:
         self.fields: JSONDict = {}      # of the message, except its blocks
         self.blocks: list[JSONDict] = []
-        # The newest block, and the newest tool, of each index; and the
-        # indexes whose block has stopped.
         self.by_index: dict[int | None, JSONDict] = {}
-        self.tools: dict[int | None, JSONDict] = {}
-        self.stopped: set[int | None] = set()
+        self.stopped: set[int | None] = set()   # indexes
         self.half = HalfCharacter()
         self.started = False            # message_start has come
         self.done = False               # message_stop has come
@@ -2303,50 +2290,34 @@ class MessagesAssembler:
             elif name != "type":
                 put(block, name, value)
         self.blocks.append(block)
-        self.by_index[index] = block
-        self.stopped.discard(index)
-        if takes_input(block):
-            self.tools[index] = block
+        # Until another tool begins, a tool keeps its index: a text may come
+        # between two pieces of its input.
+        before = self.by_index.get(index)
+        if before is None or not takes_input(before) or takes_input(block):
+            self.by_index[index] = block
+            self.stopped.discard(index)
         return block
 
     def find_block(self, index: int | None, kind: str) -> JSONDict:
         """Return the block that a delta of a kind goes to.
 
-        By the reference, it is row 1.  The rest is for gateways, of which
-        some give all deltas the index 0.  The first row that fits:
-
-        ===  =========================  ===================  ============
-        row  the block of the index     the delta            goes to
-        ===  =========================  ===================  ============
-        1    is of the kind, goes on    any                  that block
-        2    there is none              any                  a new block
-             there is none, for -1      any                  an error
-        3    has stopped                of the last's kind   the last
-        4    is of the kind, stopped    any other            that block
-        5    a text came in a tool      an input             the tool
-        6    is of another kind         of the last's kind   the last
-             no index is given          of the last's kind   the last
-        7    any other                  any other            a new block
-        ===  =========================  ===================  ============
+        By the reference, that is the block of its index.  But some gateways
+        give every delta the index 0, or send a text for the index of a tool.
+        So if the block of the index has stopped, or is of another kind, the
+        last block is taken, if that is of the kind.
         """
         block = self.by_index.get(index)
-        if block is not None and fits(block, kind):             # 1
-            if index not in self.stopped:
-                return block
-        if block is None and index is not None:                 # 2
+        last = self.blocks[-1] if self.blocks else {"type": None}
+        if block is None and index is not None:
             if index < 0:       # LiteLLM
                 raise APIResponseError("a broken event: a delta for no block")
-            return self.begin_block(index, {"type": kind})
-        last = self.blocks[-1] if self.blocks else {"type": None}
-        if index in self.stopped and fits(last, kind):          # 3
+        elif index in self.stopped and fits(last, kind):
             return last
-        if block is not None and fits(block, kind):             # 4
+        elif block is not None and fits(block, kind):
             return block
-        if kind == "tool_use" and index in self.tools:          # 5
-            return self.tools[index]
-        if fits(last, kind):                                    # 6
+        elif fits(last, kind):
             return last
-        return self.begin_block(index, {"type": kind})          # 7
+        return self.begin_block(index, {"type": kind})
 
     def add_delta(self, index: int | None, delta: JSONDict) -> str:
         """Add a delta to its block; return what it adds to the text."""
@@ -3143,6 +3114,10 @@ class Call:
         text = clean_text(text)
         for secret in self.secrets:
             text = text.replace(secret, "[removed]")
+            # An answer that was cut may end in the middle of a secret.
+            start = text.rfind(secret[:MIN_SECRET])
+            if start >= 0 and secret.startswith(text[start:]):
+                text = text[:start] + "[removed]"
         return text
 
     def redact_headers(self, headers: Headers) -> Headers:

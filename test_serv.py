@@ -6596,6 +6596,27 @@ def test_an_error_that_a_stream_raises_again_is_as_clean():
                 serv.InternalServerError, list, stream))
 
 
+@table("size, shown", {
+    "7 characters": (7, "Bad key: %s" % KEY[:7]),
+    "8: they are removed": (8, "Bad key: [removed]"),
+    "all but one": (len(KEY) - 1, "Bad key: [removed]"),
+    "all": (len(KEY), "Bad key: [removed]")})
+def test_a_part_of_the_key_at_the_end_of_a_cut_answer(size, shown):
+    data = b"Bad key: " + KEY[:size].encode()
+    head = http_head("401 No", content_length=99)
+    with Server(closing(head + data)) as server:
+        error = net_error(serv.AuthenticationError, net_chat, server)
+    assert error.message == error.body == shown
+    assert shown in str(error)
+
+
+def test_a_part_of_the_key_at_the_end_of_a_cut_stream():
+    data = stream_answer(bare_chunk("a" + KEY[:-1]))
+    with Server(closing(data)) as server:
+        error = net_error(serv.APIConnectionError, list, open_stream(server))
+    assert error.reply.text == "a[removed]"
+
+
 NET_OTHER_KEY = "sk-other-0123456789"
 
 
