@@ -36,8 +36,9 @@ together; network; command line.  Only the last two do any I/O.
 If you review this file, look here first::
 
     the key             build_request(); Call.redact_text()
-    what is opened      connect_socket(); get_tls_context(): files of CAs.
-                        No other file (but see the command line), no thread
+    what is opened      connect_socket(): sockets; get_tls_context(): files of
+                        CAs, and by ssl the file that SSLKEYLOGFILE names.  No
+                        other file (but see the command line), no thread
     the environment     SERV_API_KEY, SERV_BASE_URL, SERV_MODEL, SERV_TIMEOUT;
                         SSL_CERT_FILE, SSL_CERT_DIR; HTTPS_PROXY, HTTP_PROXY,
                         NO_PROXY: read at each call
@@ -421,11 +422,16 @@ ENTRY_TEXTS = ("text", "thinking", "summary")
 class ToolCall(collections.namedtuple("ToolCall", "id name arguments")):
     """A call that the model asks for.
 
-    ``arguments`` is a dict.  Text that is not a JSON object stays a ``str``.
-    While a stream is incomplete, ``arguments`` is always a ``str``, so that
-    no half can look like a whole.  If no argument has come, ``arguments`` is
-    ``{}``; but it is ``""`` if the token limit or a filter cut the answer, or
-    if the answer has no stop reason.
+    What ``arguments`` is; the first row that fits:
+
+    ==================================================  =============
+    the stream is incomplete, or was cut                a ``str``
+    there are arguments, and they are a JSON object     a ``dict``
+    they are another text                               a ``str``
+    there are none, and the answer has no stop reason,
+    or the token limit or a filter ended it             ``""``
+    there are none                                      ``{}``
+    ==================================================  =============
     """
 
     __slots__ = ()
@@ -524,8 +530,8 @@ class Reply(dict):  # type: ignore[type-arg]
             if block.get("type") == "tool_use":
                 sent = block.get("input") or {}
                 calls.append((get_str(block, "id"), block.get("name"), sent))
-        # If the answer has not ended well, nobody knows whether arguments
-        # were still to come.
+        # If the answer ended so, nobody knows whether arguments were still to
+        # come: then none is "", not {}.
         may_be_cut = (self.stop_reason is None or self.truncated
                       or self.refusal is not None)
         tool_calls = []
@@ -596,8 +602,9 @@ class Stream:
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
-        # Taken out of the answer.  They are a generator that refers to it: if
-        # it referred to them, both would wait for the garbage collector.
+        # The events come from a generator, which refers to the answer.  So the
+        # answer must not refer to the generator: two objects that refer to
+        # each other stay in memory until the garbage collector runs.
         self._events = answer.events
         answer.events = iter(())
         # "open"; at last "ended", at its proven end; "failed", with _error; or
@@ -669,14 +676,13 @@ class Stream:
             if self._state != "open":
                 return
             self._state = "closed"
-        # Neither misses the other: close() has set _state, and now looks at
-        # _is_reading; a step sets _is_reading, then looks at _state.
+        # During a step, the connection is in use.  So close() only ends the
+        # wait, and the step closes the connection when it ends.
         #
-        #   close() comes           what happens
-        #   between two steps       it closes the connection
-        #   during a step           it ends the wait; the step closes
-        #   as a step begins        one of these, or both: to close again does
-        #   or ends                 nothing
+        # No lock is needed for this.  A step sets _is_reading first and reads
+        # _state last; close() has set _state, and now reads _is_reading.  So
+        # whatever their order, one of them sees the other and closes.  It may
+        # be both: to close again does nothing.
         if self._is_reading:
             self._answer.connection.end_wait()
         else:
@@ -687,7 +693,7 @@ class Stream:
 
         :raise ServError: see events().
         """
-        if self._is_reading:
+        if self._is_reading:    # it detects misuse, as a rule: no lock is held
             raise ValueError("this stream is being read already")
         try:
             self._is_reading = True
@@ -708,7 +714,8 @@ class Stream:
     def _read(self) -> tuple[JSONDict, str] | None:
         """Return the next event and its text; None if the stream has ended.
 
-        An error of the call ends it, too: _advance() raises it.
+        An error of the call (see CALL_FAILURES, in Network) ends it, too:
+        _advance() raises it.
         """
         try:
             step = next(self._events, None)
@@ -803,8 +810,8 @@ def build_request(endpoint: str, messages: Messages, *,
     address = build_url(base_url or os.environ.get("SERV_BASE_URL")
                         or BASE_URL)
     seconds = build_timeout(timeout)
-    # How many choices are asked for: a stream that brings fewer was cut.  (The
-    # server refuses a wrong n.)
+    # How many choices are asked for, in chat: a stream that brings fewer was
+    # cut.  (The server refuses a wrong n.)
     choice_count = params.get("n")
     if type(choice_count) is not int or choice_count < 1:
         choice_count = 1
@@ -1430,10 +1437,10 @@ def build_status_error(status: int, headers: Headers,
     """Return the error that an answer is, by its status or by its body."""
     fields = parse_error(body)
     status_is_guess = False
-    if 200 <= status < 300:
-        stands_for = find_status(fields)
-        status_is_guess = stands_for is None
-        status = stands_for or 500
+    if 200 <= status < 300:     # the error is in the body of a good answer
+        named_status = find_status(fields)
+        status_is_guess = named_status is None
+        status = named_status or 500
     what = fields["type"] or http.client.responses.get(status, "")
     if status_is_guess:
         what = "error in a 200 answer"
@@ -1495,6 +1502,9 @@ def retry_wait(error: ServError, failed: int) -> float | None:
     """Return the seconds to wait before the next try; None for no more.
 
     ``failed`` is how many tries had failed before: 0 at the first error.
+    The server may ask for any wait, but send_request() gives up if the time
+    that is left does not allow it.
+
     What is worth a retry is set where the error is made:
 
     ==================  =================================================
@@ -1620,19 +1630,21 @@ def parse_events(name: str, data: str) -> list[JSONDict]:
     """
     events: list[JSONDict] = []
     for value in parse_data(name, data):
-        if not isinstance(value, dict):
+        if value is DONE:
+            events.append(DONE)
+        elif isinstance(value, dict):
+            # By the WHATWG rules, an event without a name is a "message".
+            # Those of chat have no type, and get none.
+            lacks_type = "type" not in value and "choices" not in value
+            if lacks_type and name != "message":
+                value["type"] = name
+            events.append(value)
+        else:
             # [{"error": ...}], or a text in an event named "error".  What is
             # no error is noise, such as null.
             error = find_error(value, name)
             if error is not None:
                 events.append({"error": error})
-            continue
-        # An event without a name is called "message".  One of chat has no
-        # type, and gets none.
-        if "type" not in value and name != "message":
-            if "choices" not in value and value is not DONE:
-                value["type"] = name
-        events.append(value)
     return events
 
 
@@ -1641,17 +1653,18 @@ def parse_data(name: str, data: str) -> list[JSON]:
 
     The first row that fits:
 
-    ===============================  ====================================
-    the data                         the values
-    ===============================  ====================================
-    JSON                             one
-    text in an event named "error"   the text
-    JSON or [DONE] on each line      these; blank lines have been lost
-    nothing                          none; it keeps the connection alive
-    text without { at its beginning
-    in an event of a vendor's own    none
-    any other text                   APIResponseError
-    ===============================  ====================================
+    ==============================  =====================================
+    the data                        the values
+    ==============================  =====================================
+    JSON                            one
+    text in an event named "error"  the text
+    JSON or [DONE] on each line     these; blank lines have been lost
+    nothing                         none; it keeps the connection alive
+    text, in an event of a vendor   none, unless the text begins with {
+    any other text                  APIResponseError
+    ==============================  =====================================
+
+    An event is a vendor's if its name is none of the Messages format.
     """
     try:
         return [parse_json(data)]
@@ -1665,9 +1678,9 @@ def parse_data(name: str, data: str) -> list[JSON]:
     except ValueError:
         pass
     # An event without a name is called "message".
-    is_a_vendors = name != "message" and not name.startswith(
+    is_known = name == "message" or name.startswith(
         ("message_", "content_block_"))
-    if is_a_vendors and not data.lstrip().startswith("{"):
+    if not is_known and not data.lstrip().startswith("{"):
         return []
     raise APIResponseError(f"a broken event: {reason}: {data}")
 
@@ -1688,7 +1701,10 @@ def parse_stream_error(body: JSON) -> JSON:
 
 
 def read_beginning(chunks: Iterator[bytes]) -> bytes:
-    """Read enough of a body for is_event_stream(); return what was read."""
+    """Read enough of a body for is_event_stream(); return what was read.
+
+    iter_body() bounds how many blank lines may come.
+    """
     head = b""
     for chunk in chunks:
         head = (head + chunk).lstrip()  # blank lines mean nothing here
@@ -1725,6 +1741,12 @@ def is_event_stream(head: bytes, is_labelled: bool) -> bool:
 #
 # If content comes after a reason, the reason no longer counts: another one
 # must come.  After [DONE] and message_stop, nothing is read.
+#
+# How the next piece of a field is added to what has come of it:
+#
+#     a text that comes in pieces, or a list      grow()
+#     an object whose texts come in pieces        grow_object()
+#     anything else                               put(), which replaces it
 #
 # Where servers differ from the two references, a comment names one that does.
 # ---------------------------------------------------------------------------
@@ -1855,7 +1877,8 @@ def grow_object(target: JSONDict, name: str, piece: JSONDict) -> None:
             grow(fields, key, value)
         elif key == "name" and isinstance(value, str):
             # Names come in pieces ("get_", then "time"), or whole in every
-            # piece.  So what begins with the name so far repeats it.
+            # piece ("get_time", then "get_time").  So what begins with the
+            # name so far replaces it.
             name_so_far = get_str(fields, key) or ""
             if not value.startswith(name_so_far):
                 value = name_so_far + value
@@ -1870,9 +1893,9 @@ def grow_object(target: JSONDict, name: str, piece: JSONDict) -> None:
 def put(target: JSONDict, name: str, value: JSON) -> None:
     """Set a field, unless the value is empty and something is there.
 
-    Other than grow(), it replaces texts and lists.  Objects are merged.  The
-    value itself is set, not a copy: nobody else changes it, because
-    Stream.events() yields copies.
+    Texts and lists are replaced, other than by grow(); objects are merged.
+    The value itself is set, not a copy: the caller has no reference to it,
+    because Stream.events() yields copies.
     """
     old = target.get(name)
     if is_empty(value):
@@ -1922,8 +1945,9 @@ class HalfCharacter:
             return piece
         text = self.waiting + piece
         self.waiting = ""
-        if not is_last and "\ud800" <= text[-1] <= "\udbff":
-            self.waiting = text[-1]
+        last = text[-1:]
+        if not is_last and "\ud800" <= last <= "\udbff":   # a first half
+            self.waiting = last
             text = text[:-1]
         return clean_text(text)
 
@@ -2434,9 +2458,10 @@ class NetworkError(Exception):
 def to_network_error(exc: OSError) -> Exception:
     """Return what to raise in place of an OSError: a NetworkError.
 
-    The system and ssl give each OSError a number, its ``errno``.  One without
-    is a signal handler's, such as TimeoutError("mine"), raised just while a
-    socket worked.  It is returned as it is.
+    The system and ssl give each OSError a number, its ``errno``.  (Only
+    settimeout() makes errors without one; it is not used here.)  So one
+    without is a signal handler's, such as TimeoutError("mine"), raised just
+    while a socket worked.  It is returned as it is.
     """
     return exc if exc.errno is None else NetworkError(exc)
 
@@ -2478,9 +2503,13 @@ class DeadlineSocket(socket.socket):
     socket module would raise a TimeoutError, as a caller's signal handler may
     do in the middle of a call; nobody could tell them apart.
 
-    http.client reads by recv_into(), through makefile(), and writes by
-    sendall().  Both wait, in when_ready(), for receive_now() and send_now(),
-    which do not wait.  A TLSSocket has its own two of these.
+    For http.client, it looks like a socket that blocks::
+
+        HTTPResponse.read1()  ->  recv_into()  ->  when_ready(receive_now)
+        HTTPConnection.send()  ->  sendall()   ->  when_ready(send_now)
+
+    when_ready() waits.  receive_now() and send_now() do not: they call the
+    method of socket.socket, or in a TLSSocket, of ssl.SSLSocket.
     """
 
     # Undocumented: SSLContext.wrap_socket() makes its sockets without a call
@@ -2593,10 +2622,10 @@ class DeadlineSocket(socket.socket):
 
 
 class TLSSocket(DeadlineSocket, ssl.SSLSocket):  # type: ignore[misc]
-    """The same with TLS.
+    """The same with TLS: only the two methods that do not wait differ.
 
-    The two methods of ssl.SSLSocket call OpenSSL, and none of the methods
-    above.
+    Those of ssl.SSLSocket, which they call, call OpenSSL and none of the
+    methods above.
     """
 
     def receive_now(self, buffer: Any) -> int:
@@ -2679,7 +2708,9 @@ def start_tls(sock: DeadlineSocket, host: str, context: ssl.SSLContext,
               deadline: float) -> DeadlineSocket:
     """Return the socket with TLS, its certificate and host name checked."""
     # It takes the descriptor over, and detaches the old socket from it.  What
-    # it returns is a TLSSocket, as get_tls_context() has asked for.
+    # it returns is a TLSSocket, as get_tls_context() has asked for.  (It takes
+    # an end without TLS's own close_notify for an end.  That is no danger:
+    # HTTP or JSON tells whether an answer is whole.)
     try:
         secure = context.wrap_socket(sock, server_hostname=host,
                                      do_handshake_on_connect=False)
@@ -2939,8 +2970,9 @@ class Connection(http.client.HTTPConnection):
             self.request("POST", target, request.body, headers)
         except NetworkError as exc:
             # If the server stopped reading, it may have said why (413): its
-            # answer is read all the same.  Undocumented: getresponse() allows
-            # that, for the request counts as sent before its bytes are sent.
+            # answer is read all the same.  (The connection is broken, and
+            # is_usable() will find that.)  Undocumented: getresponse() allows
+            # it, for the request counts as sent before its bytes are sent.
             cause = exc.cause
         try:
             self.response = self.getresponse()
@@ -2955,10 +2987,9 @@ class Connection(http.client.HTTPConnection):
         assert self.wire is not None and self.response is not None
         self.wire.deadline = limit
         try:
-            # This goes on with the body of the last answer.  If it was read
-            # to its end, b"" comes at once.  If it is a stream that was left
-            # at [DONE], its last chunk, which is empty, may come a little
-            # later: read1() waits for it, until the limit, and returns b"".
+            # read1() returns b"" at the end of a body.  A stream was left at
+            # [DONE]: its last chunk, which is empty, may come a little later,
+            # and read1() waits for it until the limit.
             if self.response.read1(1):
                 return False
             # Nothing may wait in the socket, not even the end.
@@ -2966,7 +2997,8 @@ class Connection(http.client.HTTPConnection):
                 return False
         except NETWORK_FAILURES:
             return False
-        # If http.client has read beyond the answer, that is dropped here.
+        # If http.client has read bytes beyond the answer, this drops them: so
+        # they cannot become the beginning of the next answer.
         self.response.close()
         return True
 
@@ -3258,8 +3290,8 @@ class Answer:
             except NETWORK_FAILURES:
                 if not self.assembler.whole:
                     raise
-                # It was whole before.  But the connection is of no more use:
-                # keep() finds it closed.
+                # It was whole before.  But the connection is of no more use.
+                # (keep() closes it again, and does not keep it.)
                 self.connection.discard()
         else:
             self.plain_json = self.parse(self.read_body(head, chunks))
@@ -3273,10 +3305,10 @@ class Answer:
         try:
             for name, data in iter_events(chunks):
                 for event in parse_events(name, data):
+                    # No socket tells this if the events were read at once,
+                    # and the caller held a piece beyond the deadline.  Once
+                    # the answer is whole, the rest (the usage) may be late.
                     now = time.monotonic()
-                    # The caller may have held a piece beyond the deadline.
-                    # After a proven end, what is here already (the usage)
-                    # is accepted even so.
                     if now >= deadline and not assembler.whole:
                         raise APITimeoutError("an event came too late")
                     self.elapsed = now - self.call.started
@@ -3367,8 +3399,9 @@ class Answer:
         """Whether a body that is not JSON looks like a part of an answer.
 
         That counts only if the end of the body is that of the connection:
-        then nothing else tells whether the body is whole.  A head that was
-        cut is, for http.client, a whole one with an empty body.
+        then nothing else tells whether the body is whole.  (If a head is cut,
+        http.client takes what has come for the head of an answer without a
+        length.  The body is empty then.)
         """
         # Of a body that ends with its connection, no length is known.
         if self.response.length is not None or self.response.chunked:
