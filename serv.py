@@ -2044,6 +2044,20 @@ class ChatChoice:
             # deltas, a message only repeats them (Perplexity).
             delta = expect_dict(choice, "message")
         adds_content = self.add_delta(delta)
+        if adds_content:
+            self.has_content = True
+        self.add_fields(choice)
+        # A finish_reason stands for the content beside it, but not for what
+        # comes after it.  DashScope sends the text "null" until the end.
+        reason = choice.get("finish_reason")
+        if reason and reason != "null":
+            self.finished = True
+        elif adds_content:
+            self.finished = False
+        return find_raw_text(delta.get("content"))
+
+    def add_fields(self, choice: JSONDict) -> None:
+        """Add what stands beside the delta, such as the finish_reason."""
         fields = dict(choice)
         for name in ("index", "delta", "message"):
             fields.pop(name, None)
@@ -2052,16 +2066,6 @@ class ChatChoice:
         if fields != self.fields:   # most chunks repeat them, too
             for name, value in fields.items():
                 put(self.fields, name, value)
-        if adds_content:
-            self.has_content = True
-        # A finish_reason stands for the content beside it, but not for what
-        # comes after it.  DashScope sends the text "null" until the end.
-        reason = fields.get("finish_reason")
-        if reason and reason != "null":
-            self.finished = True
-        elif adds_content:
-            self.finished = False
-        return find_raw_text(delta.get("content"))
 
     def add_delta(self, delta: JSONDict) -> bool:
         """Add to the message; return whether there was any content."""
