@@ -427,7 +427,7 @@ class ToolCall(collections.namedtuple("ToolCall", "id name arguments")):
     ==================================================  =============
     the stream is incomplete, or was cut                a ``str``
     there are arguments, and they are a JSON object     a ``dict``
-    they are another text                               a ``str``
+    they are another text, also ``""``                  a ``str``
     there are none, and the answer has no stop reason,
     or the token limit or a filter ended it             ``""``
     there are none                                      ``{}``
@@ -602,18 +602,14 @@ class Stream:
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
-        # The events come from a generator, which refers to the answer.  So the
-        # answer must not refer to the generator: two objects that refer to
-        # each other stay in memory until the garbage collector runs.
-        self._events = answer.events
-        answer.events = iter(())
+        self._events = answer.take_events()
         # "open"; at last "ended", at its proven end; "failed", with _error; or
         # "closed", by close().
         self._state = "open"
         self._error: ServError | None = None
         self._is_reading = False
-        # Held while the state changes, never during a wait.  It is reentrant,
-        # because a signal handler may call close() at any time.
+        # Held while one of these changes, never during a wait.  It is
+        # reentrant, because a signal handler may call close() at any time.
         self._lock = threading.RLock()
 
     def __iter__(self) -> Stream:
@@ -676,35 +672,30 @@ class Stream:
             if self._state != "open":
                 return
             self._state = "closed"
-        # During a step, the connection is in use.  So close() only ends the
-        # wait, and the step closes the connection when it ends.
-        #
-        # No lock is needed for this.  A step sets _is_reading first and reads
-        # _state last; close() has set _state, and now reads _is_reading.  So
-        # whatever their order, one of them sees the other and closes.  It may
-        # be both: to close again does nothing.
-        if self._is_reading:
-            self._answer.connection.end_wait()
-        else:
-            self._answer.connection.discard()
+            if self._is_reading:    # by a step, which will close it
+                self._answer.connection.end_wait()
+            else:
+                self._answer.connection.discard()
 
     def _advance(self) -> tuple[JSONDict, str] | None:
         """Return the next event, and the text that it adds; None at the end.
 
         :raise ServError: see events().
         """
-        if self._is_reading:    # it detects misuse, as a rule: no lock is held
-            raise ValueError("this stream is being read already")
-        try:
+        with self._lock:
+            if self._is_reading:
+                raise ValueError("this stream is being read already")
             self._is_reading = True
+        try:
             if self._state == "open":
                 step = self._read()
                 if step is not None:
                     return step
         finally:
-            self._is_reading = False
-            if self._state == "closed":     # close() came during this step
-                self._answer.connection.discard()
+            with self._lock:
+                self._is_reading = False
+                if self._state == "closed":     # close() came in this step
+                    self._answer.connection.discard()
         if self._error is not None:
             # Each further step raises it again: an end would look as if the
             # answer were whole.
@@ -3263,6 +3254,17 @@ class Answer:
         else:
             self.assembler = MessagesAssembler()
         self.events: Iterator[tuple[JSONDict, str]] = iter(())
+
+    def take_events(self) -> Iterator[tuple[JSONDict, str]]:
+        """Return the events of a stream, and let go of them.
+
+        They come from a generator, which refers to this answer.  If both
+        referred to each other, they would stay in memory until the garbage
+        collector runs.
+        """
+        events = self.events
+        self.events = iter(())
+        return events
 
     def begin(self) -> None:
         """Read a whole answer; of a stream, what shows that it is none.
