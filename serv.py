@@ -1092,7 +1092,11 @@ def is_too_deep(text: str) -> bool:
 
 
 class Nesting:
-    """How deep a JSON text is nested, which may come in pieces."""
+    """How deep a JSON text is nested.
+
+    It may come in pieces: those of a tool's arguments do, see
+    ChatCall.has_whole_arguments().
+    """
 
     def __init__(self) -> None:
         self.depth = 0              # at the end of what has come
@@ -1120,10 +1124,7 @@ class Nesting:
                 self.depth -= 1
 
     def is_closed(self) -> bool:
-        """Whether there were brackets, and all are closed.
-
-        It is asked of a tool's arguments, see has_whole_arguments().
-        """
+        """Whether there were brackets, and all are closed."""
         return self.deepest > 0 and self.depth == 0
 
 
@@ -1578,15 +1579,23 @@ def iter_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
 def iter_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the lines of a stream: they end with LF, CRLF or CR.
 
-    A CR at the end of a chunk ends a line at once.  A line in pieces, as in
-    b"a" and b"b\\n", is joined only when its end is here, so that time stays
-    linear.
+    A CR at the end of a chunk ends a line at once.  A line in pieces is joined
+    only when its end is here, so that time stays linear.
+
+    ===================================  ==========
+    the chunks                           the lines
+    ===================================  ==========
+    b"a\\nb\\r\\n"                       b"a", b"b"
+    b"a", b"b\\n"                        b"ab"
+    b"a\\r", b"\\nb\\n"                  b"a", b"b"
+    b"a\\n", b"b", of which no end came  b"a"
+    ===================================  ==========
     """
     pieces: list[bytes] = []    # of a line whose end has not come
     size = 0                    # of these pieces
     after_cr = False            # the bytes so far end with CR
     for chunk in chunks:
-        # Of b"a\r" and b"\nb\n", the LF belongs to the CR: it ends no line.
+        # The LF belongs to the CR before it, and ends no line.
         if after_cr and chunk.startswith(b"\n"):
             chunk = chunk[1:]
             after_cr = False
@@ -1715,9 +1724,8 @@ def is_event_stream(head: bytes, is_labelled: bool) -> bool:
     fields = (b":", b"data:", b"event:", b"id:", b"retry:")
     if head.startswith(fields):
         return True
-    if any(field.startswith(head) for field in fields):
-        return is_labelled
-    return False
+    is_cut = any(field.startswith(head) for field in fields)
+    return is_cut and is_labelled       # an empty one counts as cut, too
 
 
 # ---------------------------------------------------------------------------
@@ -1826,7 +1834,8 @@ def grow(target: JSONDict, name: str, value: JSON) -> None:
     the piece            what becomes of the field
     ===================  =============================================
     a text               a text grows; a list gets one part more
-    a list               a list gets its parts; a text is its first
+    a list               a list gets its parts, and a text becomes a
+                         list: its first part
     "", None, [], {}     nothing
     an object, a number  it is replaced, unless it was a text or list:
                          then APIResponseError
@@ -2129,7 +2138,8 @@ class ChatCall:
     def __init__(self, index: JSON) -> None:
         self.index = index      # of its first piece
         self.fields: JSONDict = {}      # all, except the index
-        # For has_whole_arguments(): what it has seen of their pieces.
+        # Of the pieces of the arguments that has_whole_arguments() has seen.
+        # It is asked only if a piece has a name; so most calls need none.
         self.nesting = Nesting()
         self.pieces_seen = 0
 
@@ -2150,35 +2160,34 @@ class ChatCall:
     def is_followed_by(self, piece: JSONDict) -> bool:
         """Whether a piece for this call begins the next call instead.
 
-        Some servers give all calls one index (Gemini) or one id (Mistral):
-
-            {"index": 0, "id": "a", "function": {"name": "f", ...}}
-            {"index": 0, "id": "b", "function": {"name": "g", ...}}
-
+        Some servers give all calls one index (Gemini) or one id (Mistral).
         Others repeat the name, or send another id, in every piece of a call.
-        So a piece must have a name, and before the arguments are a whole
-        object, another name and another id.  After that, one sign is enough:
-        another name, id or index, or arguments that begin an object again.
+        So it takes a name, and what else depends on the arguments so far:
+
+        =====================  ==========================================
+        the arguments so far   begins the next call
+        =====================  ==========================================
+        not a whole object     another name and another id together
+        a whole object         any of: another name; another id; another
+                               index; no id, and an object that begins
+        =====================  ==========================================
         """
         function = find_function(piece)
-        name = function.get("name")
+        name, id = function.get("name"), piece.get("id")
         if not name:
             return False
-        id, index = piece.get("id"), piece.get("index")
         has_other_name = name != self.get_name()
         own_id = self.fields.get("id")
         has_other_id = id not in (None, "", own_id)
         if not self.has_whole_arguments():
-            if not own_id:      # it comes late
+            if not own_id:      # this may be its own, which comes late
                 return False
             return has_other_name and has_other_id
-        if has_other_name or has_other_id:
-            return True
-        if isinstance(index, int) and index != self.index:
-            return True
-        if id:
-            return False        # it repeats the whole call
-        return begins_object(function.get("arguments"))
+        index = piece.get("index")
+        has_other_index = isinstance(index, int) and index != self.index
+        begins_again = not id and begins_object(function.get("arguments"))
+        return (has_other_name or has_other_id or has_other_index
+                or begins_again)
 
     def has_whole_arguments(self) -> bool:
         """Whether the arguments so far are a whole JSON object."""
@@ -2320,23 +2329,27 @@ class MessagesAssembler:
     def find_block(self, index: int | None, kind: str) -> JSONDict:
         """Return the block that a delta of a kind goes to.
 
-        By the reference, that is the block of its index.  But some gateways
-        give every delta the index 0, or send a text for the index of a tool.
-        So if the block of the index has stopped, or is of another kind, the
-        last block is taken, if that is of the kind.
+        The first that fits; by the reference, it is 1:
+
+        1. the block of its index;
+        2. a new one, if none has begun at this index;
+        3. the last block: some gateways give every delta the index 0;
+        4. the block of its index, though it has stopped;
+        5. a new one: some send a text for the index of a tool.
         """
         block = self.by_index.get(index)
-        last = self.blocks[-1] if self.blocks else {"type": None}
-        if block is None and index is not None:
+        if block is not None and fits(block, kind):             # 1
+            if index not in self.stopped:
+                return block
+        if block is None and index is not None:                 # 2
             if index < 0:       # LiteLLM
                 raise APIResponseError("a broken event: a delta for no block")
-        elif index in self.stopped and fits(last, kind):
-            return last
-        elif block is not None and fits(block, kind):
+            return self.begin_block(index, {"type": kind})
+        if self.blocks and fits(self.blocks[-1], kind):         # 3
+            return self.blocks[-1]
+        if block is not None and fits(block, kind):             # 4
             return block
-        elif fits(last, kind):
-            return last
-        return self.begin_block(index, {"type": kind})
+        return self.begin_block(index, {"type": kind})          # 5
 
     def add_delta(self, index: int | None, delta: JSONDict) -> str:
         """Add a delta to its block; return what it adds to the text."""
@@ -2545,18 +2558,19 @@ class DeadlineSocket(socket.socket):
         """Return what an operation returns, once it need not wait."""
         while True:
             self.check()
+            wait_to_write = writing
             try:
                 return operation(*args)
             except BlockingIOError:
                 pass
             # TLS may have to read before it can write, and the reverse.
             except ssl.SSLWantReadError:
-                writing = False
+                wait_to_write = False
             except ssl.SSLWantWriteError:
-                writing = True
+                wait_to_write = True
             except OSError as exc:
                 raise to_network_error(exc)
-            self.wait(writing)
+            self.wait(wait_to_write)
 
     def connect(self, address: Any) -> None:
         """Connect to an address."""
@@ -2592,7 +2606,8 @@ class DeadlineSocket(socket.socket):
     def has_input(self) -> bool:
         """Whether anything has come, or the end; it does not wait.
 
-        A byte that has come is lost: the connection is of no more use.
+        A byte that has come is lost: the connection is of no more use.  No
+        check for a fork is needed: a child has no idle connections.
 
         :raise NetworkError: the connection is broken.
         """
@@ -2912,6 +2927,7 @@ class Connection(http.client.HTTPConnection):
         # `sock`, which it sets to None at an answer with "Connection: close".
         self.wire: DeadlineSocket | None = None
         self.response: http.client.HTTPResponse | None = None
+        self.is_broken = False      # the network failed: do not keep it
 
     def connect(self) -> None:
         """Connect, through the proxy and with TLS where the route says so."""
@@ -2936,13 +2952,14 @@ class Connection(http.client.HTTPConnection):
         later, the server may have processed the request, and billed it.
         """
         self.deadline = call.deadline
-        if self.wire is not None:
+        if self.wire is not None:       # it was kept
             limit = min(time.monotonic() + STALE_SECONDS, call.deadline)
             try:
                 return self.post_once(call.request)
             except NETWORK_FAILURES:
-                is_late = time.monotonic() >= limit
-                if call.resent or self.wire.answered or is_late:
+                is_soon = time.monotonic() < limit
+                was_closed = is_soon and not self.wire.answered
+                if not was_closed or call.resent:
                     raise
             call.resent = True
             self.discard()
@@ -2965,10 +2982,10 @@ class Connection(http.client.HTTPConnection):
             self.request("POST", target, request.body, headers)
         except NetworkError as exc:
             # If the server stopped reading, it may have said why (413): its
-            # answer is read all the same.  (The connection is broken, and
-            # is_usable() will find that.)  Undocumented: getresponse() allows
-            # it, for the request counts as sent before its bytes are sent.
+            # answer is read all the same.  Undocumented: getresponse() allows
+            # that, for the request counts as sent before its bytes are sent.
             cause = exc.cause
+            self.is_broken = True
         try:
             self.response = self.getresponse()
         except http.client.RemoteDisconnected:
@@ -2982,9 +2999,10 @@ class Connection(http.client.HTTPConnection):
         assert self.wire is not None and self.response is not None
         self.wire.deadline = limit
         try:
-            # read1() returns b"" at the end of a body.  A stream was left at
-            # [DONE]: its last chunk, which is empty, may come a little later,
-            # and read1() waits for it until the limit.
+            # read1() returns b"" at the end of a body, also if it was closed
+            # there.  A stream was left at [DONE]: its last chunk, which is
+            # empty, may come a little later.  read1() waits for it, until the
+            # limit.
             if self.response.read1(1):
                 return False
             # Nothing may wait in the socket, not even the end.
@@ -3001,7 +3019,8 @@ class Connection(http.client.HTTPConnection):
         """Leave it to the next call, if there can be one."""
         # `sock` is None if it was closed.  Undocumented: also if the answer
         # says "Connection: close".
-        can_be_kept = self.wire is not None and self.sock is not None
+        can_be_kept = (self.wire is not None and self.sock is not None
+                       and not self.is_broken)
         # tinyproxy garbles the next request where there was no CONNECT.
         if self.route.proxy is not None and not self.route.tls:
             can_be_kept = False
@@ -3141,7 +3160,8 @@ class Call:
         text = clean_text(text)
         for secret in self.secrets:
             text = text.replace(secret, "[removed]")
-            # An answer that was cut may end in the middle of a secret.
+            # An answer that was cut may end in the middle of a secret: with
+            # "sk-abcdefgh" of "sk-abcdefghijkl".
             start = text.rfind(secret[:MIN_SECRET])
             if start >= 0 and secret.startswith(text[start:]):
                 text = text[:start] + "[removed]"
@@ -3296,9 +3316,8 @@ class Answer:
             except NETWORK_FAILURES:
                 if not self.assembler.whole:
                     raise
-                # It was whole before.  But the connection is of no more use.
-                # (keep() closes it again, and does not keep it.)
-                self.connection.discard()
+                # It was whole before.
+                self.connection.is_broken = True
         else:
             self.plain_json = self.parse(self.read_body(head, chunks))
             yield self.plain_json, Reply(self.plain_json).text
@@ -3348,7 +3367,7 @@ class Answer:
         if not self.is_good:
             limit = MAX_ERROR
         # Undocumented: this is the Content-Length, or None if the body is
-        # chunked or ends with the connection.
+        # chunked or ends with the connection.  http.client counts it down.
         expected = response.length
         size = 0
         while True:
