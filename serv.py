@@ -2934,6 +2934,7 @@ class Connection(http.client.HTTPConnection):
         route = self.route
         wire = open_socket(self.host, self.port, self.deadline)
         self.wire = wire
+        self.is_broken = False
         wire.deadline = self.deadline
         if route.tls:
             if route.proxy:

@@ -5631,6 +5631,25 @@ def test_a_kept_connection_that_is_lost_is_replaced_without_a_retry(
         assert [each.connection for each in server.requests] == connections
 
 
+def test_what_replaces_a_connection_that_broke_off_an_upload_is_kept(
+        monkeypatch):
+    monkeypatch.setattr(serv, "STALE_SECONDS", 20)
+
+    def answer(wire):
+        is_first = server.connections == 1
+        with wire.makefile("rb") as reader:
+            while read_request(reader, 0):
+                wire.sendall(NET_OK)
+                if is_first:
+                    wire.recv(1 << 10)  # of the next request, a part
+                    break
+
+    with NetBare(answer) as server:
+        for prompt in ("Hi", "x" * (1 << 23), "Hi", "Hi"):
+            assert net_chat(server, prompt, max_retries=0) == "Hello!"
+        assert server.connections == 2
+
+
 def test_a_new_connection_that_is_lost_is_not_replaced():
     with Server([closing(b""), NET_OK]) as server:
         net_error(NET_FAIL, net_chat, server, max_retries=0)
