@@ -143,6 +143,8 @@ MAX_BODY = 1 << 25      # of the answer to a call, or of an event: 32 MiB
 MAX_STREAM = 1 << 26    # of the answer to stream(): 64 MiB, ten times the
                         # longest that was seen
 MAX_ERROR = 1 << 18     # of an error's body; the rest is not read
+MAX_RECEIVED = 1 << 29  # of all that comes for a call, with heads, trailers
+                        # and sizes of chunks, which may be of one byte each
 MIN_SECRET = 8          # of a key; a shorter one is a common word
 
 # Levels of nested JSON.  The json module, and copying, recurse once a level.
@@ -397,6 +399,7 @@ BLOCKED = re.compile(r"""
   | spii                # Gemini: sensitive personal information
   | sensitive           # GLM
   | guardrail           # Bedrock: guardrail_intervened
+  | toxic               # Cohere: ERROR_TOXIC
     # does not match: stop, end_turn, tool_calls, max_tokens, pause_turn
     """, re.VERBOSE | re.IGNORECASE)
 TRUNCATED = re.compile(r"""
@@ -406,9 +409,9 @@ TRUNCATED = re.compile(r"""
     # does not match: stop, end_turn, content_filter
     """, re.VERBOSE | re.IGNORECASE)
 FAILED = re.compile(r"""
-    error               # error (OpenRouter), network_error (GLM)
+    error\b             # error (OpenRouter), network_error (GLM)
   | insufficient_system_resource    # DeepSeek
-    # does not match: stop, length, content_filter
+    # does not match: stop, length, content_filter, ERROR_TOXIC
     """, re.VERBOSE | re.IGNORECASE)
 
 # The names under which vendors send reasoning: as text, or as a list of
@@ -484,6 +487,8 @@ class Reply(dict):  # type: ignore[type-arg]
             # The answer is the first choice, even if it is empty.
             return {"role": "assistant", "content": ""}
         first = entries[0]
+        if not first.get("role"):
+            first = {**first, "role": "assistant"}
         # Some gateways split one answer: the text is in the first choice,
         # the calls in the next.
         for entry in entries[1:]:
@@ -835,6 +840,7 @@ def build_body(endpoint: str, streaming: bool, messages: Messages,
     check_messages("messages", messages)
     if system is not None:
         check_messages("system", system)
+        encode("system", system)    # in chat, it becomes a part of messages
     model = model or os.environ.get("SERV_MODEL")
     if not model:
         raise ValueError("model: pass model=... or set SERV_MODEL")
@@ -891,10 +897,12 @@ def check_messages(name: str, value: JSON) -> None:
 
 
 def has_text(content: JSON) -> bool:
-    """Whether a prompt is there: a str that is not blank, or any parts."""
-    if isinstance(content, str):
-        return bool(content.strip())
-    return bool(content)
+    """Whether there is text that is not blank: a str, or one of the parts."""
+    texts = [content]
+    if isinstance(content, (list, tuple)):
+        texts = [part.get("text") if isinstance(part, dict) else part
+                 for part in content]
+    return any(isinstance(text, str) and text.strip() for text in texts)
 
 
 # One encoder for all requests: making one takes as long as a small encoding.
@@ -902,20 +910,20 @@ _encoder = json.JSONEncoder(allow_nan=False)
 
 
 def build_json(body: JSONDict) -> bytes:
-    """Return the JSON of a body.
-
-    Each parameter is encoded by itself, so that an error can name it.
-    """
-    members = []
-    for name, value in body.items():
-        try:
-            members.append(f"{_encoder.encode(name)}: "
-                           f"{_encoder.encode(value)}")
-        except TypeError as exc:    # it names the type, not the value
-            raise TypeError(f"{name}: JSON cannot represent it: {exc}")
-        except (ValueError, RecursionError) as exc:
-            raise ValueError(f"{name}: JSON cannot represent it: {exc}")
+    """Return the JSON of a body."""
+    members = [f"{_encoder.encode(name)}: {encode(name, value)}"
+               for name, value in body.items()]
     return ("{" + ", ".join(members) + "}").encode()
+
+
+def encode(name: str, value: JSON) -> str:
+    """Return the JSON of a parameter; an error names the parameter."""
+    try:
+        return _encoder.encode(value)
+    except TypeError as exc:    # it names the type, not the value
+        raise TypeError(f"{name}: JSON cannot represent it: {exc}")
+    except (ValueError, RecursionError) as exc:
+        raise ValueError(f"{name}: JSON cannot represent it: {exc}")
 
 
 @functools.lru_cache(maxsize=32)
@@ -938,23 +946,10 @@ def build_url(text: str) -> Address:
     # "http://user:password@host" and others of these characters.
     if not text.isprintable() or any(char in text for char in " \\?#@"):
         raise ValueError(wrong)
-    try:
-        parts = urllib.parse.urlsplit(text)
-        port = parts.port
-        host = parts.hostname or ""
-        if ":" not in host:     # it is no IPv6 address
-            # RFC 3490: "b\u00fccher.test" is "xn--bcher-kva.test" on the wire.
-            host = host.encode("idna").decode()
-    except ValueError:      # also a UnicodeError; raised below, without it
-        host, port = "", 0
-    if not host or port == 0:
+    host, port = parse_host(text)
+    if not host:
         raise ValueError(wrong)
-    # Before 3.11, urlsplit() accepts a name in brackets, http://[host], and
-    # a port of Arabic digits, http://host:\u0668\u0660.
-    if "[" in parts.netloc and ":" not in host:
-        raise ValueError(wrong)
-    if any(char.isdigit() and not char.isascii() for char in text):
-        raise ValueError(wrong)
+    parts = urllib.parse.urlsplit(text)
     path = parts.path.rstrip("/")
     if path.endswith("/v1"):
         path = path[:-len("/v1")].rstrip("/")
@@ -966,6 +961,33 @@ def build_url(text: str) -> Address:
         raise ValueError(wrong)
     tls = parts.scheme == "https"
     return Address(url, tls, host, port or (443 if tls else 80))
+
+
+def parse_host(url: str) -> tuple[str, int | None]:
+    """Return the host of a URL, in ASCII, and its port, if it names one.
+
+    If they are wrong, the host is "".  No error is raised: one of urlsplit()
+    may quote the URL, with a password.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        if ":" not in host:     # it is no IPv6 address
+            # RFC 3490: "b\u00fccher.test" is "xn--bcher-kva.test" on the wire.
+            host = host.encode("idna").decode()
+    except ValueError:      # also a UnicodeError
+        return "", None
+    # Before 3.11, urlsplit() accepts a name in brackets, http://[host], and
+    # the ports "+1", "0_1", and some of Arabic digits.
+    if "[" in parts.netloc and ":" not in host:
+        return "", None
+    netloc = parts.netloc.rpartition("@")[2].rpartition("]")[2]
+    digits = netloc.partition(":")[2]
+    if digits and not re.fullmatch("[0-9]+", digits):
+        return "", None
+    if port == 0:
+        return "", None
+    return host, port
 
 
 def build_host(address: Address) -> str:
@@ -1246,7 +1268,8 @@ STATUS_OF_TYPE = {
     "invalid_request_error": 400, "authentication_error": 401,
     "billing_error": 402, "permission_error": 403, "not_found_error": 404,
     "request_too_large": 413, "rate_limit_error": 429,
-    "insufficient_quota": 429, "api_error": 500, "server_error": 500,
+    "insufficient_quota": 429, "rate_limit_exceeded": 429,
+    "api_error": 500, "server_error": 500,
     "timeout_error": 504, "overloaded_error": 529}
 
 
@@ -1304,6 +1327,10 @@ def find_bare_error(answer: JSONDict) -> JSON:
     {"detail": "No."}                              the answer  FastAPI
     {"type": "rate_limit_error", "detail": "No."}  the answer
     {"type": "ping", "message": "Hi"}              none
+    {"object": "chat.status", "message": "Hi"}     none
+    {"code": 0, "message": "Hi"}                   none
+    {"success": true, "message": "Hi"}             none
+    {"error": null, "message": "Hi"}               none
     {"message": {}}, {"id": "x"}                   none
     =============================================  ==========  ==========
     """
@@ -1315,8 +1342,11 @@ def find_bare_error(answer: JSONDict) -> JSON:
     text = answer.get("message") or answer.get("detail")
     if not errors and not text:
         return None
-    type_name = get_str(answer, "type")
+    type_name = get_str(answer, "type") or get_str(answer, "object")
     if type_name is not None and not is_error_type(type_name):
+        return None
+    if (answer.get("code") == 0 or answer.get("success") is True
+            or "error" in answer):
         return None
     if errors and isinstance(errors, (str, list)):
         return errors
@@ -1340,6 +1370,12 @@ def parse_error(body: JSON) -> JSONDict:
         error = body
     if isinstance(error, list) and error:   # [{"message": "No."}]
         error = error[0]
+    # FastAPI, as {"detail": {"message": "No."}} or {"detail": {"error": ...}}
+    detail = get_dict(error, "detail")
+    if detail:
+        error = detail
+        if find_error(detail) is not None:
+            error = find_error(detail)
     # In {"error": "No.", "code": 404}, the code stands beside the error.
     place = error if isinstance(error, dict) else body
     code = place.get("code") if isinstance(place, dict) else None
@@ -1371,7 +1407,7 @@ def find_message(error: JSON, body: JSON) -> JSON:
                 return error[name]
         if "type" in error or "error" in error:
             return None
-    beside = get_str(body, "message")
+    beside = get_str(body, "message") or get_str(body, "error_description")
     if isinstance(error, str) and beside and beside != error:
         return f"{error}: {beside}"
     return error
@@ -1429,20 +1465,21 @@ def build_status_error(status: int, headers: Headers,
     """Return the error that an answer is, by its status or by its body."""
     fields = parse_error(body)
     status_is_guess = False
+    what = fields["type"]
     if 200 <= status < 300:     # the error is in the body of a good answer
         named_status = find_status(fields)
-        status_is_guess = named_status is None
+        if named_status is None:
+            status_is_guess = True
+            what = f"error in a {status} answer"
         status = named_status or 500
-    what = fields["type"] or http.client.responses.get(status, "")
-    if status_is_guess:
-        what = "error in a 200 answer"
+    what = what or http.client.responses.get(status, "")
     retry_after = parse_retry_after(headers, time.time())
     why = add_advice(status, fields, retry_after)
     if 300 <= status < 400:
         why = f"not following to {headers.get('location')}; set base_url"
-    kind: type[APIStatusError] = (
-        InternalServerError if status >= 500
-        else STATUS_ERRORS.get(status, APIStatusError))
+    kind: type[APIStatusError] = STATUS_ERRORS.get(status, APIStatusError)
+    if 500 <= status < 600:
+        kind = InternalServerError
     error = kind(f"{status} {what}: {why}")
     error.status = status
     error.type = fields["type"]
@@ -1480,7 +1517,7 @@ def parse_retry_after(headers: Headers, now: float) -> float | None:
     """
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         text = str(headers.get(name, "")).strip()
-        if re.fullmatch(r"[0-9]{1,15}(\.[0-9]*)?", text):
+        if re.fullmatch(r"[0-9]+(\.[0-9]*)?", text):
             return float(text) * unit
     try:
         date = parsedate_tz(str(headers.get("retry-after", "")))
@@ -2524,7 +2561,7 @@ class DeadlineSocket(socket.socket):
     # of __init__().  So these are set after construction.
     deadline = 0.0      # by time.monotonic()
     owner = 0           # the process that opened it
-    answered = False    # a byte has come since this was set to False
+    received = 0        # bytes, since a request was sent
 
     def receive_now(self, buffer: Any) -> int:
         """Receive what is here, without waiting; return how many bytes."""
@@ -2582,7 +2619,10 @@ class DeadlineSocket(socket.socket):
             raise build_network_error(code)
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        """Receive into a buffer.  (makefile() passes only that.)"""
+        """Receive into a buffer.  (makefile() passes only that.)
+
+        :raise APIResponseError: the server has sent more than MAX_RECEIVED.
+        """
         try:
             size = self.when_ready(self.receive_now, buffer)
         except OSError as exc:  # a signal handler's
@@ -2591,8 +2631,9 @@ class DeadlineSocket(socket.socket):
             if not exc.args:
                 exc.args = ("",)
             raise
-        if size:
-            self.answered = True
+        self.received += size
+        if self.received > MAX_RECEIVED:
+            raise APIResponseError(f"more than {MAX_RECEIVED} bytes came")
         return int(size)
 
     def sendall(self, data: Any, flags: int = 0) -> None:
@@ -2794,8 +2835,8 @@ def get_tls_context(ca_file: str | None,
     context.minimum_version = ssl.TLSVersion.TLSv1_2    # the default from 3.10
     context.set_alpn_protocols(["http/1.1"])
     context.sslsocket_class = TLSSocket
-    _tls_contexts[ca_file, ca_dir] = context
-    return context
+    # Another thread may have been faster; then its context is taken.
+    return _tls_contexts.setdefault((ca_file, ca_dir), context)
 
 
 class Proxy(collections.namedtuple("Proxy", "host port login")):
@@ -2870,17 +2911,11 @@ def parse_proxy(text: str) -> Proxy | None:
     """
     if "://" not in text:
         text = "http://" + text
-    try:
-        parts = urllib.parse.urlsplit(text)
-        host, port = parts.hostname, parts.port
-        ascii_host = (host or "").encode("idna").decode()
-    except ValueError:
+    host, port = parse_host(text)
+    if not host or " " in host or not host.isprintable():
         return None
-    if parts.scheme != "http" or not ascii_host or port == 0:
-        return None
-    if " " in ascii_host or not ascii_host.isprintable():
-        return None
-    if parts.path not in ("", "/"):
+    parts = urllib.parse.urlsplit(text)
+    if parts.scheme != "http" or parts.path not in ("", "/"):
         return None
     login = None
     if parts.username is not None:
@@ -2888,7 +2923,7 @@ def parse_proxy(text: str) -> Proxy | None:
         password = urllib.parse.unquote(parts.password or "")
         words = f"{user}:{password}".encode()
         login = "Basic " + base64.b64encode(words).decode()
-    return Proxy(ascii_host, port or 80, login)
+    return Proxy(host, port or 80, login)
 
 
 class Response(http.client.HTTPResponse):
@@ -2959,7 +2994,7 @@ class Connection(http.client.HTTPConnection):
                 return self.post_once(call.request)
             except NETWORK_FAILURES:
                 is_soon = time.monotonic() < limit
-                was_closed = is_soon and not self.wire.answered
+                was_closed = is_soon and self.wire.received == 0
                 if not was_closed or call.resent:
                     raise
             call.resent = True
@@ -2971,7 +3006,7 @@ class Connection(http.client.HTTPConnection):
         """Do what post() says, on the connection as it is."""
         assert self.wire is not None
         self.wire.deadline = self.deadline
-        self.wire.answered = False
+        self.wire.received = 0
         target, headers = request.target, request.headers
         if self.route.proxy and not self.route.tls:
             target = request.url
@@ -3394,11 +3429,14 @@ class Answer:
         try:
             for chunk in chunks:
                 data.write(chunk)
-        except CALL_FAILURES:
+        except CALL_FAILURES as exc:
             # An error status is the news, even without its whole body; also
             # if the time is over.
             if self.is_good:
                 raise
+            # It cannot be decoded, for example.
+            if isinstance(exc, APIResponseError) and not data.getvalue():
+                return str(exc).encode()
         return data.getvalue()
 
     def parse(self, data: bytes) -> JSONDict:
@@ -3407,9 +3445,11 @@ class Answer:
         try:
             answer = parse_json(text)
             is_json = True
-        except ValueError:
+            why = ""
+        except ValueError as exc:
             answer = text
             is_json = False
+            why = f" ({exc})"
         if not self.is_good:
             raise self.build_error(parse_stream_error(answer))
         if is_json and find_error(answer) is not None:
@@ -3417,8 +3457,9 @@ class Answer:
         if not is_json and self.looks_cut(text.strip()):
             raise APIConnectionError("the answer was cut")
         if not is_answer(answer, self.call.request.endpoint):
-            raise APIResponseError("not the JSON of an answer; check base_url "
-                                   "and the proxy: " + (text or "nothing"))
+            raise APIResponseError(f"not the JSON of an answer{why}; check "
+                                   "base_url and the proxy: "
+                                   + (text or "nothing"))
         return answer   # type: ignore[no-any-return]
 
     def looks_cut(self, text: str) -> bool:

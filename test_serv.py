@@ -1164,7 +1164,8 @@ ERROR_STATUSES = [
     (413, "APIStatusError"), (418, "APIStatusError"), (422, "APIStatusError"),
     (429, "RateLimitError"), (500, "InternalServerError"),
     (502, "InternalServerError"), (503, "InternalServerError"),
-    (529, "InternalServerError"), (599, "InternalServerError")]
+    (529, "InternalServerError"), (599, "InternalServerError"),
+    (600, "APIStatusError")]
 ERROR_BODY = {"error": {"message": "No\n way.", "type": "t", "code": "c",
                         "param": "p"}}
 NO_FACTS = {"status": 0, "type": None, "code": None, "param": None,
@@ -1792,7 +1793,8 @@ STOP_WORDS = {
         "function_call_filter: MALFORMED_FUNCTION_CALL", "SAFETY", "safety",
         "RECITATION", "PROHIBITED_CONTENT", "BLOCKLIST", "SPII",
         "sensitive",  # GLM
-        "guardrail_intervened"],  # Bedrock
+        "guardrail_intervened",  # Bedrock
+        "ERROR_TOXIC"],  # Cohere
 }
 
 
@@ -1850,6 +1852,9 @@ CHAT_ENTRY = {"role": "assistant", "content": None, "refusal": "No.",
 ENTRIES = {
     "chat: the answer's own": (
         serv.Reply({"choices": [{"message": CHAT_ENTRY}]}), CHAT_ENTRY),
+    "chat: a role that the server has left out": (
+        serv.Reply({"choices": [{"message": {"content": "A"}}]}),
+        {"role": "assistant", "content": "A"}),
     "chat: with the calls of a later choice": (
         serv.Reply({"choices": copy.deepcopy(SPLIT_CALLS)}),
         {"role": "assistant", "content": "I look.",
@@ -2062,6 +2067,11 @@ NO_PROMPTS = {
     "no messages": ("chat", None, []),
     "an empty entry": (
         "chat", None, [{"role": "developer", "content": ""}, ASKED]),
+    "a blank block": ("messages", [text_block(" ")], "Hi"),
+    "a block without text": ("chat", [{}], "Hi"),
+    "an entry of blank parts": (
+        "chat", None, [{"role": "system", "content": [
+            text_block(""), text_block(" ")]}, ASKED]),
     "an entry, where Messages wants a field": (
         "messages", None, [SYSTEM_ENTRY, ASKED]),
 }
@@ -2111,6 +2121,9 @@ def test_what_json_cannot_say_is_refused_by_name(value, error):
         build(params={"a": 1, "top_k": value, "b": 2})
     with pytest.raises(error, match="messages"):
         build(messages=[{"role": "user", "content": value}])
+    for endpoint in ("chat", "messages"):
+        with pytest.raises(error, match="system"):
+            build(endpoint, system=[{"type": "text", "text": value}])
 
 
 def test_max_tokens_of_none_counts_as_missing():
@@ -2255,7 +2268,8 @@ BAD_URLS = {
     "no host": ["http:", "http://", "http:///v1", "http://:80", "https://?",
                 "http:h"],
     "a bad port": ["http://h:port", "http://h:65536", "http://h:0",
-                   "http://h:-1", "http://h:99999", "http://h:\u0663"],
+                   "http://h:-1", "http://h:99999", "http://h:\u0663",
+                   "http://h:+1", "http://h:0_1", "http://[::1]:+1"],
     "a query": ["http://h?", "http://h?a=b", "http://h/v1?a=b"],
     "a fragment": ["http://h#", "http://h/#a"],
     "white space inside": ["http://h/a b", "http://e h/", "http://h/\r\nX: y",
@@ -2564,6 +2578,10 @@ ERRORS = {
         {"object": "error", "message": "No.", "type": "BadRequestError",
          "param": None, "code": 404},
         ("BadRequestError", 404, None, "No."), 404),
+    "a code that stands for a status (OpenAI)": (
+        {"error": {"type": "tokens", "code": "rate_limit_exceeded",
+                   "message": "No."}},
+        ("tokens", "rate_limit_exceeded", None, "No."), 429),
     "a type and a message": (
         {"type": "insufficient_quota", "message": "No."},
         ("insufficient_quota", None, None, "No."), 429),
@@ -2666,6 +2684,13 @@ NO_ERRORS = {
     "a status that is good (MiniMax)": (
         {"base_resp": {"status_code": 0, "status_msg": "success"}}, ""),
     "a vendor's notice": ({"type": "quota", "message": "50 left"}, "quota"),
+    "an object of a vendor's own": (
+        {"object": "chat.completion.status", "message": "queued"}, ""),
+    "code: 0": ({"code": 0, "message": "ok"}, ""),
+    "success": ({"success": True, "message": "ok"}, ""),
+    "error: null": ({"error": None, "message": "ok"}, ""),
+    "a choice whose reason is no failure (Cohere)": (
+        {"choices": [{"delta": {}, "finish_reason": "ERROR_TOXIC"}]}, ""),
     "no detail": ({"detail": ""}, ""),
     "empty details": ({"detail": [], "usage": {}}, ""),
     "no errors": ({"errors": [], "usage": {}}, ""),
@@ -2687,10 +2712,19 @@ ERROR_BODIES = {
     "true for an error (Nitro)": ({"error": True, "message": "No."}, "No."),
     "two texts (Fastify)": ({"error": "Bad Request", "message": "No."},
                             (None, None, None, "Bad Request: No.")),
+    "a description (RFC 6749)": (
+        {"error": "invalid_token", "error_description": "No."},
+        (None, None, None, "invalid_token: No.")),
     "msg (Zhipu)": ({"code": 401, "msg": "No.", "success": False},
                     (None, 401, None, "No.")),
     "status_msg (MiniMax)": (
         {"base_resp": {"status_code": 1002, "status_msg": "No."}}, "No."),
+    "an object as detail (FastAPI)": (
+        {"detail": {"message": "No.", "code": "insufficient_quota"}},
+        (None, "insufficient_quota", None, "No.")),
+    "an error in a detail (FastAPI)": (
+        {"detail": {"error": {"message": "No.", "type": "t"}}},
+        ("t", None, None, "No.")),
     "by field (ASP.NET)": ({"errors": {"model": ["No."]}},
                            (None, None, None, '{"errors": {"model": ["No."]}}')
                            ),
@@ -2877,6 +2911,8 @@ RETRY_AFTER = {
     "seconds": ("7", None, 7), "a part of a second": ("7.5", None, 7.5),
     "no wait": ("0", None, 0), "blanks": (" 7 ", None, 7),
     "a day": ("86400", None, 86400),
+    "as good as for ever": ("9" * 16, None, 1e16),
+    "for ever": ("9" * 999, None, float("inf")),
     "less than nothing": ("-1", None, None), "empty": ("", None, None),
     "a word": ("soon", None, None), "nan": ("nan", None, None),
     "inf": ("inf", None, None), "an underscore": ("1_000", None, None),
@@ -6083,7 +6119,8 @@ def test_what_has_ended_is_not_left_to_the_collector():
     "a cut body without a length": (
         http_head() + b'{"choices": [{"mess', NET_FAIL, "the answer was cut"),
     "a body without a length that is too deep": (
-        http_head() + b'{"a": ' * 99 + b"1" + b"}" * 99, NET_ODD, "choices|a"),
+        http_head() + b'{"a": ' * 99 + b"1" + b"}" * 99, NET_ODD,
+        "nested deeper than 64 levels.*a"),
     "a cut status line": (b"HTTP/1.1 2", NET_FAIL, "no answer"),
     "no header": (
         b"HTTP/1.1 200 OK\r\n", NET_FAIL, "the answer was cut"),
@@ -6099,6 +6136,9 @@ def test_what_has_ended_is_not_left_to_the_collector():
         b"HTTP/1.1 999999 What\r\n\r\n", NET_FAIL, "999999"),
     "gzip": (http_answer(gzip.compress(b"{}"), content_encoding="gzip"),
              NET_ODD, "cannot decode content-encoding gzip"),
+    "gzip, with an error's status": (
+        http_answer(gzip.compress(b"{}"), "500 No", content_encoding="gzip"),
+        serv.InternalServerError, "500.*cannot decode content-encoding gzip"),
     "an unknown encoding": (
         http_head(transfer_encoding="br, chunked"), NET_ODD, "br, chunked"),
     "no content": (http_answer(b"", "204 No Content"), NET_ODD, "nothing"),
@@ -6278,7 +6318,8 @@ LIMITS = {
     "TIMEOUT": 600, "MAX_TIMEOUT": 86400, "CONNECT_TIMEOUT": 10,
     "IDLE_SECONDS": 50, "STALE_SECONDS": 1, "LAST_CHUNK_SECONDS": 0.01,
     "MAX_IDLE": 256, "MAX_BODY": 32 << 20, "MAX_STREAM": 64 << 20,
-    "MAX_ERROR": 256 << 10, "MIN_SECRET": 8, "MAX_DEPTH": 64,
+    "MAX_ERROR": 256 << 10, "MAX_RECEIVED": 512 << 20, "MIN_SECRET": 8,
+    "MAX_DEPTH": 64,
     "MAX_PARTS": 2000, "MAX_NAME": 1000}
 
 
@@ -6325,6 +6366,12 @@ NET_FLOODS = {
     "head: headers of an interim answer": (
         net_chat, b"HTTP/1.1 100 Continue\r\n", b"X: y\r\n", NET_FAIL,
         "a line"),
+    "head: interim answers without number": (
+        net_chat, b"", b"HTTP/1.1 100 Continue\r\n\r\n", NET_ODD,
+        "MAX_RECEIVED"),
+    "body: trailers without number": (
+        net_chat, NET_CHUNKED + b"0\r\n", b"X: y\r\n", NET_ODD,
+        "MAX_RECEIVED"),
     "body without a length": (
         net_chat, http_head(), b" ", NET_ODD, "MAX_BODY"),
     "body of a huge length": (
@@ -6370,10 +6417,11 @@ NET_FLOODS = {
 @table("call, head, piece, kind, limit", NET_FLOODS)
 def test_a_flood_is_bounded_by_a_limit_not_by_the_budget(
         call, head, piece, kind, limit, received, monkeypatch):
-    limits = {"a line": 1 << 16, "MAX_BODY": 1 << 18, "MAX_STREAM": 1 << 19,
-              "MAX_ERROR": 1 << 16}
-    for name in ("MAX_BODY", "MAX_STREAM", "MAX_ERROR"):
+    limits = {"MAX_BODY": 1 << 18, "MAX_STREAM": 1 << 19,
+              "MAX_ERROR": 1 << 16, "MAX_RECEIVED": 1 << 22}
+    for name in limits:
         monkeypatch.setattr(serv, name, limits[name])
+    limits["a line"] = 1 << 16  # of http.client
     with Server(net_flood(head, piece)) as server:
         error = net_error(kind, call, server)
     # Ends of lines and sizes of chunks are not counted (1 byte of 9, at
@@ -6839,6 +6887,7 @@ def test_no_proxy_may_be_in_capitals(host, net_names, monkeypatch):
     "http:/user:opensesame@host:3128", "http://user:opensesame",
     "https://user:opensesame@host", "socks5://user:opensesame@host",
     "http://user:opensesame@", "http://user:opensesame@host:x",
+    "http://user:opensesame@host:+1", "http://user:opensesame@[host]:80",
     "http://user:opensesame@ho st:80", "http://user:opensesame@ho\x7fst:80",
     # more than 65535 would wrap round, to port 1 here
     "http://user:opensesame@127.0.0.1:65537"])
