@@ -143,8 +143,8 @@ MAX_BODY = 1 << 25      # of the answer to a call, or of an event: 32 MiB
 MAX_STREAM = 1 << 26    # of the answer to stream(): 64 MiB, ten times the
                         # longest that was seen
 MAX_ERROR = 1 << 18     # of an error's body; the rest is not read
-MAX_RECEIVED = 1 << 29  # of all that comes for a call, with heads, trailers
-                        # and sizes of chunks, which may be of one byte each
+MAX_RECEIVED = 1 << 29  # of all that comes for one try: with heads, trailers
+                        # and the sizes of chunks, which may hold a byte each
 MIN_SECRET = 8          # of a key; a shorter one is a common word
 
 # Levels of nested JSON.  The json module, and copying, recurse once a level.
@@ -1784,7 +1784,8 @@ def is_event_stream(head: bytes, is_labelled: bool) -> bool:
 #     an object whose texts come in pieces        grow_object()
 #     anything else                               put(), which replaces it
 #
-# Where servers differ from the two references, a comment names one that does.
+# Where servers differ from the two references, a comment names one that does,
+# and a table in test_serv.py has the bytes.
 # ---------------------------------------------------------------------------
 
 # The texts that come in pieces: of a message of chat; and of a function or
@@ -2199,15 +2200,21 @@ class ChatCall:
 
         Some servers give all calls one index (Gemini) or one id (Mistral).
         Others repeat the name, or send another id, in every piece of a call.
-        So it takes a name, and what else depends on the arguments so far:
+        So it takes a name; and if the arguments so far are not a whole object,
+        another name and another id; else any sign of another call.  Two
+        pieces, each with its id, name and arguments:
 
-        =====================  ==========================================
-        the arguments so far   begins the next call
-        =====================  ==========================================
-        not a whole object     another name and another id together
-        a whole object         any of: another name; another id; another
-                               index; no id, and an object that begins
-        =====================  ==========================================
+        ===================  ===================  ===========================
+        one piece            the next             how many calls
+        ===================  ===================  ===========================
+        a  f  {"x":          a  f  1}             1: the name is repeated
+        a  f  {"x":          b  f  1}             1: another id in each piece
+        a  f                 b  g                 2: f has no arguments
+        a  f  {"x": 1}       b  g  {"y": 2}       2: of one index
+        a  f  {"x": 1}       a  f  {"y": 2}       1; 2 if the index is another
+        -  f  {"x": 1}       -  f  {"y": 2}       2: without ids
+        -  f  {"x": 1}       -  f                 1: the name is repeated
+        ===================  ===================  ===========================
         """
         function = find_function(piece)
         name, id = function.get("name"), piece.get("id")
@@ -2366,13 +2373,15 @@ class MessagesAssembler:
     def find_block(self, index: int | None, kind: str) -> JSONDict:
         """Return the block that a delta of a kind goes to.
 
-        The first that fits; by the reference, it is 1:
+        By the reference, it is the block of its index.  But some gateways
+        send no content_block_start, give every delta the index 0, or send a
+        text for the index of a tool.  The first that is of the kind:
 
-        1. the block of its index;
-        2. a new one, if none has begun at this index;
-        3. the last block: some gateways give every delta the index 0;
-        4. the block of its index, though it has stopped;
-        5. a new one: some send a text for the index of a tool.
+        1. the block of its index, if that has not stopped;
+        2. a new one, if no block of this index has begun;
+        3. the last block;
+        4. the block of its index;
+        5. a new one.
         """
         block = self.by_index.get(index)
         if block is not None and fits(block, kind):             # 1
