@@ -41,7 +41,7 @@ If you review this file, look here first::
                         other file (but see the command line), no thread
     the environment     SERV_API_KEY, SERV_BASE_URL, SERV_MODEL, SERV_TIMEOUT;
                         SSL_CERT_FILE, SSL_CERT_DIR; HTTPS_PROXY, HTTP_PROXY,
-                        NO_PROXY: read at each call
+                        NO_PROXY, also in small letters: read at each call
     retries             send_request(), retry_wait(); Connection.post()
     time                DeadlineSocket.check()
     memory              the limits below; Answer.iter_body()
@@ -124,6 +124,7 @@ KEEPALIVE = 60          # of silence before TCP probes the other side: some
 DEAD_SECONDS = 30       # without acknowledgement of what was sent; on Linux,
                         # also of an upload that the server does not read
 IDLE_SECONDS = 50.0     # of keeping a connection: load balancers drop it at 60
+ERROR_SECONDS = 10.0    # for the body of an error, whose status is known
 STALE_SECONDS = 1.0     # if a kept connection ends within this time, before a
                         # byte of the answer, the request is sent once more;
                         # see Connection.post()
@@ -1368,14 +1369,7 @@ def parse_error(body: JSON) -> JSONDict:
     error = find_error(body)
     if error is None:
         error = body
-    if isinstance(error, list) and error:   # [{"message": "No."}]
-        error = error[0]
-    # FastAPI, as {"detail": {"message": "No."}} or {"detail": {"error": ...}}
-    detail = get_dict(error, "detail")
-    if detail:
-        error = detail
-        if find_error(detail) is not None:
-            error = find_error(detail)
+    error = unwrap_error(error)
     # In {"error": "No.", "code": 404}, the code stands beside the error.
     place = error if isinstance(error, dict) else body
     code = place.get("code") if isinstance(place, dict) else None
@@ -1385,6 +1379,26 @@ def parse_error(body: JSON) -> JSONDict:
     return {"type": get_str(error, "type"),
             "code": code if isinstance(code, (str, int)) else None,
             "param": get_str(error, "param"), "message": message}
+
+
+def unwrap_error(error: JSON) -> JSON:
+    """Return what an error holds that holds another, else the error itself.
+
+    ================================  ===================  =======
+    the error                         returned             sent by
+    ================================  ===================  =======
+    [{"message": "No."}]              {"message": "No."}   Gemini
+    {"detail": {"message": "No."}}    {"message": "No."}   FastAPI
+    {"detail": {"error": E}}          E                    FastAPI
+    ================================  ===================  =======
+    """
+    if isinstance(error, list) and error:
+        return error[0]
+    detail = get_dict(error, "detail")
+    if not detail:
+        return error
+    inner = find_error(detail)
+    return detail if inner is None else inner
 
 
 def find_message(error: JSON, body: JSON) -> JSON:
@@ -1474,9 +1488,10 @@ def build_status_error(status: int, headers: Headers,
         status = named_status or 500
     what = what or http.client.responses.get(status, "")
     retry_after = parse_retry_after(headers, time.time())
-    why = add_advice(status, fields, retry_after)
     if 300 <= status < 400:
         why = f"not following to {headers.get('location')}; set base_url"
+    else:
+        why = add_advice(status, fields, retry_after)
     kind: type[APIStatusError] = STATUS_ERRORS.get(status, APIStatusError)
     if 500 <= status < 600:
         kind = InternalServerError
@@ -2930,7 +2945,8 @@ def parse_proxy(text: str) -> Proxy | None:
     if parts.username is not None:
         user = urllib.parse.unquote(parts.username)
         password = urllib.parse.unquote(parts.password or "")
-        words = f"{user}:{password}".encode()
+        # What was no UTF-8 in the environment becomes the same bytes again.
+        words = f"{user}:{password}".encode("utf-8", "surrogateescape")
         login = "Basic " + base64.b64encode(words).decode()
     return Proxy(host, port or 80, login)
 
@@ -2978,7 +2994,6 @@ class Connection(http.client.HTTPConnection):
         route = self.route
         wire = open_socket(self.host, self.port, self.deadline)
         self.wire = wire
-        self.is_broken = False
         wire.deadline = self.deadline
         if route.tls:
             if route.proxy:
@@ -3027,10 +3042,11 @@ class Connection(http.client.HTTPConnection):
             self.request("POST", target, request.body, headers)
         except NetworkError as exc:
             # If the server stopped reading, it may have said why (413): its
-            # answer is read all the same.  Undocumented: getresponse() allows
-            # that, for the request counts as sent before its bytes are sent.
+            # answer is read all the same.  (For the next call, is_usable()
+            # will find that the connection is broken.)  Undocumented:
+            # getresponse() allows it, for the request counts as sent before
+            # its bytes are sent.
             cause = exc.cause
-            self.is_broken = True
         try:
             self.response = self.getresponse()
         except http.client.RemoteDisconnected:
@@ -3081,6 +3097,12 @@ class Connection(http.client.HTTPConnection):
             close_old()
         else:
             self.discard()
+
+    def limit_wait(self, seconds: float) -> None:
+        """Wait no longer than some seconds for the rest of this answer."""
+        if self.wire is not None:
+            self.wire.deadline = min(self.deadline,
+                                     time.monotonic() + seconds)
 
     def end_wait(self) -> None:
         """End a wait in another thread, which then finds the end."""
@@ -3336,6 +3358,8 @@ class Answer:
 
         :raise Exception: one of CALL_FAILURES, also if the answer is an error.
         """
+        if not self.is_good:
+            self.connection.limit_wait(ERROR_SECONDS)
         if not self.call.request.streaming or not self.is_good:
             self.plain_json = self.parse(self.read_body(b"", self.iter_body()))
             return
@@ -3440,7 +3464,7 @@ class Answer:
                 data.write(chunk)
         except CALL_FAILURES as exc:
             # An error status is the news, even without its whole body; also
-            # if the time is over.
+            # if the time for it is over.
             if self.is_good:
                 raise
             # It cannot be decoded, for example.

@@ -123,6 +123,7 @@ import threading
 import time
 import traceback
 import warnings
+import weakref
 import zipfile
 
 import serv
@@ -4442,6 +4443,21 @@ def test_stream_left_early_is_closed(leave, begun):
     assert warned == []
 
 
+@pytest.mark.skipif(sys.implementation.name != "cpython",
+                    reason="needs the counts of references")
+def test_stream_that_is_abandoned_leaves_nothing_to_the_collector():
+    with Server(stream_watched(threading.Event())) as server:
+        stream = open_stream(server)
+        assert next(stream) == "Hel"
+        headers = weakref.ref(stream.reply.headers)
+        gc.disable()
+        try:
+            del stream
+            assert headers() is None
+        finally:
+            gc.enable()
+
+
 def test_stream_that_is_closed_is_at_its_end_and_keeps_its_reply():
     with Server(stream_answer(*STREAM_HELLO["chat"])) as server:
         stream = open_stream(server)
@@ -5359,6 +5375,21 @@ def test_a_timeout_is_not_tried_again(clock):
         error = net_error(serv.APITimeoutError, net_chat, server,
                           max_retries=2, timeout=20)
         assert len(server.requests) == 1 and error.retries == 0
+
+
+def test_the_body_of_an_error_is_not_waited_for_until_the_end(monkeypatch):
+    monkeypatch.setattr(serv, "ERROR_SECONDS", 0.05)
+
+    def stall(wire, request):
+        wire.sendall(http_head("503 Busy", content_length=99) + b"half")
+        wire.recv(1)
+        return False
+
+    with Server([stall, stall, NET_OK]) as server:
+        error = net_error(serv.InternalServerError, net_chat, server,
+                          max_retries=0)
+        assert (error.status, error.body) == (503, "half")
+        assert net_chat(server, max_retries=1) == "Hello!"
 
 
 def test_all_tries_share_one_budget(clock):
@@ -6735,7 +6766,8 @@ def test_no_object_of_ours_shows_the_key():
 # -- Proxies ------------------------------------------------------------------
 
 def net_basic(login):
-    return login and "Basic " + base64.b64encode(login.encode()).decode()
+    return login and "Basic " + base64.b64encode(
+        login.encode("utf-8", "surrogateescape")).decode()
 
 
 def net_tunnel(context, seen):
@@ -6758,6 +6790,7 @@ def net_tunnel(context, seen):
 NET_LOGINS = {
     "none": ("", None), "user and password": ("user:pass@", "user:pass"),
     "quoted": ("us%20er:p%40s%25s%3A@", "us er:p@s%s:"),
+    "no UTF-8": ("us\udcffer:pass@", "us\udcffer:pass"),
     "user only": ("token-%31@", "token-1:"),
     "user and no password": ("user:@", "user:")}
 
@@ -6888,6 +6921,7 @@ def test_no_proxy_may_be_in_capitals(host, net_names, monkeypatch):
     "https://user:opensesame@host", "socks5://user:opensesame@host",
     "http://user:opensesame@", "http://user:opensesame@host:x",
     "http://user:opensesame@host:+1", "http://user:opensesame@[host]:80",
+    "http://\udcff:opensesame@host:x",
     "http://user:opensesame@ho st:80", "http://user:opensesame@ho\x7fst:80",
     # more than 65535 would wrap round, to port 1 here
     "http://user:opensesame@127.0.0.1:65537"])
