@@ -536,20 +536,11 @@ class Reply(dict):  # type: ignore[type-arg]
             if block.get("type") == "tool_use":
                 sent = block.get("input") or {}
                 calls.append((get_str(block, "id"), block.get("name"), sent))
-        # If the answer ended so, nobody knows whether arguments were still to
-        # come: then none is "", not {}.
         may_be_cut = (self.stop_reason is None or self.truncated
                       or self.refusal is not None)
-        tool_calls = []
-        for id, name, sent in calls:
-            if not name or not isinstance(name, str):
-                continue
-            if may_be_cut and not sent:
-                arguments = ""
-            else:
-                arguments = parse_arguments(sent, self.partial)
-            tool_calls.append(ToolCall(id, name, arguments))
-        return tool_calls
+        return [ToolCall(id, name,
+                         parse_arguments(sent, self.partial, may_be_cut))
+                for id, name, sent in calls if name and isinstance(name, str)]
 
     @property
     def stop_reason(self) -> str | None:
@@ -609,8 +600,10 @@ class Stream:
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
         self._events = answer.take_events()
-        # "open"; at last "ended", at its proven end; "failed", with _error; or
-        # "closed", by close().
+        # What ends it        its state   its connection
+        # its proven end      "ended"     is kept for the next call
+        # a failure: _error   "failed"    is closed
+        # close()             "closed"    is closed; during a step, by the step
         self._state = "open"
         self._error: ServError | None = None
         self._is_reading = False
@@ -1151,25 +1144,28 @@ class Nesting:
         return self.deepest > 0 and self.depth == 0
 
 
-def parse_arguments(value: JSON, partial: bool) -> JSON:
+def parse_arguments(value: JSON, partial: bool,
+                    may_be_cut: bool = False) -> JSON:
     """Return a tool's arguments, which are JSON text or decoded JSON.
 
-    ===================  ==============
+    ===================  ===================================
     the arguments        returned
-    ===================  ==============
+    ===================  ===================================
     '{"a": 1}'           {"a": 1}
     {"a": 1}             {"a": 1}
     '[1]', '{"a', ''     the same text
-    None, {}, []         {}
     [1]                  '[1]'
-    ===================  ==============
+    None, {}, []         {}; but '' if the answer may be cut
+    ===================  ===================================
 
-    If they may be partial, they are returned as text, whatever they are.
+    If they are partial, they are returned as text, whatever they are.
     """
     if partial:
         if isinstance(value, str):
             return value
         return json.dumps(value) if value else ""
+    if may_be_cut and not value:
+        return ""       # nobody knows whether some were still to come
     if isinstance(value, str):
         try:
             decoded = parse_json(value)
@@ -2527,10 +2523,10 @@ class NetworkError(Exception):
 def to_network_error(exc: OSError) -> Exception:
     """Return what to raise in place of an OSError: a NetworkError.
 
-    The system and ssl give each OSError a number, its ``errno``.  (Only
-    settimeout() makes errors without one; it is not used here.)  So one
-    without is a signal handler's, such as TimeoutError("mine"), raised just
-    while a socket worked.  It is returned as it is.
+    TimeoutError("mine"), raised by a signal handler just while a socket
+    worked, is returned as it is.  It has no ``errno``; all that the system
+    and ssl raise have one.  (The timeouts of the socket module have none, but
+    only settimeout() makes these, and it is not used here.)
     """
     return exc if exc.errno is None else NetworkError(exc)
 
@@ -3060,10 +3056,11 @@ class Connection(http.client.HTTPConnection):
         assert self.wire is not None and self.response is not None
         self.wire.deadline = limit
         try:
-            # read1() returns b"" at the end of a body, also if it was closed
-            # there.  A stream was left at [DONE]: its last chunk, which is
-            # empty, may come a little later.  read1() waits for it, until the
-            # limit.
+            # Where the last answer was left   What read1() does
+            # at its end                       it returns b"" at once
+            # at [DONE], the last event        it waits, until the limit, for
+            #                                  the last chunk, and returns b""
+            # before more of it                it returns a byte
             if self.response.read1(1):
                 return False
             # Nothing may wait in the socket, not even the end.
@@ -3170,7 +3167,8 @@ def take_out(connection: Connection) -> bool:
 def take_connection(route: Route) -> Connection:
     """Return a connection for a route: the newest idle one, or a new one.
 
-    The waits of is_usable() take LAST_CHUNK_SECONDS at most, together.
+    The waits of is_usable() take LAST_CHUNK_SECONDS at most, together.  Only
+    connections on which a stream was left at [DONE] need one.
     """
     close_old()
     limit = time.monotonic() + LAST_CHUNK_SECONDS
@@ -3327,6 +3325,9 @@ class Answer:
         self.connection = connection
         self.response = response
         self.is_good = 200 <= response.status < 300
+        # The Content-Length; None if the body is chunked, or ends with the
+        # connection.  Undocumented; and http.client counts it down later.
+        self.length = response.length
         content_type = response.headers.get_content_type()
         self.is_labelled = content_type == "text/event-stream"
         self.at_end = False         # the body was read to its end
@@ -3354,7 +3355,18 @@ class Answer:
         return events
 
     def begin(self) -> None:
-        """Read a whole answer; of a stream, what shows that it is none.
+        """Read what must be read before the call returns.
+
+        =====================================  =========================
+        the answer to                          what is read
+        =====================================  =========================
+        a call, or it has the status of an     all of it
+        error
+        stream(), labelled as an event stream  nothing: its first event
+                                               may take minutes
+        stream(), not labelled as one          the first event; it may be
+                                               an error
+        =====================================  =========================
 
         :raise Exception: one of CALL_FAILURES, also if the answer is an error.
         """
@@ -3365,8 +3377,6 @@ class Answer:
             return
         self.events = self.iter_stream()
         if not self.is_labelled:
-            # It may be an error.  So its first event is read before the caller
-            # gets a stream.  (That of a true stream may take minutes.)
             first = next(self.events, None)
             if first is not None:
                 self.events = itertools.chain([first], self.events)
@@ -3435,9 +3445,6 @@ class Answer:
         limit = MAX_STREAM if self.call.request.streaming else MAX_BODY
         if not self.is_good:
             limit = MAX_ERROR
-        # Undocumented: this is the Content-Length, or None if the body is
-        # chunked or ends with the connection.  http.client counts it down.
-        expected = response.length
         size = 0
         while True:
             data = response.read1(READ_SIZE)
@@ -3449,8 +3456,8 @@ class Answer:
                                        "bytes")
             yield data
         # http.client does not report a body shorter than its Content-Length.
-        if expected is not None and size < expected:
-            raise http.client.IncompleteRead(b"", expected - size)
+        if self.length is not None and size < self.length:
+            raise http.client.IncompleteRead(b"", self.length - size)
         self.at_end = True
         self.elapsed = time.monotonic() - self.call.started
         response.close()
@@ -3498,15 +3505,15 @@ class Answer:
     def looks_cut(self, text: str) -> bool:
         """Whether a body that is not JSON looks like a part of an answer.
 
-        That counts only if the end of the body is that of the connection:
-        then nothing else tells whether the body is whole.  (If a head is cut,
-        http.client takes what has come for the head of an answer without a
-        length.  The body is empty then.)
+        That is asked only if the body ends with the connection: then nothing
+        else tells whether it is whole.  An empty one looks cut, too: if a head
+        is cut, http.client takes what has come for a whole head.
         """
-        # Of a body that ends with its connection, no length is known.
-        if self.response.length is not None or self.response.chunked:
+        if self.length is not None or self.response.chunked:
             return False
-        return not text or (text.startswith("{") and not text.endswith("}"))
+        if not text:
+            return True
+        return text.startswith("{") and not text.endswith("}")
 
     def build_error(self, body: JSON) -> APIStatusError:
         """Return the error for a status, or for an error object in a 200."""
