@@ -410,7 +410,7 @@ TRUNCATED = re.compile(r"""
     # does not match: stop, end_turn, content_filter
     """, re.VERBOSE | re.IGNORECASE)
 FAILED = re.compile(r"""
-    error\b             # error (OpenRouter), network_error (GLM)
+    error(?!_toxic)     # error (OpenRouter), network_error (GLM)
   | insufficient_system_resource    # DeepSeek
     # does not match: stop, length, content_filter, ERROR_TOXIC
     """, re.VERBOSE | re.IGNORECASE)
@@ -607,8 +607,9 @@ class Stream:
         self._state = "open"
         self._error: ServError | None = None
         self._is_reading = False
-        # Held while one of these changes, never during a wait.  It is
-        # reentrant, because a signal handler may call close() at any time.
+        # Held while the state changes, and no longer: who forks meanwhile
+        # would copy it as it is.  It is reentrant, because a signal handler
+        # may call close() at any time.
         self._lock = threading.RLock()
 
     def __iter__(self) -> Stream:
@@ -671,30 +672,35 @@ class Stream:
             if self._state != "open":
                 return
             self._state = "closed"
-            if self._is_reading:    # by a step, which will close it
-                self._answer.connection.end_wait()
-            else:
-                self._answer.connection.discard()
+        # During a step, the connection is in use.  So close() only ends the
+        # wait, and the step closes the connection when it ends.
+        #
+        # Neither misses the other.  A step sets _is_reading first and reads
+        # _state last; close() has set _state, and now reads _is_reading.  So
+        # whatever their order, at least one of them sees the other, and
+        # closes.  (To close again does nothing.)
+        if self._is_reading:
+            self._answer.connection.end_wait()
+        else:
+            self._answer.connection.discard()
 
     def _advance(self) -> tuple[JSONDict, str] | None:
         """Return the next event, and the text that it adds; None at the end.
 
         :raise ServError: see events().
         """
-        with self._lock:
-            if self._is_reading:
-                raise ValueError("this stream is being read already")
-            self._is_reading = True
+        if self._is_reading:    # misuse, which is found as a rule
+            raise ValueError("this stream is being read already")
         try:
+            self._is_reading = True
             if self._state == "open":
                 step = self._read()
                 if step is not None:
                     return step
         finally:
-            with self._lock:
-                self._is_reading = False
-                if self._state == "closed":     # close() came in this step
-                    self._answer.connection.discard()
+            self._is_reading = False
+            if self._state == "closed":     # close() came during this step
+                self._answer.connection.discard()
         if self._error is not None:
             # Each further step raises it again: an end would look as if the
             # answer were whole.
@@ -891,12 +897,16 @@ def check_messages(name: str, value: JSON) -> None:
 
 
 def has_text(content: JSON) -> bool:
-    """Whether there is text that is not blank: a str, or one of the parts."""
-    texts = [content]
-    if isinstance(content, (list, tuple)):
-        texts = [part.get("text") if isinstance(part, dict) else part
-                 for part in content]
-    return any(isinstance(text, str) and text.strip() for text in texts)
+    """Whether there is a prompt: any part that is not blank text."""
+    parts = content if isinstance(content, (list, tuple)) else [content]
+    for part in parts:
+        if isinstance(part, dict):
+            part = part.get("text", part)
+        if isinstance(part, str):
+            part = part.strip()
+        if part:
+            return True
+    return False
 
 
 # One encoder for all requests: making one takes as long as a small encoding.
@@ -965,18 +975,17 @@ def parse_host(url: str) -> tuple[str, int | None]:
     """
     try:
         parts = urllib.parse.urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-        if ":" not in host:     # it is no IPv6 address
-            # RFC 3490: "b\u00fccher.test" is "xn--bcher-kva.test" on the wire.
-            host = host.encode("idna").decode()
+        # RFC 3490: "b\u00fccher.test" is "xn--bcher-kva.test" on the wire.
+        host = (parts.hostname or "").encode("idna").decode()
+        port = parts.port
     except ValueError:      # also a UnicodeError
         return "", None
     # Before 3.11, urlsplit() accepts a name in brackets, http://[host], and
     # the ports "+1", "0_1", and some of Arabic digits.
-    if "[" in parts.netloc and ":" not in host:
+    netloc = parts.netloc.rpartition("@")[2]
+    if "[" in netloc and ":" not in host:
         return "", None
-    netloc = parts.netloc.rpartition("@")[2].rpartition("]")[2]
-    digits = netloc.partition(":")[2]
+    digits = netloc.rpartition("]")[2].partition(":")[2]
     if digits and not re.fullmatch("[0-9]+", digits):
         return "", None
     if port == 0:
@@ -1327,7 +1336,6 @@ def find_bare_error(answer: JSONDict) -> JSON:
     {"object": "chat.status", "message": "Hi"}     none
     {"code": 0, "message": "Hi"}                   none
     {"success": true, "message": "Hi"}             none
-    {"error": null, "message": "Hi"}               none
     {"message": {}}, {"id": "x"}                   none
     =============================================  ==========  ==========
     """
@@ -1342,8 +1350,8 @@ def find_bare_error(answer: JSONDict) -> JSON:
     type_name = get_str(answer, "type") or get_str(answer, "object")
     if type_name is not None and not is_error_type(type_name):
         return None
-    if (answer.get("code") == 0 or answer.get("success") is True
-            or "error" in answer):
+    says_success = answer.get("code") == 0 or answer.get("success") is True
+    if type_name is None and says_success:
         return None
     if errors and isinstance(errors, (str, list)):
         return errors
@@ -1365,7 +1373,14 @@ def parse_error(body: JSON) -> JSONDict:
     error = find_error(body)
     if error is None:
         error = body
-    error = unwrap_error(error)
+    if isinstance(error, list) and error:   # [{"message": "No."}]
+        error = error[0]
+    # FastAPI, as {"detail": {"message": "No.", "code": "x"}}
+    detail = get_dict(error, "detail")
+    if detail and not {"message", "type", "code"} & set(error):
+        fields = parse_error(detail)
+        if fields["message"]:
+            return fields
     # In {"error": "No.", "code": 404}, the code stands beside the error.
     place = error if isinstance(error, dict) else body
     code = place.get("code") if isinstance(place, dict) else None
@@ -1375,26 +1390,6 @@ def parse_error(body: JSON) -> JSONDict:
     return {"type": get_str(error, "type"),
             "code": code if isinstance(code, (str, int)) else None,
             "param": get_str(error, "param"), "message": message}
-
-
-def unwrap_error(error: JSON) -> JSON:
-    """Return what an error holds that holds another, else the error itself.
-
-    ================================  ===================  =======
-    the error                         returned             sent by
-    ================================  ===================  =======
-    [{"message": "No."}]              {"message": "No."}   Gemini
-    {"detail": {"message": "No."}}    {"message": "No."}   FastAPI
-    {"detail": {"error": E}}          E                    FastAPI
-    ================================  ===================  =======
-    """
-    if isinstance(error, list) and error:
-        return error[0]
-    detail = get_dict(error, "detail")
-    if not detail:
-        return error
-    inner = find_error(detail)
-    return detail if inner is None else inner
 
 
 def find_message(error: JSON, body: JSON) -> JSON:
@@ -1529,7 +1524,7 @@ def parse_retry_after(headers: Headers, now: float) -> float | None:
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         text = str(headers.get(name, "")).strip()
         if re.fullmatch(r"[0-9]+(\.[0-9]*)?", text):
-            return float(text) * unit
+            return min(float(text) * unit, 1e9)     # sleep() takes no "inf"
     try:
         date = parsedate_tz(str(headers.get("retry-after", "")))
         seconds = mktime_tz(date) - now if date else -1.0
@@ -2302,8 +2297,11 @@ class MessagesAssembler:
     def __init__(self) -> None:
         self.fields: JSONDict = {}      # of the message, except its blocks
         self.blocks: list[JSONDict] = []
+        # The newest block, and the newest tool, of each index; and the
+        # indexes whose newest block has stopped.
         self.by_index: dict[int | None, JSONDict] = {}
-        self.stopped: set[int | None] = set()   # indexes
+        self.tools: dict[int | None, JSONDict] = {}
+        self.stopped: set[int | None] = set()
         self.half = HalfCharacter()
         self.started = False            # message_start has come
         self.done = False               # message_stop has come
@@ -2373,40 +2371,34 @@ class MessagesAssembler:
             elif name != "type":
                 put(block, name, value)
         self.blocks.append(block)
-        # Until another tool begins, a tool keeps its index: a text may come
-        # between two pieces of its input.
-        before = self.by_index.get(index)
-        if before is None or not takes_input(before) or takes_input(block):
-            self.by_index[index] = block
-            self.stopped.discard(index)
+        self.by_index[index] = block
+        self.stopped.discard(index)
+        if takes_input(block):
+            self.tools[index] = block
         return block
 
     def find_block(self, index: int | None, kind: str) -> JSONDict:
         """Return the block that a delta of a kind goes to.
 
-        By the reference, it is the block of its index.  But some gateways
+        By the reference, that is the block of its index.  But some gateways
         send no content_block_start, give every delta the index 0, or send a
-        text for the index of a tool.  The first that is of the kind:
-
-        1. the block of its index, if that has not stopped;
-        2. a new one, if no block of this index has begun;
-        3. the last block;
-        4. the block of its index;
-        5. a new one.
+        text in the middle of a tool's input.  So it is the first of these
+        that is of the kind; else it is a new block.
         """
         block = self.by_index.get(index)
-        if block is not None and fits(block, kind):             # 1
-            if index not in self.stopped:
-                return block
-        if block is None and index is not None:                 # 2
+        if block is None and index is not None:
             if index < 0:       # LiteLLM
                 raise APIResponseError("a broken event: a delta for no block")
             return self.begin_block(index, {"type": kind})
-        if self.blocks and fits(self.blocks[-1], kind):         # 3
-            return self.blocks[-1]
-        if block is not None and fits(block, kind):             # 4
-            return block
-        return self.begin_block(index, {"type": kind})          # 5
+        last = self.blocks[-1] if self.blocks else None
+        tool = self.tools.get(index)
+        candidates = [block, tool, last]
+        if index in self.stopped:
+            candidates = [last, block, tool]
+        for candidate in candidates:
+            if candidate is not None and fits(candidate, kind):
+                return candidate
+        return self.begin_block(index, {"type": kind})
 
     def add_delta(self, index: int | None, delta: JSONDict) -> str:
         """Add a delta to its block; return what it adds to the text."""
@@ -3055,6 +3047,7 @@ class Connection(http.client.HTTPConnection):
         """Whether the last answer is at its end and nothing has come since."""
         assert self.wire is not None and self.response is not None
         self.wire.deadline = limit
+        self.wire.received = 0
         try:
             # Where the last answer was left   What read1() does
             # at its end                       it returns b"" at once
@@ -3226,8 +3219,9 @@ class Call:
         for secret in self.secrets:
             text = text.replace(secret, "[removed]")
             # An answer that was cut may end in the middle of a secret: with
-            # "sk-abcdefgh" of "sk-abcdefghijkl".
-            start = text.rfind(secret[:MIN_SECRET])
+            # "sk-abcdefgh" of "sk-abcdefghijkl".  If it is half of it or more,
+            # it is removed, too.
+            start = text.rfind(secret[:max(MIN_SECRET, len(secret) // 2)])
             if start >= 0 and secret.startswith(text[start:]):
                 text = text[:start] + "[removed]"
         return text

@@ -2048,6 +2048,10 @@ BODIES = {
     "messages: blocks are a prompt": (
         "messages", {"system": SYSTEM_BLOCKS},
         {"messages": [ASKED], "system": SYSTEM_BLOCKS, "max_tokens": 9}),
+    "messages: blocks that are no text are a prompt": (
+        "messages", {"system": [{"type": "file", "file": {}}]},
+        {"messages": [ASKED], "system": [{"type": "file", "file": {}}],
+         "max_tokens": 9}),
     "messages: a list is sent as it is": (
         "messages", {"messages": LONG_CHAT},
         {"messages": LONG_CHAT, "system": SYSTEM, "max_tokens": 9}),
@@ -2632,6 +2636,7 @@ def test_an_error_in_a_200_is_raised_by_every_call(call):
 @pytest.mark.parametrize("reason", [
     "error", "network_error",  # GLM
     "insufficient_system_resource",  # DeepSeek
+    "ERROR_LIMIT",  # Cohere
     "ERROR: no"])
 def test_a_finish_reason_that_says_the_server_failed_is_an_error(reason):
     answer = {"choices": [{"message": {"content": "Part"},
@@ -2689,7 +2694,6 @@ NO_ERRORS = {
         {"object": "chat.completion.status", "message": "queued"}, ""),
     "code: 0": ({"code": 0, "message": "ok"}, ""),
     "success": ({"success": True, "message": "ok"}, ""),
-    "error: null": ({"error": None, "message": "ok"}, ""),
     "a choice whose reason is no failure (Cohere)": (
         {"choices": [{"delta": {}, "finish_reason": "ERROR_TOXIC"}]}, ""),
     "no detail": ({"detail": ""}, ""),
@@ -2711,6 +2715,9 @@ ERROR_BODIES = {
         (None, None, None, '{"why": "No."}')),
     "a list for an error": ({"error": ["No."]}, "No."),
     "true for an error (Nitro)": ({"error": True, "message": "No."}, "No."),
+    "a type of errors beside success": (
+        {"code": 0, "type": "overloaded_error", "message": "No."},
+        ("overloaded_error", 0, None, "No.")),
     "two texts (Fastify)": ({"error": "Bad Request", "message": "No."},
                             (None, None, None, "Bad Request: No.")),
     "a description (RFC 6749)": (
@@ -2726,6 +2733,18 @@ ERROR_BODIES = {
     "an error in a detail (FastAPI)": (
         {"detail": {"error": {"message": "No.", "type": "t"}}},
         ("t", None, None, "No.")),
+    "two texts in a detail (FastAPI)": (
+        {"detail": {"error": "not_found", "message": "No.", "code": "c"}},
+        (None, "c", None, "not_found: No.")),
+    "a detail beside a message": (
+        {"error": {"message": "No.", "type": "t", "param": "p",
+                   "detail": {"max": 2}}}, ("t", None, "p", "No.")),
+    "a detail beside a code": (
+        {"code": "c", "message": "No.", "detail": {"field": "f"}},
+        (None, "c", None, "No.")),
+    "a detail without a message": (
+        {"detail": {"type": "quota", "reason": "No."}},
+        (None, None, None, '{"type": "quota", "reason": "No."}')),
     "by field (ASP.NET)": ({"errors": {"model": ["No."]}},
                            (None, None, None, '{"errors": {"model": ["No."]}}')
                            ),
@@ -2912,8 +2931,8 @@ RETRY_AFTER = {
     "seconds": ("7", None, 7), "a part of a second": ("7.5", None, 7.5),
     "no wait": ("0", None, 0), "blanks": (" 7 ", None, 7),
     "a day": ("86400", None, 86400),
-    "as good as for ever": ("9" * 16, None, 1e16),
-    "for ever": ("9" * 999, None, float("inf")),
+    "as good as for ever": ("9" * 16, None, 1e9),
+    "for ever": ("9" * 999, None, 1e9),
     "less than nothing": ("-1", None, None), "empty": ("", None, None),
     "a word": ("soon", None, None), "nan": ("nan", None, None),
     "inf": ("inf", None, None), "an underscore": ("1_000", None, None),
@@ -3753,6 +3772,22 @@ STREAM_BLOCKS = {  # a script between the first and the last event; content
         'begin tool_use | end | begin tool_use | 1 begin tool_use | '
         'json {"a": 1} | 1 json {"b": 2}',
         [STREAM_TOOL, {**STREAM_TOOL, "input": {"a": 1}},
+         {**STREAM_TOOL, "input": {"b": 2}}]),
+    "an unknown delta goes to the newest block of its index": (
+        'begin tool_use | json {"a": 1} | end | begin {"type": "compaction"} '
+        '| delta {"type": "compaction_delta", "content": "Sum."}',
+        [{**STREAM_TOOL, "input": {"a": 1}},
+         {"type": "compaction", "content": "Sum."}]),
+    "a signature goes to the newest block of its index": (
+        'begin tool_use | end | begin {"type": "thinking", "thinking": ""} | '
+        'thinking Hm | 1 begin text | 1 text Hi | signature S',
+        [STREAM_TOOL,
+         {"type": "thinking", "thinking": "Hm", "signature": "S"},
+         *stream_parts("Hi")]),
+    "a tool gets its input behind a text of its index": (
+        'begin tool_use | end | begin text | text Hi | 1 begin tool_use | '
+        'json {"a": 1} | 1 json {"b": 2}',
+        [{**STREAM_TOOL, "input": {"a": 1}}, *stream_parts("Hi"),
          {**STREAM_TOOL, "input": {"b": 2}}]),
     "a delta after the end of its block": (
         'begin tool_use | json {"a" | end | 1 begin text | json : 1} | '
@@ -6698,8 +6733,8 @@ def test_an_error_that_a_stream_raises_again_is_as_clean():
 
 
 @table("size, shown", {
-    "7 characters": (7, "Bad key: %s" % KEY[:7]),
-    "8: they are removed": (8, "Bad key: [removed]"),
+    "its beginning, which all may share": (8, "Bad key: %s" % KEY[:8]),
+    "half of it: it is removed": (9, "Bad key: [removed]"),
     "all but one": (len(KEY) - 1, "Bad key: [removed]"),
     "all": (len(KEY), "Bad key: [removed]")})
 def test_a_part_of_the_key_at_the_end_of_a_cut_answer(size, shown):
@@ -6791,6 +6826,7 @@ NET_LOGINS = {
     "none": ("", None), "user and password": ("user:pass@", "user:pass"),
     "quoted": ("us%20er:p%40s%25s%3A@", "us er:p@s%s:"),
     "no UTF-8": ("us\udcffer:pass@", "us\udcffer:pass"),
+    "an address in it": ("user:p[::1]w@", "user:p[::1]w"),
     "user only": ("token-%31@", "token-1:"),
     "user and no password": ("user:@", "user:")}
 
@@ -6922,6 +6958,7 @@ def test_no_proxy_may_be_in_capitals(host, net_names, monkeypatch):
     "http://user:opensesame@", "http://user:opensesame@host:x",
     "http://user:opensesame@host:+1", "http://user:opensesame@[host]:80",
     "http://\udcff:opensesame@host:x",
+    "http://user:opensesame@[fe80::1%%%s]" % ("a" * 70),
     "http://user:opensesame@ho st:80", "http://user:opensesame@ho\x7fst:80",
     # more than 65535 would wrap round, to port 1 here
     "http://user:opensesame@127.0.0.1:65537"])
