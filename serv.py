@@ -1290,6 +1290,7 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
     [{"error": E}]                              E            Gemini
     {"error": E}                                E            most
     {"error": true}                             the answer   Nitro
+    {"error": {"code": 0, "message": ""}}       none: it is empty
     anything, in an event named "error"         the answer
     {"object": "error"} or {"type": "error"}    the answer   vLLM
     choices and content are absent or null      see find_bare_error()
@@ -1301,8 +1302,11 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
         return find_error(answer[0], event_name)
     if not isinstance(answer, dict):
         return answer if event_name == "error" else None
-    if answer.get("error"):
-        return answer if answer["error"] is True else answer["error"]
+    error = answer.get("error")
+    if isinstance(error, dict) and not any(error.values()):
+        error = None
+    if error:
+        return answer if error is True else error
     if "error" in (event_name, answer.get("type"), answer.get("object")):
         return answer
     choices = answer.get("choices")
@@ -3451,7 +3455,8 @@ class Answer:
             yield data
         # http.client does not report a body shorter than its Content-Length.
         if self.length is not None and size < self.length:
-            raise http.client.IncompleteRead(b"", self.length - size)
+            raise APIConnectionError("the answer was cut: it lacks "
+                                     f"{self.length - size} bytes")
         self.at_end = True
         self.elapsed = time.monotonic() - self.call.started
         response.close()

@@ -2681,6 +2681,9 @@ NO_ERRORS = {
         {"type": "message", "content": [], "stop_reason": None}, ""),
     "error: null beside an answer": (
         {"error": None, "choices": [{"message": {"content": "A"}}]}, ""),
+    "an empty error beside an answer": (
+        {"error": {"code": 0, "message": "", "type": None},
+         "choices": [{"message": {"content": "A"}}]}, ""),
     "a message beside choices": ({"message": "No.", "choices": []}, ""),
     "a choice that a filter ended": (
         {"choices": [{"delta": {}, "finish_reason": "content_filter"}]}, ""),
