@@ -2210,38 +2210,31 @@ class ChatCall:
 
         Some servers give all calls one index (Gemini) or one id (Mistral).
         Others repeat the name, or send another id, in every piece of a call.
-        So it takes a name; and if the arguments so far are not a whole object,
-        another name and another id; else any sign of another call.  Two
-        pieces, each with its id, name and arguments:
+        So a piece must have a name; and before the arguments are a whole
+        object, another name and another id.  After that, one sign is enough.
 
-        ===================  ===================  ===========================
-        one piece            the next             how many calls
-        ===================  ===================  ===========================
-        a  f  {"x":          a  f  1}             1: the name is repeated
-        a  f  {"x":          b  f  1}             1: another id in each piece
-        a  f                 b  g                 2: f has no arguments
-        a  f  {"x": 1}       b  g  {"y": 2}       2: of one index
-        a  f  {"x": 1}       a  f  {"y": 2}       1; 2 if the index is another
-        -  f  {"x": 1}       -  f  {"y": 2}       2: without ids
-        -  f  {"x": 1}       -  f                 1: the name is repeated
-        ===================  ===================  ===========================
+        The comments show two pieces, each with its id, name and arguments.
         """
         function = find_function(piece)
         name, id = function.get("name"), piece.get("id")
+        index = piece.get("index")
+        own_id = self.fields.get("id")
+        has_other_name = name != self.get_name()
+        has_other_id = id not in (None, "", own_id)
         if not name:
             return False
-        has_other_name = name != self.get_name()
-        own_id = self.fields.get("id")
-        has_other_id = id not in (None, "", own_id)
         if not self.has_whole_arguments():
-            if not own_id:      # this may be its own, which comes late
-                return False
-            return has_other_name and has_other_id
-        index = piece.get("index")
-        has_other_index = isinstance(index, int) and index != self.index
-        begins_again = not id and begins_object(function.get("arguments"))
-        return (has_other_name or has_other_id or has_other_index
-                or begins_again)
+            # Yes: a f, then b g.  No: a f {"x":, then b f 1}.
+            # No: - get_, then a time.  (The id comes late.)
+            return bool(own_id) and has_other_name and has_other_id
+        if has_other_name or has_other_id:
+            # Yes: a f {"x": 1}, then b g {"y": 2}.
+            return True
+        if isinstance(index, int) and index != self.index:
+            # Yes: a f {"x": 1}, then, at the next index, a f {"y": 2}.
+            return True
+        # Yes: - f {"x": 1}, then - f {"y": 2}.  No: - f {"x": 1}, then - f.
+        return not id and begins_object(function.get("arguments"))
 
     def has_whole_arguments(self) -> bool:
         """Whether the arguments so far are a whole JSON object."""
@@ -2396,9 +2389,12 @@ class MessagesAssembler:
             return self.begin_block(index, {"type": kind})
         last = self.blocks[-1] if self.blocks else None
         tool = self.tools.get(index)
-        candidates = [block, tool, last]
         if index in self.stopped:
+            # For the last block: all deltas have the index 0.
             candidates = [last, block, tool]
+        else:
+            # For the tool: a text came in the middle of its input.
+            candidates = [block, tool, last]
         for candidate in candidates:
             if candidate is not None and fits(candidate, kind):
                 return candidate
