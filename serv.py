@@ -1381,7 +1381,7 @@ def parse_error(body: JSON) -> JSONDict:
         error = error[0]
     # FastAPI, as {"detail": {"message": "No.", "code": "x"}}
     detail = get_dict(error, "detail")
-    if detail and not {"message", "type", "code"} & set(error):
+    if detail and error.keys().isdisjoint(("message", "type", "code")):
         fields = parse_error(detail)
         if fields["message"]:
             return fields
@@ -1896,7 +1896,9 @@ def grow(target: JSONDict, name: str, value: JSON) -> None:
         elif isinstance(old, GrowingList):      # Magistral sends both
             old.add([{"type": "text", "text": value}])
         else:
-            begun = old if isinstance(old, str) else ""     # from put()
+            # put() leaves a plain str: "" in the last branch below, and a
+            # text with which a block began.
+            begun = old if isinstance(old, str) else ""
             target[name] = GrowingText(begun + value)
     elif value and isinstance(value, list):
         if not isinstance(old, GrowingList):
@@ -2213,27 +2215,36 @@ class ChatCall:
         So a piece must have a name; and before the arguments are a whole
         object, another name and another id.  After that, one sign is enough.
 
-        The comments show two pieces, each with its id, name and arguments.
+        Examples, of pieces at one index:
+
+        ===================  ===================  =====================
+        id, name, arguments  the next piece       begins the next call
+        ===================  ===================  =====================
+        a   f   {"x":        a   f   1}           no
+        a   f   {"x":        b   f   1}           no
+        a   f                b   g                yes
+        -   get_             a   time             no, the id comes late
+        a   f   {"x": 1}     b   f   {"y": 2}     yes
+        a   f   {"x": 1}     a   f   {"y": 2}     no; yes, if at the
+                                                  next index
+        -   f   {"x": 1}     -   f   {"y": 2}     yes
+        -   f   {"x": 1}     -   f                no
+        ===================  ===================  =====================
         """
         function = find_function(piece)
         name, id = function.get("name"), piece.get("id")
-        index = piece.get("index")
+        if not name:
+            return False
         own_id = self.fields.get("id")
         has_other_name = name != self.get_name()
         has_other_id = id not in (None, "", own_id)
-        if not name:
-            return False
         if not self.has_whole_arguments():
-            # Yes: a f, then b g.  No: a f {"x":, then b f 1}.
-            # No: - get_, then a time.  (The id comes late.)
             return bool(own_id) and has_other_name and has_other_id
+        index = piece.get("index")
         if has_other_name or has_other_id:
-            # Yes: a f {"x": 1}, then b g {"y": 2}.
             return True
         if isinstance(index, int) and index != self.index:
-            # Yes: a f {"x": 1}, then, at the next index, a f {"y": 2}.
             return True
-        # Yes: - f {"x": 1}, then - f {"y": 2}.  No: - f {"x": 1}, then - f.
         return not id and begins_object(function.get("arguments"))
 
     def has_whole_arguments(self) -> bool:
@@ -2770,10 +2781,10 @@ def set_options(sock: socket.socket) -> None:
 def start_tls(sock: DeadlineSocket, host: str, context: ssl.SSLContext,
               deadline: float) -> DeadlineSocket:
     """Return the socket with TLS, its certificate and host name checked."""
-    # It takes the descriptor over, and detaches the old socket from it.  What
-    # it returns is a TLSSocket, as get_tls_context() has asked for.  (It takes
-    # an end without TLS's own close_notify for an end.  That is no danger:
-    # HTTP or JSON tells whether an answer is whole.)
+    # wrap_socket() takes the descriptor over, and detaches the old socket from
+    # it.  It returns a TLSSocket, as get_tls_context() has asked for.  (ssl
+    # does not report a connection that ends without TLS's close_notify.  That
+    # is no danger: HTTP or JSON tells whether an answer is whole.)
     try:
         secure = context.wrap_socket(sock, server_hostname=host,
                                      do_handshake_on_connect=False)
@@ -3320,7 +3331,7 @@ class Answer:
         self.response = response
         self.is_good = 200 <= response.status < 300
         # The Content-Length; None if the body is chunked, or ends with the
-        # connection.  Undocumented; and http.client counts it down later.
+        # connection.  Undocumented.  (http.client counts it down later.)
         self.length = response.length
         content_type = response.headers.get_content_type()
         self.is_labelled = content_type == "text/event-stream"
@@ -3469,7 +3480,8 @@ class Answer:
             # if the time for it is over.
             if self.is_good:
                 raise
-            # It cannot be decoded, for example.
+            # If nothing of it could be read, as for its encoding, the reason
+            # stands in its place.
             if isinstance(exc, APIResponseError) and not data.getvalue():
                 return str(exc).encode()
         return data.getvalue()
