@@ -1290,7 +1290,7 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
     [{"error": E}]                              E            Gemini
     {"error": E}                                E            most
     {"error": true}                             the answer   Nitro
-    {"error": {"code": 0, "message": ""}}       none: it is empty
+    {"choices": [...], "error": {"code": 0}}    none: it is empty
     anything, in an event named "error"         the answer
     {"object": "error"} or {"type": "error"}    the answer   vLLM
     choices and content are absent or null      see find_bare_error()
@@ -1302,15 +1302,15 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
         return find_error(answer[0], event_name)
     if not isinstance(answer, dict):
         return answer if event_name == "error" else None
-    error = answer.get("error")
-    if isinstance(error, dict) and not any(error.values()):
+    error, choices = answer.get("error"), answer.get("choices")
+    has_answer = choices is not None or answer.get("content") is not None
+    if has_answer and isinstance(error, dict) and not any(error.values()):
         error = None
     if error:
         return answer if error is True else error
     if "error" in (event_name, answer.get("type"), answer.get("object")):
         return answer
-    choices = answer.get("choices")
-    if choices is None and answer.get("content") is None:
+    if not has_answer:
         return find_bare_error(answer)
     if not isinstance(choices, list):
         return None
@@ -1351,14 +1351,17 @@ def find_bare_error(answer: JSONDict) -> JSON:
     text = answer.get("message") or answer.get("detail")
     if not errors and not text:
         return None
-    type_name = get_str(answer, "type") or get_str(answer, "object")
+    type_name = get_str(answer, "type")
     if type_name is not None and not is_error_type(type_name):
-        return None
-    says_success = answer.get("code") == 0 or answer.get("success") is True
-    if type_name is None and says_success:
         return None
     if errors and isinstance(errors, (str, list)):
         return errors
+    if type_name is None:
+        code = answer.get("code")
+        if code == 0 or answer.get("success") is True:
+            return None
+        if get_str(answer, "object") and not code:
+            return None
     if text and isinstance(text, (str, list)):
         return answer
     return None
@@ -1456,7 +1459,7 @@ def add_advice(status: int, fields: JSONDict,
         advice = "Waiting does not help; get quota."
     elif retry_after:
         advice = f"Wait {retry_after:g} s."
-    elif status >= 500:
+    elif 500 <= status < 600:
         advice = "Try again later."
     if not advice:
         return message
@@ -1515,7 +1518,7 @@ def is_worth_a_retry(error: APIStatusError, status_is_guess: bool) -> bool:
         return advice == "true"
     if status_is_guess or "insufficient_quota" in (error.type, error.code):
         return False
-    return error.status in (408, 409, 429) or error.status >= 500
+    return error.status in (408, 409, 429) or 500 <= error.status < 600
 
 
 def parse_retry_after(headers: Headers, now: float) -> float | None:

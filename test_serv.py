@@ -2579,6 +2579,14 @@ ERRORS = {
     "errors (Cloudflare)": (
         {"success": False, "errors": [{"code": 5007, "message": "No."}],
          "messages": [], "result": None}, (None, 5007, None, "No."), None),
+    "an empty error, where there is no answer": (
+        {"error": {"message": "", "type": None}}, (None, None, None, ""),
+        None),
+    "an object of another name, with a code": (
+        {"object": "chat.completion.chunk", "code": 500, "message": "No."},
+        (None, 500, None, "No."), 500),
+    "errors beside success": (
+        {"code": 0, "errors": ["No."]}, (None, 0, None, "No."), None),
     "flat (vLLM)": (
         {"object": "error", "message": "No.", "type": "BadRequestError",
          "param": None, "code": 404},
@@ -2866,6 +2874,7 @@ RETRIED = {
     **{"%d: any other 4xx" % status: (made(status), True, False)
        for status in (400, 401, 402, 403, 404, 405, 407, 410, 413, 422, 425,
                       451)},
+    "600: no 5xx": (made(600), True, False),
     "429 for want of money, by type": (
         made(429, type="insufficient_quota"), True, False),
     "429 for want of money, by code": (
