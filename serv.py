@@ -689,7 +689,9 @@ class Stream:
 
         :raise ServError: see events().
         """
-        if self._is_reading:    # misuse, which is found as a rule
+        # This finds misuse, though not always: another thread may come between
+        # the two lines.
+        if self._is_reading:
             raise ValueError("this stream is being read already")
         try:
             self._is_reading = True
@@ -982,9 +984,10 @@ def parse_host(url: str) -> tuple[str, int | None]:
         return "", None
     # Before 3.11, urlsplit() accepts a name in brackets, http://[host], and
     # the ports "+1", "0_1", and some of Arabic digits.
-    netloc = parts.netloc.rpartition("@")[2]
+    netloc = parts.netloc.rpartition("@")[2]    # without a login
     if "[" in netloc and ":" not in host:
         return "", None
+    # Of "host:80" and "[::1]:80", "80".
     digits = netloc.rpartition("]")[2].partition(":")[2]
     if digits and not re.fullmatch("[0-9]+", digits):
         return "", None
@@ -1357,6 +1360,7 @@ def find_bare_error(answer: JSONDict) -> JSON:
     if errors and isinstance(errors, (str, list)):
         return errors
     if type_name is None:
+        # It may be a notice, which says so in another way.
         code = answer.get("code")
         if code == 0 or answer.get("success") is True:
             return None
