@@ -459,12 +459,14 @@ class Reply(dict):  # type: ignore[type-arg]
 
     def __init__(self, data: Mapping[str, JSON] | Iterable[tuple[str, JSON]]
                  = (), headers: Headers | None = None, elapsed: float = 0.0,
-                 partial: bool = False, retries: int = 0) -> None:
+                 partial: bool = False, retries: int = 0,
+                 choice_count: int = 1) -> None:
         super().__init__(data)
         self.headers: Headers = headers or http.client.HTTPMessage()
         self.elapsed = elapsed
         self.partial = partial
         self.retries = retries
+        self._choice_count = choice_count   # how many were asked for
 
     def __str__(self) -> str:
         return self.text
@@ -490,8 +492,10 @@ class Reply(dict):  # type: ignore[type-arg]
         first = entries[0]
         if not first.get("role"):
             first = {**first, "role": "assistant"}
-        # Some gateways split one answer: the text is in the first choice,
-        # the calls in the next.
+        if self._choice_count > 1:
+            return first
+        # Only one was asked for.  But some gateways split the answer: the text
+        # is in the first choice, the calls in the next.
         for entry in entries[1:]:
             if entry.get("tool_calls") and not first.get("tool_calls"):
                 return {**first, "tool_calls": entry["tool_calls"]}
@@ -607,8 +611,8 @@ class Stream:
         self._state = "open"
         self._error: ServError | None = None
         self._is_reading = False
-        # Held while the state changes, and no longer: who forks meanwhile
-        # would copy it as it is.  It is reentrant, because a signal handler
+        # Held only while the state changes: a child that is forked meanwhile
+        # would inherit it locked.  It is reentrant, because a signal handler
         # may call close() at any time.
         self._lock = threading.RLock()
 
@@ -1950,19 +1954,16 @@ def grow_object(target: JSONDict, name: str, piece: JSONDict) -> None:
 def put(target: JSONDict, name: str, value: JSON) -> None:
     """Set a field, unless the value is empty and something is there.
 
-    Texts and lists are replaced, other than by grow(); objects are merged.
-    The value itself is set, not a copy: the caller has no reference to it,
-    because Stream.events() yields copies.
+    Texts and lists are replaced, other than by grow(); objects are merged.  A
+    copy is set, because the next piece may be merged into it, and the event
+    must stay as it was sent.
     """
     old = target.get(name)
-    if is_empty(value):
-        if old is None:
-            target[name] = value
-    elif isinstance(old, dict) and isinstance(value, dict):
+    if isinstance(old, dict) and isinstance(value, dict):
         for key, entry in value.items():
             put(old, key, entry)
-    else:
-        target[name] = value
+    elif old is None or not is_empty(value):
+        target[name] = copy.deepcopy(value)
 
 
 def is_empty(value: JSON) -> bool:
@@ -2862,7 +2863,9 @@ def get_tls_context(ca_file: str | None,
         # company's own CA fails, as for its key usage.  Chain, date and host
         # name are checked all the same.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    context.minimum_version = ssl.TLSVersion.TLSv1_2    # the default from 3.10
+    # The default from Python 3.10; the system may ask for more.
+    context.minimum_version = max(context.minimum_version,
+                                  ssl.TLSVersion.TLSv1_2)
     context.set_alpn_protocols(["http/1.1"])
     context.sslsocket_class = TLSSocket
     # Another thread may have been faster; then its context is taken.
@@ -3549,7 +3552,8 @@ class Answer:
         if data is None:
             data = self.assembler.build()
         return Reply(data, self.response.headers, self.elapsed,
-                     not self.is_whole(), self.call.retries)
+                     not self.is_whole(), self.call.retries,
+                     self.call.request.choice_count)
 
     def build_partial_reply(self) -> Reply:
         """Return what had arrived of a stream that failed, without the key."""
@@ -3558,7 +3562,8 @@ class Answer:
         else:
             data = self.assembler.build(self.call.redact_text)
         headers = self.call.redact_headers(self.response.headers)
-        return Reply(data, headers, self.elapsed, True, self.call.retries)
+        return Reply(data, headers, self.elapsed, True, self.call.retries,
+                     self.call.request.choice_count)
 
 
 def log_warning(text: str) -> None:

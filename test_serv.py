@@ -1723,6 +1723,9 @@ TOOL_CALLS = {
         [("2", "f", {})]),
     "chat: the calls of a later choice, where the first has none": (
         serv.Reply({"choices": copy.deepcopy(SPLIT_CALLS)}), [("1", "f", {})]),
+    "chat: not the calls of a later choice, if two were asked for": (
+        serv.Reply({"choices": copy.deepcopy(SPLIT_CALLS)}, choice_count=2),
+        []),
     "chat: the calls of the first choice, where it has some": (
         serv.Reply({"choices": [
             {"message": {"tool_calls": [chat_call("{}", "0", "g")]}},
@@ -4448,6 +4451,29 @@ def test_stream_a_call_of_a_cut_stream_never_looks_finished(
 
 # -- close(), and interrupts --------------------------------------------------
 
+def test_stream_yields_the_events_as_they_were_sent():
+    """A piece is not changed by the next one, although they are merged."""
+    chunks = [chat_chunk({"tool_calls": [
+        {"index": 0, "id": "a", "more": {"x": 1}, "function": {"name": "f"}},
+        {"index": 0, "more": {"y": 2}}]}),
+        chat_chunk({}, "stop", logprobs={"content": [{"token": "a"}]}),
+        chat_chunk({}, "stop", logprobs={"content": [{"token": "b"}]})]
+    with Server(stream_answer(*chunks, "[DONE]")) as server:
+        stream = open_stream(server)
+        assert list(stream.events()) == chunks
+    assert stream.reply.message["tool_calls"][0]["more"] == {"x": 1, "y": 2}
+
+
+def test_the_calls_of_a_later_choice_are_its_own_if_two_were_asked_for():
+    answer = {"choices": copy.deepcopy(SPLIT_CALLS)}
+    with Server(http_answer(answer)) as server:
+        for count, calls in ((1, [("1", "f", {})]), (2, [])):
+            reply = serv.chat("Hi", system="s", base_url=server.url, n=count)
+            assert reply.tool_calls == calls
+            assert copy.copy(reply).tool_calls == calls
+            assert pickle.loads(pickle.dumps(reply)).tool_calls == calls
+
+
 def stream_drop(stream):
     """Leave a stream to the garbage collector."""
     del stream
@@ -7082,6 +7108,19 @@ def test_tls_is_1_2_or_newer():
     """Python's own default from 3.10; older ones take what OpenSSL takes."""
     context = serv.get_tls_context(None, None)
     assert context.minimum_version == ssl.TLSVersion.TLSv1_2
+
+
+def test_tls_is_newer_where_the_system_asks_for_it(tmp_path, monkeypatch):
+    make = ssl.create_default_context
+
+    def make_strict():
+        context = make()
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        return context
+
+    monkeypatch.setattr(ssl, "create_default_context", make_strict)
+    context = serv.get_tls_context(None, str(tmp_path))
+    assert context.minimum_version == ssl.TLSVersion.TLSv1_3
 
 
 @table("setting, certificate, host, says, hint", {
