@@ -1291,43 +1291,45 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
 
     The first row that fits:
 
-    ==========================================  ===========  ==========
-    the answer                                  the error    sent by
-    ==========================================  ===========  ==========
-    [{"error": E}]                              E            Gemini
-    {"error": E}                                E            most
-    {"error": true}                             the answer   Nitro
-    {"choices": [...], "error": {"code": 0}}    none: it is empty
-    anything, in an event named "error"         the answer
-    {"object": "error"} or {"type": "error"}    the answer   vLLM
-    choices and content are absent or null      see find_bare_error()
-    {"choices": [{"error": E}]}                 E            OpenRouter
-    {"choices": [{"finish_reason": "error"}]}   a message    see FAILED
-    ==========================================  ===========  ==========
+    ===  =========================================  ===========  ==========
+    row  the answer                                 the error    sent by
+    ===  =========================================  ===========  ==========
+    1    [{"error": E}]                             E            Gemini
+    2    text, in an event named "error"            the text
+    3    {"choices": [...], "error": {"code": 0}}   goes on: E is empty
+    4    {"error": E}                               E            most
+         {"error": true}                            the answer   Nitro
+    5    any, in an event named "error"             the answer
+         {"object": "error"} or {"type": "error"}   the answer   vLLM
+    6    neither choices nor content                see find_bare_error()
+    7    {"choices": [{"error": E}]}                E            OpenRouter
+    8    {"choices": [{"finish_reason": "error"}]}  a message    see FAILED
+    ===  =========================================  ===========  ==========
     """
-    if isinstance(answer, list) and answer:
+    if isinstance(answer, list) and answer:                     # 1
         return find_error(answer[0], event_name)
-    if not isinstance(answer, dict):
+    if not isinstance(answer, dict):                            # 2
         return answer if event_name == "error" else None
     error, choices = answer.get("error"), answer.get("choices")
     has_answer = choices is not None or answer.get("content") is not None
-    if has_answer and isinstance(error, dict) and not any(error.values()):
-        error = None
-    if error:
+    if has_answer and isinstance(error, dict):                  # 3
+        if not any(error.values()):
+            error = None
+    if error:                                                   # 4
         return answer if error is True else error
     if "error" in (event_name, answer.get("type"), answer.get("object")):
-        return answer
-    if not has_answer:
+        return answer                                           # 5
+    if not has_answer:                                          # 6
         return find_bare_error(answer)
     if not isinstance(choices, list):
         return None
     for choice in choices:
         if not isinstance(choice, dict):
             continue
-        if choice.get("error"):
+        if choice.get("error"):                                 # 7
             return choice["error"]
         reason = choice.get("finish_reason")
-        if reason and FAILED.search(str(reason)):
+        if reason and FAILED.search(str(reason)):               # 8
             return {"message": f"the answer ended with {reason}"}
     return None
 
@@ -1335,44 +1337,43 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
 def find_bare_error(answer: JSONDict) -> JSON:
     """Return an error that stands where an answer should be, or None.
 
-    =============================================  ==========  ==========
-    the answer                                     the error   sent by
-    =============================================  ==========  ==========
-    {"base_resp": {"status_code": 1002}}           base_resp   MiniMax
-    {"errors": E}                                  E           Cloudflare
-    {"message": "No."}                             the answer  DashScope
-    {"detail": "No."}                              the answer  FastAPI
-    {"type": "rate_limit_error", "detail": "No."}  the answer
-    {"type": "ping", "message": "Hi"}              none
-    {"object": "chat.status", "message": "Hi"}     none
-    {"code": 0, "message": "Hi"}                   none
-    {"success": true, "message": "Hi"}             none
-    {"message": {}}, {"id": "x"}                   none
-    =============================================  ==========  ==========
+    The first row that fits:
+
+    ===  ==========================================  ==========  ==========
+    row  the answer                                  the error   sent by
+    ===  ==========================================  ==========  ==========
+    1    {"base_resp": {"status_code": 1002}}        base_resp   MiniMax
+    2    {"type": "ping", "message": "Hi"}           none
+    3    {"errors": E}                               E           Cloudflare
+    4    {"code": 0, "message": "Hi"}                none
+         {"success": true, "message": "Hi"}          none
+    5    {"object": "chat.status", "message": "Hi"}  none
+    6    {"message": "No."}                          the answer  DashScope
+         {"detail": "No."}                           the answer  FastAPI
+    7    {"id": "x"}, {"message": {}}                none
+    ===  ==========================================  ==========  ==========
+
+    Rows 4 and 5 count only if there is no type, as of "rate_limit_error".
     """
-    if "base_resp" in answer:
+    if "base_resp" in answer:                                   # 1
         response = get_dict(answer, "base_resp")
         if response.get("status_code"):     # 0 is a success
             return response
-    errors = answer.get("errors")
-    text = answer.get("message") or answer.get("detail")
-    if not errors and not text:
-        return None
     type_name = get_str(answer, "type")
-    if type_name is not None and not is_error_type(type_name):
+    if type_name is not None and not is_error_type(type_name):  # 2
         return None
-    if errors and isinstance(errors, (str, list)):
+    errors, code = answer.get("errors"), answer.get("code")
+    if errors and isinstance(errors, (str, list)):              # 3
         return errors
     if type_name is None:
-        # It may be a notice, which says so in another way.
-        code = answer.get("code")
-        if code == 0 or answer.get("success") is True:
+        if code == 0 or answer.get("success") is True:          # 4
             return None
-        if get_str(answer, "object") and not code:
+        if get_str(answer, "object") and not code:              # 5
             return None
-    if text and isinstance(text, (str, list)):
+    text = answer.get("message") or answer.get("detail")
+    if text and isinstance(text, (str, list)):                  # 6
         return answer
-    return None
+    return None                                                 # 7
 
 
 def is_error_type(name: str) -> bool:
