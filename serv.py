@@ -3950,6 +3950,8 @@ def report(args: argparse.Namespace, reply: Reply) -> int:
     if reply.truncated:
         say("cut off by the token limit")
         return 3
+    if reply.stop_reason is None:   # [DONE] proves it whole, but see stream()
+        say("the server gave no reason for the end; it may be cut off")
     return 0
 
 

@@ -7734,6 +7734,14 @@ def test_an_answer_that_is_not_whole_ends_with_3(endpoint, way, argv, text,
     assert out == text + "\n"
 
 
+def test_an_answer_without_a_reason_is_doubted_on_standard_error(
+        cli, answering):
+    answering(stream_answer(bare_chunk("Half"), "[DONE]"))
+    status, out, err = cli("Hi")
+    assert (status, out, is_one_line(err)) == (0, "Half\n", True)
+    assert "may be cut off" in err
+
+
 @table("argv, answer, status, says", {
     "a request id": (["-v"], http_answer(REPLY, request_id="a\x1b[2J\x9b5mb"),
                      0, "request id a.+b"),
