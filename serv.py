@@ -846,7 +846,8 @@ def build_body(endpoint: str, streaming: bool, messages: Messages,
     check_messages("messages", messages)
     if system is not None:
         check_messages("system", system)
-        encode("system", system)    # in chat, it becomes a part of messages
+        # An error in it names it.  (Later, in chat, it is a part of messages.)
+        encode("system", system)
     model = model or os.environ.get("SERV_MODEL")
     if not model:
         raise ValueError("model: pass model=... or set SERV_MODEL")
@@ -857,14 +858,14 @@ def build_body(endpoint: str, streaming: bool, messages: Messages,
         if isinstance(messages, str) else list(messages))
     body: JSONDict = {"model": model, "messages": entries}
     if endpoint == "messages":
-        if not has_text(system):
+        if not has_prompt(system):
             raise ValueError("a system prompt is required: pass system=... "
                              "(a system entry in messages does not count)")
         body["system"] = system
     else:
         if system:
             entries.insert(0, {"role": "system", "content": system})
-        if not any(has_text(entry.get("content")) for entry in entries
+        if not any(has_prompt(entry.get("content")) for entry in entries
                    if entry.get("role") in ("system", "developer")):
             raise ValueError("a system prompt is required: pass system=...")
     body.update(params)
@@ -902,7 +903,7 @@ def check_messages(name: str, value: JSON) -> None:
                         "object of an SDK, its .model_dump())")
 
 
-def has_text(content: JSON) -> bool:
+def has_prompt(content: JSON) -> bool:
     """Whether there is a prompt: any part that is not blank text."""
     parts = content if isinstance(content, (list, tuple)) else [content]
     for part in parts:
@@ -1296,7 +1297,7 @@ def find_error(answer: JSON, event_name: str = "") -> JSON:
     ===  =========================================  ===========  ==========
     1    [{"error": E}]                             E            Gemini
     2    text, in an event named "error"            the text
-    3    {"choices": [...], "error": {"code": 0}}   goes on: E is empty
+    3    {"choices": [...], "error": {"code": 0}}   not this: it is empty
     4    {"error": E}                               E            most
          {"error": true}                            the answer   Nitro
     5    any, in an event named "error"             the answer
@@ -1353,7 +1354,7 @@ def find_bare_error(answer: JSONDict) -> JSON:
     7    {"id": "x"}, {"message": {}}                none
     ===  ==========================================  ==========  ==========
 
-    Rows 4 and 5 count only if there is no type, as of "rate_limit_error".
+    Rows 4 and 5 do not count beside a type such as "rate_limit_error".
     """
     if "base_resp" in answer:                                   # 1
         response = get_dict(answer, "base_resp")
@@ -1418,6 +1419,7 @@ def find_message(error: JSON, body: JSON) -> JSON:
     {"detail": "No."}, {"msg": "No."}            No.
     {"error": "No."}                             No.
     {"error": "Bad Request", "message": "No."}   Bad Request: No.
+    {"error": "x", "error_description": "No."}   x: No.
     {"title": "No."}: no field that we know      {"title": "No."}
     {"error": {"type": "t"}}                     none
     ===========================================  ===============
@@ -1804,7 +1806,8 @@ def is_event_stream(head: bytes, is_labelled: bool) -> bool:
 #
 #     a text that comes in pieces, or a list      grow()
 #     an object whose texts come in pieces        grow_object()
-#     anything else                               put(), which replaces it
+#     anything else                               put(): it is replaced, or
+#                                                 merged if it is an object
 #
 # Where servers differ from the two references, a comment names one that does,
 # and a table in test_serv.py has the bytes.
@@ -1955,9 +1958,9 @@ def grow_object(target: JSONDict, name: str, piece: JSONDict) -> None:
 def put(target: JSONDict, name: str, value: JSON) -> None:
     """Set a field, unless the value is empty and something is there.
 
-    Texts and lists are replaced, other than by grow(); objects are merged.  A
-    copy is set, because the next piece may be merged into it, and the event
-    must stay as it was sent.
+    Unlike grow(), it replaces texts and lists.  Objects are merged.  A copy
+    of the value is set, because the next piece may be merged into it, and the
+    event must stay as it was sent.
     """
     old = target.get(name)
     if isinstance(old, dict) and isinstance(value, dict):
@@ -2593,7 +2596,7 @@ class DeadlineSocket(socket.socket):
     # of __init__().  So these are set after construction.
     deadline = 0.0      # by time.monotonic()
     owner = 0           # the process that opened it
-    received = 0        # bytes, since a request was sent
+    received = 0        # bytes that have come since it was set to 0
 
     def receive_now(self, buffer: Any) -> int:
         """Receive what is here, without waiting; return how many bytes."""
@@ -2725,6 +2728,13 @@ def build_network_error(code: int) -> NetworkError:
     return NetworkError(OSError(code, os.strerror(code)))
 
 
+def build_setup_error(text: str) -> APIConnectionError:
+    """Return an error of the set-up on this side, which no retry mends."""
+    error = APIConnectionError(text)
+    error._worth_a_retry = False
+    return error
+
+
 def is_ready(sock: socket.socket, writing: bool, seconds: float) -> bool:
     """Wait for some seconds at most; return whether a socket is ready."""
     if hasattr(select, "poll"):
@@ -2802,10 +2812,8 @@ def start_tls(sock: DeadlineSocket, host: str, context: ssl.SSLContext,
     if not isinstance(secure, TLSSocket):
         # A package has replaced ssl.SSLContext by its own.
         secure.close()
-        error = APIConnectionError("ssl.SSLContext was replaced (by truststore"
-                                   "?): its sockets know no deadline")
-        error._worth_a_retry = False
-        raise error
+        raise build_setup_error("ssl.SSLContext was replaced (by truststore?):"
+                                " its sockets know no deadline")
     secure.owner = os.getpid()
     secure.deadline = min(deadline, time.monotonic() + CONNECT_TIMEOUT)
     try:
@@ -2855,10 +2863,8 @@ def get_tls_context(ca_file: str | None,
             name = f"SSL_CERT_FILE={ca_file}"
         else:
             name = "the system's CA store"
-        error = APIConnectionError(f"{name} cannot be loaded: "
-                                   f"{exc.strerror or exc}")
-        error._worth_a_retry = False
-        raise error
+        raise build_setup_error(f"{name} cannot be loaded: "
+                                f"{exc.strerror or exc}")
     if ca_file or ca_dir:
         # Python 3.13 added checks of a certificate's form that many a
         # company's own CA fails, as for its key usage.  Chain, date and host
@@ -2955,8 +2961,11 @@ def parse_proxy(text: str) -> Proxy | None:
     if parts.username is not None:
         user = urllib.parse.unquote(parts.username)
         password = urllib.parse.unquote(parts.password or "")
-        # What was no UTF-8 in the environment becomes the same bytes again.
-        words = f"{user}:{password}".encode("utf-8", "surrogateescape")
+        try:
+            # What was no UTF-8 in the environment becomes its bytes again.
+            words = f"{user}:{password}".encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:      # Windows' may hold half a character
+            return None
         login = "Basic " + base64.b64encode(words).decode()
     return Proxy(host, port or 80, login)
 
@@ -2997,7 +3006,7 @@ class Connection(http.client.HTTPConnection):
         # `sock`, which it sets to None at an answer with "Connection: close".
         self.wire: DeadlineSocket | None = None
         self.response: http.client.HTTPResponse | None = None
-        self.is_broken = False      # the network failed: do not keep it
+        self.is_broken = False      # the network failed after a whole answer
 
     def connect(self) -> None:
         """Connect, through the proxy and with TLS where the route says so."""
@@ -3158,9 +3167,10 @@ def open_tunnel(sock: DeadlineSocket, route: Route) -> None:
         status = response.status
     if not 200 <= status < 300:
         reason = http.client.responses.get(status, "")
-        error = APIConnectionError(f"the proxy refused: {status} {reason}")
-        error._worth_a_retry = status != 407    # no retry finds a login
-        raise error
+        text = f"the proxy refused: {status} {reason}"
+        if status == 407:       # it wants a login
+            raise build_setup_error(text)
+        raise APIConnectionError(text)
 
 
 # The idle connections, oldest first.  There is no lock, because each single

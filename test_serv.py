@@ -7008,6 +7008,11 @@ def test_a_proxy_that_is_no_http_url_is_refused_without_its_login(
     net_assert_secret(error, "opensesame")
 
 
+def test_a_proxy_login_with_half_a_character_is_refused():
+    """Windows' environment can hold one; that of other systems cannot."""
+    assert serv.parse_proxy("http://\ud800:opensesame@host:80") is None
+
+
 @pytest.fixture
 def net_proxied(monkeypatch):
     """Make calls of a scheme through a proxy with a login; they fail.
