@@ -2402,8 +2402,8 @@ class MessagesAssembler:
 
         By the reference, that is the block of its index.  But some gateways
         send no content_block_start, give every delta the index 0, or send a
-        text in the middle of a tool's input.  So it is the first of these
-        that is of the kind; else it is a new block.
+        text in the middle of a tool's input.  So there are three candidates:
+        the first that is of the kind is taken; if none is, a block begins.
         """
         block = self.by_index.get(index)
         if block is None and index is not None:
@@ -2413,10 +2413,10 @@ class MessagesAssembler:
         last = self.blocks[-1] if self.blocks else None
         tool = self.tools.get(index)
         if index in self.stopped:
-            # For the last block: all deltas have the index 0.
+            # All deltas have the index 0, and this one is for the last block.
             candidates = [last, block, tool]
         else:
-            # For the tool: a text came in the middle of its input.
+            # If the block is a text amid a tool's input, this is for the tool.
             candidates = [block, tool, last]
         for candidate in candidates:
             if candidate is not None and fits(candidate, kind):
